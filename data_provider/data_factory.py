@@ -1,0 +1,73 @@
+"""From flags to datasets and loaders."""
+
+import argparse
+
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from data_provider.series import SPLITS, load_series
+from data_provider.windows import WindowDataset, evenly_spaced
+from utils.errors import UserError
+
+
+def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, DataLoader]:
+    """Return the windows of a split and a loader over them.
+
+    The training loader shuffles and drops the last partial batch, as Time-LLM's does, unless there is no
+    other. The validation and test loaders keep the order and drop nothing; with ``--eval_windows`` their
+    `dataset` is a Subset of evenly spaced windows.
+
+    Args:
+        args: the parsed flags.
+        flag: train, val or test.
+
+    Raises:
+        UserError: if the CSV is wrong or too short for the split.
+    """
+    dataset = _windows_of(args, flag)
+    if flag == "train":
+        batch, shown = args.batch_size, dataset
+    else:
+        batch = args.eval_batch_size or args.batch_size
+        few = args.eval_windows and len(dataset) > args.eval_windows
+        shown = Subset(dataset, evenly_spaced(len(dataset), args.eval_windows).tolist()) if few else dataset
+    loader = DataLoader(
+        shown,
+        batch_size=batch,
+        shuffle=flag == "train",
+        drop_last=flag == "train" and len(shown) >= batch,
+        num_workers=args.num_workers,
+        collate_fn=_as_gathered,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return dataset, loader
+
+
+def _as_gathered(batch):
+    """The dataset has gathered the batch already; a named function, since Windows pickles it for workers."""
+    return batch
+
+
+def _windows_of(args: argparse.Namespace, flag: str) -> WindowDataset:
+    series = load_series(args)
+    split = SPLITS.index(flag)
+    end = series.ends[split]
+    # The first forecast of a split is of its first row: the window reaches back into the split before.
+    begin = series.ends[split - 1] - args.seq_len if split else 0
+    if flag == "train":
+        end = (end - args.seq_len) * args.percent // 100 + args.seq_len
+    if begin < 0:
+        raise UserError(
+            f"{args.data_path}: --seq_len {args.seq_len} reaches back before the first row:"
+            f" {begin + args.seq_len} rows stand before the {flag} split"
+        )
+    needed = args.seq_len + args.pred_len
+    if end - begin < needed:
+        raise UserError(
+            f"{args.data_path}: the {flag} split is too short for --seq_len {args.seq_len} and --pred_len"
+            f" {args.pred_len}: {needed} rows needed, {end - begin} there"
+        )
+    rows = slice(begin, end)
+    return WindowDataset(
+        series.values[rows], series.marks[rows], series.channels, args.seq_len, args.label_len, args.pred_len
+    )

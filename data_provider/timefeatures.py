@@ -1,0 +1,72 @@
+"""Calendar features of timestamps, scaled (``--embed timeF``) or as integers (``fixed``, ``learned``)."""
+
+import re
+
+import numpy as np
+import pandas as pd
+
+from utils.errors import UserError
+
+# A scaled feature: the calendar field, the field's smallest value and the range it is divided by.
+_SCALED = {
+    "second": (lambda t: t.second, 0, 59),
+    "minute": (lambda t: t.minute, 0, 59),
+    "hour": (lambda t: t.hour, 0, 23),
+    "weekday": (lambda t: t.dayofweek, 0, 6),
+    "day": (lambda t: t.day, 1, 30),
+    "dayofyear": (lambda t: t.dayofyear, 1, 365),
+    "week": (lambda t: t.isocalendar().week, 1, 52),
+    "month": (lambda t: t.month, 1, 11),
+}
+
+# The features of each step, and the spellings of the step: those of Time-LLM's help and pandas' own.
+_DAILY = ("weekday", "day", "dayofyear")
+_FEATURES_OF_STEP = (
+    (("s", "S"), ("second", "minute", "hour", *_DAILY)),
+    (("t", "T", "min"), ("minute", "hour", *_DAILY)),
+    (("h", "H"), ("hour", *_DAILY)),
+    (("d", "D", "b", "B"), _DAILY),
+    (("w", "W"), ("day", "week")),
+    (("m", "M", "ME", "MS", "q", "Q", "QE", "QS"), ("month",)),
+    (("y", "Y", "YE", "YS"), ()),
+)
+
+
+def scaled_features(dates: pd.DatetimeIndex, freq: str) -> np.ndarray:
+    """Return calendar features between -0.5 and 0.5, as GluonTS defines them.
+
+    Args:
+        dates: one timestamp a row.
+        freq: the step of the series, such as ``h``, ``t`` or ``15min``; coarser steps have fewer features.
+
+    Returns:
+        float32, (rows, features).
+
+    Raises:
+        UserError: if the step cannot be read.
+    """
+    columns = []
+    for name in _feature_names(freq):
+        field, smallest, width = _SCALED[name]
+        columns.append((np.asarray(field(dates), dtype=np.float64) - smallest) / width - 0.5)
+    return np.stack(columns, axis=1).astype(np.float32) if columns else np.zeros((len(dates), 0), np.float32)
+
+
+def integer_features(dates: pd.DatetimeIndex, quarter_hours: bool) -> np.ndarray:
+    """Return month, day, weekday, hour and, where asked for, the quarter of the hour.
+
+    Returns:
+        float32, (rows, 4 or 5); whole numbers, as float like every other array of a batch.
+    """
+    columns = [dates.month, dates.day, dates.dayofweek, dates.hour]
+    if quarter_hours:
+        columns.append(dates.minute // 15)
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def _feature_names(freq: str) -> tuple[str, ...]:
+    step = re.fullmatch(r"\d*([A-Za-z]+)(-[A-Z]+)?", freq)
+    for spellings, names in _FEATURES_OF_STEP:
+        if step and step.group(1) in spellings:
+            return names
+    raise UserError(f"--freq {freq!r} is no step of a calendar: give s, t, h, d, b, w or m, or 15min and the like")

@@ -1,0 +1,81 @@
+"""Time-LLM (Jin et al., ICLR 2024): forecasting by reprogramming a frozen large language model."""
+
+import argparse
+
+import torch
+from torch import nn
+
+from layers.Embed import PatchEmbedding
+from layers.FlattenHead import FlattenHead
+from layers.FrozenLLM import FrozenLLM
+from layers.Reprogramming import MappingLayer, ReprogrammingLayer
+from layers.StandardNorm import Normalize
+from utils.errors import UserError
+from utils.llm import load_llm
+from utils.prompt import PromptBuilder, load_description
+
+
+class Model(nn.Module):
+    """The model of the paper's figure 2; only the small layers around the LLM are trained and saved.
+
+    Args:
+        configs: the parsed flags of `run_main.py`.
+
+    Raises:
+        UserError: if the flags do not fit the LLM.
+    """
+
+    def __init__(self, configs: argparse.Namespace):
+        super().__init__()
+        self.llm_info = load_llm(configs)
+        d_llm = self.llm_info.identity.hidden_size
+        if configs.d_ff > d_llm:
+            raise UserError(f"--d_ff {configs.d_ff} is wider than the LLM: give at most {d_llm}, its hidden size")
+        self.d_ff = configs.d_ff
+        self.normalize = Normalize()
+        self.patch_embedding = PatchEmbedding(configs.d_model, configs.patch_len, configs.stride, configs.dropout)
+        patches = self.patch_embedding.count(configs.seq_len)
+        self.prompts = PromptBuilder(
+            self.llm_info.tokenizer,
+            load_description(configs),
+            configs.seq_len,
+            configs.pred_len,
+            configs.prompt_decimals,
+            patches,
+            self.llm_info.context,
+        )
+        self.llm = FrozenLLM(self.llm_info.backbone, configs.prompt_padding, self.llm_info.pad_id)
+        self.mapping_layer = MappingLayer(self.llm.word_embeddings)
+        self.reprogramming_layer = ReprogrammingLayer(
+            configs.d_model, configs.n_heads, configs.d_ff, d_llm, configs.dropout
+        )
+        self.output_projection = FlattenHead(configs.d_ff, patches, configs.pred_len, configs.dropout)
+        self.to(self.llm.word_embeddings.device)
+
+    def forward(
+        self,
+        x_enc: torch.Tensor,
+        x_mark_enc: torch.Tensor | None = None,
+        x_dec: torch.Tensor | None = None,
+        x_mark_dec: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Forecast: (B, seq_len, N) -> (B, pred_len, N), in the units of `x_enc`.
+
+        Each of the N channels is a window of its own. The other arguments are Time-LLM's and are not looked at.
+        """
+        windows = x_enc.transpose(1, 2).flatten(0, 1)  # (B*N, seq_len)
+        prompts = self.tokenize(windows)  # B*N lists of token ids
+        windows, statistics = self.normalize(windows)
+        patches = self.patch_embedding(windows)  # (B*N, P, d_model)
+        prototypes = self.mapping_layer()  # (1000, d_llm)
+        patches = self.reprogramming_layer(patches, prototypes)  # (B*N, P, d_llm)
+        hidden = self.llm(prompts, patches)  # (B*N, P, d_llm)
+        forecast = self.output_projection(hidden[..., : self.d_ff])  # (B*N, pred_len)
+        forecast = self.normalize.inverse(forecast, statistics)
+        return forecast.unflatten(0, (len(x_enc), -1)).transpose(1, 2)  # (B, pred_len, N)
+
+    def tokenize(self, windows: torch.Tensor) -> list[list[int]]:
+        """Return the token ids of the prompts of windows (B, seq_len)."""
+        # Always on the CPU, where a window is scaled alike whatever its batch: one different last digit of
+        # a statistic is another token.
+        return self.prompts(self.normalize(windows.detach().cpu())[0])

@@ -1,0 +1,76 @@
+"""Save and load the trained layers. The frozen LLM is never in a checkpoint."""
+
+import argparse
+import pickle
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data_provider.series import Series
+from utils.errors import UserError
+from utils.llm import llm_of
+
+FORMAT = 1
+
+
+def save_checkpoint(path: Path, model: nn.Module, args: argparse.Namespace, series: Series, progress: dict) -> None:
+    """Write the trained tensors and what a later load must check.
+
+    Args:
+        path: the file; it is replaced at once, never half-written.
+        model: unwrapped.
+        args: the run's flags.
+        series: the run's data, for its channels and scaler.
+        progress: where in the run this is, plain numbers.
+    """
+    llm = llm_of(model)
+    contents = {
+        "format": FORMAT,
+        "weights": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        "llm": llm.as_dict() if llm else None,
+        "flags": vars(args),
+        "channels": list(series.channels),
+        "mean": series.scaler.mean_.tolist(),
+        "deviation": series.scaler.scale_.tolist(),
+        "progress": progress,
+    }
+    unfinished = path.with_name(path.name + ".unfinished")
+    torch.save(contents, unfinished)
+    unfinished.replace(path)
+
+
+def load_checkpoint(path: Path, model: nn.Module) -> dict:
+    """Load the trained tensors into `model` and return everything the checkpoint says.
+
+    Raises:
+        UserError: if the file is no checkpoint of ours, or of another model or another LLM.
+    """
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as problem:
+        raise UserError(f"{path} is damaged or no checkpoint: train again, or name another --checkpoint") from problem
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this program: name another --checkpoint")
+    llm = llm_of(model)
+    _check_llm(path, contents["llm"] or {}, llm.as_dict() if llm else {})
+    _check_tensors(path, contents["weights"], model.state_dict())
+    model.load_state_dict(contents["weights"])
+    return contents
+
+
+def _check_llm(path: Path, saved: dict, present: dict) -> None:
+    places = ("source", "dtype")  # a folder may be moved, and another precision is the user's to try
+    for name in sorted(saved.keys() | present.keys()):
+        before, now = saved.get(name), present.get(name)
+        if name not in places and before != now:
+            raise UserError(
+                f"{path} was trained with another LLM ({name} {before}, here {now}): give it the LLM flags of its run"
+            )
+
+
+def _check_tensors(path: Path, saved: dict, present: dict) -> None:
+    for name in sorted(saved.keys() | present.keys()):
+        before, now = (tuple(side[name].shape) if name in side else "none" for side in (saved, present))
+        if before != now:
+            raise UserError(f"{path} does not fit: {name} is {before} there and {now} here: give it its run's flags")

@@ -1,0 +1,81 @@
+"""Score forecasts: every window once, each with the same weight."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from data_provider.windows import WindowDataset
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Errors of the scaled series, means over windows.
+
+    Attributes:
+        mse, mae: the headline: over all windows, or the target's alone.
+        windows: how many windows the headline is the mean of.
+        per_channel: mse, mae and windows of each channel.
+    """
+
+    mse: float
+    mae: float
+    windows: int
+    per_channel: dict[str, dict[str, float]]
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: DataLoader,
+    dataset: WindowDataset,
+    target: str | None = None,
+    title: str = "",
+) -> Scores:
+    """Forecast the windows of a loader and score them.
+
+    Args:
+        accelerator: gathers the errors of all processes.
+        model: (B, seq_len, 1) -> (B, pred_len, 1); left in the mode it came in.
+        loader: prepared, in order, nothing dropped.
+        dataset: the windows that `loader` is over, all or some of them.
+        target: the channel of the headline, None for all channels.
+        title: of the progress bar.
+    """
+    was_training = model.training
+    model.eval()
+    squared, absolute = [], []
+    for seq_x, seq_y, *_ in tqdm(loader, desc=title, disable=None, leave=False):
+        forecast = model(seq_x)
+        error = forecast - seq_y[:, -forecast.shape[1] :]
+        both = torch.stack([error.square().mean((1, 2)), error.abs().mean((1, 2))])
+        # Windows that fill up the last batch of some process are cut off again here.
+        gathered = accelerator.gather_for_metrics(both.T)
+        squared.append(gathered[:, 0])
+        absolute.append(gathered[:, 1])
+    model.train(was_training)
+    errors = np.stack([torch.cat(part).double().cpu().numpy() for part in (squared, absolute)])
+    shown = loader.dataset
+    indices = shown.indices if isinstance(shown, Subset) else np.arange(len(shown))
+    return _score(errors, dataset.channel_of(indices), dataset.channels, target)
+
+
+def _score(errors: np.ndarray, channel_of: np.ndarray, channels: tuple[str, ...], target: str | None) -> Scores:
+    """Take means over (2, windows) errors, mse first."""
+    per_channel = {}
+    for number, name in enumerate(channels):
+        own = errors[:, channel_of == number]
+        if own.size:
+            per_channel[name] = {"mse": float(own[0].mean()), "mae": float(own[1].mean()), "windows": own.shape[1]}
+    if target is None:
+        mse, mae = errors.mean(axis=1)
+        return Scores(float(mse), float(mae), errors.shape[1], per_channel)
+    if target not in per_channel:
+        raise UserError(f"no window of --target {target} among those evaluated: raise --eval_windows")
+    return Scores(**per_channel[target], per_channel=per_channel)

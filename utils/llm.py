@@ -1,0 +1,256 @@
+"""Load a frozen LLM and its tokenizer: names, folders, layers, precision, device, all in one place."""
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import PartialState
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
+
+from utils.errors import UserError
+from utils.options import looks_like_a_path
+
+BASE_MODELS = Path("base_models")
+
+_SHAPE_OF_AN_LLM = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+)
+
+
+@dataclass(frozen=True)
+class KnownLLM:
+    """An LLM that `--llm_model` names: its folder under base_models/, its Hub id, Time-LLM's layer count."""
+
+    folder: str
+    hub_id: str
+    layers: int | None
+
+
+KNOWN_LLMS = {
+    "LLAMA": KnownLLM("llama-7b", "huggyllama/llama-7b", 6),
+    "GPT2": KnownLLM("gpt2", "openai-community/gpt2", 6),
+    "BERT": KnownLLM("bert-base-uncased", "google-bert/bert-base-uncased", 6),
+    "QWEN": KnownLLM("Qwen2.5-3B", "Qwen/Qwen2.5-3B-Instruct", None),
+}
+
+
+@dataclass(frozen=True)
+class LLMIdentity:
+    """What a checkpoint must find again: forecasts of another LLM would be nonsense."""
+
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    layers: int
+    quantization: str
+    config_hash: str
+
+
+@dataclass(frozen=True)
+class LoadedLLM:
+    """A frozen LLM on its device, ready to be run.
+
+    Attributes:
+        backbone: the model without head, in eval mode, no parameter trainable.
+        tokenizer: its tokenizer.
+        pad_id: the token that prompts are padded with.
+        source: the folder or Hub id that it came from.
+        layers_there: the layers of the whole model; `identity.layers` are in use.
+        context: positions it has, None for no limit.
+        identity: see `LLMIdentity`.
+    """
+
+    backbone: nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    pad_id: int
+    source: str
+    layers_there: int
+    context: int | None
+    identity: LLMIdentity
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in."""
+        return str(self.backbone.dtype).removeprefix("torch.")
+
+    def describe(self) -> str:
+        """Return one line that names the LLM."""
+        precision = f"NF4, computing in {self.dtype}" if self.identity.quantization == "nf4" else self.dtype
+        return (
+            f"LLM: {self.identity.model_type}, {self.identity.layers} of {self.layers_there} layers,"
+            f" hidden size {self.identity.hidden_size}, {precision}"
+        )
+
+    def as_dict(self) -> dict:
+        """Return source, precision and identity as plain values."""
+        return {"source": self.source, "dtype": self.dtype, **asdict(self.identity)}
+
+
+def llm_of(model: nn.Module) -> LoadedLLM | None:
+    """Return the LLM inside a forecaster, None if it has none."""
+    return getattr(model, "llm_info", None)
+
+
+def load_llm(args: argparse.Namespace) -> LoadedLLM:
+    """Load the LLM that the flags name, frozen, on this process's device.
+
+    Raises:
+        UserError: if the model is not there, is damaged, has fewer layers or another width than asked for.
+    """
+    source, layers = choose_source(args)
+    state = PartialState()
+    state.print(f"Loading generic model from: {source}")
+    config = _load(AutoConfig, source)
+    text_config = config.get_text_config()
+    if config.is_encoder_decoder:
+        raise UserError(f"{source} is an encoder-decoder: take a decoder-only or an encoder-only LLM")
+    layers_there = text_config.num_hidden_layers
+    _use_first_layers(text_config, args.llm_layers or layers or layers_there, source)
+    if args.llm_dim not in (0, text_config.hidden_size):
+        raise UserError(
+            f"--llm_dim {args.llm_dim} is not the hidden size of {source}: give {text_config.hidden_size},"
+            " or 0 to read it from the model"
+        )
+    identity = LLMIdentity(
+        model_type=config.model_type,
+        hidden_size=text_config.hidden_size,
+        vocab_size=text_config.vocab_size,
+        layers=text_config.num_hidden_layers,
+        quantization="nf4" if args.load_in_4bit else "none",
+        config_hash=_hash(text_config),
+    )
+    tokenizer = _load(AutoTokenizer, source)
+    pad_id = _padding_token(tokenizer, args.prompt_padding, text_config.vocab_size, source)
+    return LoadedLLM(
+        backbone=_load_backbone(source, config, choose_dtype(args.llm_dtype, state.device), args.load_in_4bit, state),
+        tokenizer=tokenizer,
+        pad_id=pad_id,
+        source=source,
+        layers_there=layers_there,
+        context=getattr(text_config, "max_position_embeddings", None),
+        identity=identity,
+    )
+
+
+def choose_source(args: argparse.Namespace) -> tuple[str, int | None]:
+    """Return the folder or Hub id of the LLM and the layers to use by default, None for all."""
+    if not args.llm_model_path:
+        known = KNOWN_LLMS[args.llm_model]
+        folder = BASE_MODELS / known.folder
+        return (str(folder) if folder.is_dir() else known.hub_id), known.layers
+    return args.llm_model_path, None
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return what the LLM computes in; `auto` picks by what the device has in hardware."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float16
+
+
+def _use_first_layers(config: PretrainedConfig, layers: int, source: str) -> None:
+    if layers > config.num_hidden_layers:
+        raise UserError(f"--llm_layers {layers} is more than {source} has: give at most {config.num_hidden_layers}")
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+
+
+def _hash(config: PretrainedConfig) -> str:
+    """Return a hash of what shapes the network, by names that do not change from release to release."""
+    shape = {name: getattr(config, name, None) for name in _SHAPE_OF_AN_LLM}
+    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _load_backbone(
+    source: str, config: PretrainedConfig, dtype: torch.dtype, load_in_4bit: bool, state: PartialState
+) -> nn.Module:
+    options = {"config": config, "dtype": dtype, "device_map": {"": state.device}, "output_loading_info": True}
+    if load_in_4bit:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError("--load_in_4bit needs the package bitsandbytes: pip install bitsandbytes")
+        state.print("Enabling 4-bit quantization...")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    backbone, loading = _load(AutoModel, source, **options)
+    # A pooler stands beside the hidden states that we read; many checkpoints have none.
+    missing = sorted(name for name in loading["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise UserError(f"{source} lacks {len(missing)} weights of its model, {missing[0]} first: fetch it again")
+    if load_in_4bit:
+        _keep_weights_differentiable(backbone)
+    return backbone.requires_grad_(False).eval()
+
+
+def _keep_weights_differentiable(backbone: nn.Module) -> None:
+    """Stop bitsandbytes from repacking weights for CPUs with AVX512-BF16.
+
+    It does so on the first forward without gradient, and from then on the gradient to a layer's input is
+    wrong, in silence.
+    """
+    for module in backbone.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _padding_token(tokenizer: transformers.PreTrainedTokenizerBase, padding: str, vocab_size: int, source: str) -> int:
+    """Return the token to pad with: Time-LLM's choice, the end of text, else ``[PAD]``, where pads are seen."""
+    if padding == "left":
+        return 0  # masked: any token does
+    tokenizer.add_special_tokens({"pad_token": tokenizer.eos_token or "[PAD]"})
+    if tokenizer.pad_token_id >= vocab_size:
+        raise UserError(f"{source} has no token to pad with: leave out --prompt_padding right")
+    return tokenizer.pad_token_id
+
+
+def _load(auto: type, source: str, **options):
+    """Call `from_pretrained`: files on this disk first, then, for a Hub id, the Hub."""
+    with _quiet_transformers():
+        if looks_like_a_path(source):
+            return _explained(auto.from_pretrained, source, local_files_only=True, **options)
+        try:
+            return auto.from_pretrained(source, local_files_only=True, **options)
+        except OSError:
+            return _explained(auto.from_pretrained, source, **options)
+
+
+def _explained(load: Callable, source: str, **options):
+    try:
+        return load(source, **options)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as problem:
+        first_line = str(problem).strip().splitlines()[0]
+        raise UserError(
+            f"cannot load the LLM {source}: {first_line} (--llm_model_path takes a folder with config.json,"
+            " weights and tokenizer, or a Hub id)"
+        ) from problem
+
+
+@contextlib.contextmanager
+def _quiet_transformers():
+    """Keep transformers' load report off the screen (missing weights are checked), bars for terminals only."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)

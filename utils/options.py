@@ -1,0 +1,322 @@
+"""The command line: every flag, its default, and the checks that need no tensor library.
+
+Nothing here imports torch, so that ``--help`` and a typo answer at once.
+"""
+
+import argparse
+import difflib
+import sys
+from pathlib import Path
+
+from utils.errors import UserError
+
+DATA_NAMES = ("ETTh1", "ETTh2", "ETTm1", "ETTm2", "custom", "ECL", "Traffic", "Weather")
+TASK_NAMES = ("long_term_forecast", "short_term_forecast")
+SCHEDULE_NAMES = ("type1", "type2", "type3", "PEMS", "TST", "COS", "constant")
+MODEL_NAMES = ("TimeLLM",)
+LLM_NAMES = ("LLAMA", "GPT2", "BERT", "QWEN")
+
+COMPATIBILITY = "kept for compatibility with Time-LLM scripts"
+
+# What --demo stands for. Any of these given on the command line still wins.
+DEMO_DEFAULTS = {
+    "data": "custom",
+    "root_path": "./dataset",
+    "data_path": "demo.csv",
+    "model_id": "demo",
+    "llm_model_path": "./base_models/tiny-qwen2",
+    "content": "Seven related hourly readings of a made-up power transformer; the last, OT, is its oil temperature.",
+    "seq_len": 96,
+    "pred_len": 24,
+    "label_len": 24,
+    "batch_size": 32,
+    "train_epochs": 1,
+    "max_steps": 150,
+    "eval_steps": 50,
+    "eval_windows": 512,
+    "learning_rate": 0.005,
+    "lradj": "constant",
+    "skip_epoch_test": True,
+}
+
+
+class OptionParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line and whose namespaces are complete.
+
+    Defaults that depend on other flags (``--model_id``, ``--data_path``, the presets of ``--demo``)
+    are filled in by `parse_known_args`, so that every namespace can be handed to `models` and
+    `data_provider` as it is.
+    """
+
+    def error(self, message: str) -> None:
+        """Print one line and leave with exit code 2."""
+        print(f"error: {self._with_suggestion(message)}", file=sys.stderr)
+        sys.exit(2)
+
+    def _with_suggestion(self, message: str) -> str:
+        marker = "unrecognized arguments: "
+        if not message.startswith(marker):
+            return message
+        word = message.removeprefix(marker).split()[0].split("=")[0]
+        close = difflib.get_close_matches(word, self._option_string_actions, n=1)
+        return f"{message} (did you mean {close[0]}?)" if close else f"{message} (--help lists the flags)"
+
+    def parse_known_args(self, args=None, namespace=None):
+        parsed, rest = super().parse_known_args(args, namespace)
+        if parsed.demo:
+            ordinary = {name: self.get_default(name) for name in DEMO_DEFAULTS}
+            self.set_defaults(**DEMO_DEFAULTS)
+            try:
+                parsed, rest = super().parse_known_args(args, namespace)
+            finally:
+                self.set_defaults(**ordinary)
+        if parsed.data is None and not rest:
+            self.error(f"--data is required (one of {', '.join(DATA_NAMES)}); --demo needs no data")
+        parsed.data_path = parsed.data_path or f"{parsed.data}.csv"
+        parsed.model_id = parsed.model_id or f"{parsed.data}_{parsed.seq_len}_{parsed.pred_len}"
+        return parsed, rest
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of `run_main.py`; every flag of Time-LLM's keeps its name, type and default."""
+    parser = OptionParser(
+        prog="run_main.py",
+        description="Time-LLM: forecast time series by reprogramming a frozen large language model.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    basic = parser.add_argument_group("basic")
+    basic.add_argument("--demo", action="store_true", help="made-up data and a tiny LLM, nothing to download")
+    basic.add_argument("--task_name", choices=TASK_NAMES, default="long_term_forecast", help="names the run")
+    basic.add_argument("--is_training", type=int, choices=(0, 1), default=1, help="1: train, then test; 0: test only")
+    basic.add_argument("--model_id", default="", help="names the run; empty: {data}_{seq_len}_{pred_len}")
+    basic.add_argument("--model_comment", default="none", help="names the run")
+    basic.add_argument("--model", choices=MODEL_NAMES, default="TimeLLM", help="the forecaster")
+    basic.add_argument("--seed", type=int, default=2021, help="random seed of the first repetition")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", choices=DATA_NAMES, help="which data set, hence its train/val/test borders; required")
+    data.add_argument("--root_path", default="./dataset", help="folder of the CSV")
+    data.add_argument("--data_path", default="", help="file name of the CSV; empty: {data}.csv")
+    data.add_argument(
+        "--features",
+        choices=("M", "S", "MS"),
+        default="M",
+        help="M: every channel; S: the target alone; MS: every channel, the headline metric is the target's",
+    )
+    data.add_argument("--target", default="OT", help="the column that S and MS are about")
+    data.add_argument("--loader", default="modal", help=COMPATIBILITY)
+    data.add_argument("--freq", default="h", help="step of the time features: h, t, min, 15min, d, ...")
+    data.add_argument("--checkpoints", default="./checkpoints/", help="folder that holds the run folders")
+    data.add_argument("--percent", type=int, default=100, help="share of the training rows to use (few-shot)")
+    data.add_argument("--num_workers", type=int, default=0, help="loader processes; batches are cheap, 0 is fastest")
+
+    windows = parser.add_argument_group("windows")
+    windows.add_argument("--seq_len", type=int, default=96, help="rows the model sees")
+    windows.add_argument("--label_len", type=int, default=48, help="rows of the past repeated before the target rows")
+    windows.add_argument("--pred_len", type=int, default=96, help="rows to forecast")
+    windows.add_argument("--seasonal_patterns", default="Monthly", help=COMPATIBILITY)
+
+    model = parser.add_argument_group("model")
+    for name in ("--enc_in", "--dec_in", "--c_out"):
+        model.add_argument(name, type=int, default=7, help=f"{COMPATIBILITY}: the channels are read from the CSV")
+    model.add_argument("--d_model", type=int, default=16, help="width of the patch embedding")
+    model.add_argument("--n_heads", type=int, default=8, help="heads of the reprogramming attention")
+    for name, default in (("--e_layers", 2), ("--d_layers", 1)):
+        model.add_argument(name, type=int, default=default, help=f"{COMPATIBILITY}: only names the run")
+    model.add_argument("--d_ff", type=int, default=32, help="width of a reprogramming head, and LLM columns kept")
+    model.add_argument("--moving_avg", type=int, default=25, help=COMPATIBILITY)
+    model.add_argument("--factor", type=int, default=1, help=f"{COMPATIBILITY}: only names the run")
+    model.add_argument("--dropout", type=float, default=0.1, help="dropout of the trainable layers")
+    model.add_argument(
+        "--embed",
+        choices=("timeF", "fixed", "learned"),
+        default="timeF",
+        help="time marks of a batch: scaled features (timeF) or calendar integers (fixed, learned)",
+    )
+    model.add_argument("--activation", default="gelu", help=COMPATIBILITY)
+    model.add_argument("--output_attention", action="store_true", help=COMPATIBILITY)
+    model.add_argument("--patch_len", type=int, default=16, help="rows a patch")
+    model.add_argument("--stride", type=int, default=8, help="rows from patch to patch")
+    model.add_argument(
+        "--mapping",
+        choices=("compact", "full"),
+        default="compact",
+        help="parametrisation of the text prototypes; for now both mean full, the map over the whole vocabulary",
+    )
+
+    prompt = parser.add_argument_group("prompt")
+    prompt.add_argument(
+        "--prompt_domain",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="1: describe the data set from dataset/prompt_bank; 0: Time-LLM's one sentence on ETT",
+    )
+    prompt.add_argument("--content", default="", help="the data set's description, used as it is")
+    prompt.add_argument("--prompt_file", default="", help="UTF-8 file with the description, used as it is")
+    prompt.add_argument("--prompt_decimals", type=int, default=-1, help="decimals of the statistics; -1: in full")
+    prompt.add_argument(
+        "--prompt_padding",
+        choices=("left", "right"),
+        default="left",
+        help="left: masked, forecasts do not depend on batch-mates; right: as Time-LLM, pads are attended to",
+    )
+
+    llm = parser.add_argument_group("frozen LLM")
+    llm.add_argument(
+        "--llm_model", choices=LLM_NAMES, default="LLAMA", help="a known LLM, from ./base_models/ or the Hub"
+    )
+    llm.add_argument("--llm_model_path", default="", help="local folder or Hub id of any LLM; wins over --llm_model")
+    llm.add_argument("--llm_dim", type=int, default=0, help="hidden size; 0: read from the LLM")
+    llm.add_argument(
+        "--llm_layers",
+        type=int,
+        help="use the first N layers; default: 6 for LLAMA, GPT2 and BERT by name, all otherwise",
+    )
+    llm.add_argument("--load_in_4bit", action="store_true", help="NF4 weights with double quantisation")
+    llm.add_argument(
+        "--llm_dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="what the LLM computes in; auto: float32 on CPU, bfloat16 on a GPU that has it, else float16",
+    )
+    llm.add_argument(
+        "--no_prefix_cache",
+        action="store_true",
+        help="prompt and patches in one pass, as Time-LLM; for now this is the only way there is",
+    )
+
+    train = parser.add_argument_group("optimisation")
+    train.add_argument("--itr", type=int, default=1, help="repetitions, with seeds seed, seed+1, ...")
+    train.add_argument("--train_epochs", type=int, default=10, help="epochs at most")
+    train.add_argument("--align_epochs", type=int, default=10, help=COMPATIBILITY)
+    train.add_argument("--batch_size", type=int, default=32, help="windows a training batch, per process")
+    train.add_argument("--eval_batch_size", type=int, default=0, help="windows an evaluation batch; 0: batch_size")
+    train.add_argument("--patience", type=int, default=10, help="validations without gain before an early stop")
+    train.add_argument("--learning_rate", type=float, default=1e-4, help="peak learning rate of Adam")
+    train.add_argument("--des", default="test", help="names the run")
+    train.add_argument("--loss", choices=("MSE", "MAE"), default="MSE", help="training loss")
+    train.add_argument("--lradj", choices=SCHEDULE_NAMES, default="type1", help="learning rate schedule")
+    train.add_argument("--pct_start", type=float, default=0.2, help="share of warm-up steps, --lradj TST only")
+    train.add_argument("--use_amp", action="store_true", help="automatic mixed precision for the trainable layers")
+    train.add_argument("--grad_accum", type=int, default=1, help="batches an optimiser step")
+    train.add_argument("--grad_clip", type=float, default=0.0, help="largest gradient norm; 0: off")
+    train.add_argument("--max_steps", type=int, default=0, help="stop training after N optimiser steps; 0: off")
+
+    evaluation = parser.add_argument_group("evaluation")
+    evaluation.add_argument("--eval_windows", type=int, default=0, help="at most N evenly spaced windows; 0: all")
+    evaluation.add_argument(
+        "--eval_steps", type=int, default=0, help="validate every N optimiser steps; 0: once an epoch"
+    )
+    evaluation.add_argument("--skip_epoch_test", action="store_true", help="no test pass while training")
+    evaluation.add_argument("--checkpoint", default="", help="run folder to test instead of the run's own")
+    return parser
+
+
+_AT_LEAST = {
+    0: ("eval_batch_size", "max_steps", "eval_windows", "eval_steps", "num_workers", "llm_dim", "label_len"),
+    1: (
+        *("seq_len", "pred_len", "patch_len", "stride", "d_model", "n_heads", "d_ff", "itr", "train_epochs"),
+        *("batch_size", "patience", "grad_accum", "percent"),
+    ),
+}
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse values that contradict each other or make no sense.
+
+    Raises:
+        UserError: names the flag and what to give instead.
+    """
+    for least, names in _AT_LEAST.items():
+        for name in names:
+            if getattr(args, name) < least:
+                raise UserError(f"--{name} {getattr(args, name)} must be at least {least}")
+    checks = (
+        (args.percent <= 100, f"--percent {args.percent} must be at most 100"),
+        (args.learning_rate > 0, f"--learning_rate {args.learning_rate} must be above 0"),
+        (0 <= args.dropout < 1, f"--dropout {args.dropout} must be at least 0 and below 1"),
+        (0 < args.pct_start < 1, f"--pct_start {args.pct_start} must be between 0 and 1"),
+        (args.grad_clip >= 0, f"--grad_clip {args.grad_clip} must be at least 0"),
+        (args.prompt_decimals >= -1, f"--prompt_decimals {args.prompt_decimals} must be at least -1"),
+        (
+            args.seq_len >= args.patch_len,
+            f"--seq_len {args.seq_len} is shorter than one patch: give at least --patch_len {args.patch_len}",
+        ),
+        (
+            args.label_len <= args.seq_len,
+            f"--label_len {args.label_len} is longer than the window: give at most --seq_len {args.seq_len}",
+        ),
+        (
+            args.llm_layers is None or args.llm_layers >= 1,
+            f"--llm_layers {args.llm_layers} must be at least 1 (leave it out for the default)",
+        ),
+        (
+            not (args.content and args.prompt_file),
+            "--content and --prompt_file both describe the data set: give one of them",
+        ),
+        (
+            not (args.checkpoint and args.is_training),
+            "--checkpoint names a run to test: it goes with --is_training 0",
+        ),
+    )
+    for holds, message in checks:
+        if not holds:
+            raise UserError(message)
+    for name in ("model_id", "model_comment", "des"):
+        bad = sorted(set(getattr(args, name)) & set('<>:"/\\|?*\n\r\t'))
+        if bad:
+            raise UserError(f"--{name} names a folder and cannot hold {' '.join(map(repr, bad))}: leave it out")
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """Refuse files and folders that are not there.
+
+    Raises:
+        UserError: names the missing path and the flag that points to it.
+    """
+    csv = csv_path(args)
+    if not csv.is_file():
+        raise UserError(f"no data file {csv}: check --root_path and --data_path")
+    if args.prompt_file and not Path(args.prompt_file).is_file():
+        raise UserError(f"no prompt file {args.prompt_file}: check --prompt_file")
+    if looks_like_a_path(args.llm_model_path) and not (Path(args.llm_model_path) / "config.json").is_file():
+        raise UserError(f"no LLM in {args.llm_model_path}: --llm_model_path takes a folder with a config.json")
+    if not args.is_training:
+        for repetition in range(args.itr):
+            folder = trained_folder(args, repetition)
+            if not (folder / "checkpoint").is_file():
+                raise UserError(f"no checkpoint in {folder}: train first, or name a run's folder with --checkpoint")
+
+
+def csv_path(args: argparse.Namespace) -> Path:
+    """Return the path of the run's CSV."""
+    return Path(args.root_path) / args.data_path
+
+
+def looks_like_a_path(source: str) -> bool:
+    """Tell a local folder, there or not, from a Hub id such as ``gpt2`` or ``Qwen/Qwen2.5-3B``."""
+    if not source:
+        return False
+    path = Path(source)
+    if path.exists() or path.is_absolute() or source.startswith((".", "~")) or "\\" in source:
+        return True
+    return len(path.parts) > 2 or (len(path.parts) == 2 and Path(path.parts[0]).is_dir())
+
+
+def run_folder(args: argparse.Namespace, repetition: int) -> Path:
+    """Return the folder of repetition 0, 1, ... of a run, named by its flags as in Time-LLM."""
+    name = (
+        f"{args.task_name}_{args.model_id}_{args.model}_{args.data}_ft{args.features}"
+        f"_sl{args.seq_len}_ll{args.label_len}_pl{args.pred_len}_dm{args.d_model}_nh{args.n_heads}"
+        f"_el{args.e_layers}_dl{args.d_layers}_df{args.d_ff}_fc{args.factor}_eb{args.embed}"
+        f"_{args.des}_{repetition}-{args.model_comment}"
+    )
+    return Path(args.checkpoints) / name
+
+
+def trained_folder(args: argparse.Namespace, repetition: int) -> Path:
+    """Return the folder whose checkpoint a test loads: the run's own, or the one that --checkpoint names."""
+    return Path(args.checkpoint) if args.checkpoint else run_folder(args, repetition)

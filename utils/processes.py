@@ -1,0 +1,32 @@
+"""Device, precision, processes and random seeds, through accelerate."""
+
+import argparse
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration, set_seed
+
+
+def start_processes(args: argparse.Namespace, seed: int) -> Accelerator:
+    """Return the accelerator of this run and seed every random generator.
+
+    Args:
+        args: the parsed flags.
+        seed: of the weights, of dropout and of the order of the training windows.
+    """
+    # accelerate keeps its settings for the life of the interpreter and refuses others; `main` may be called
+    # again with another precision.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=_half_precision() if args.use_amp else None,
+        gradient_accumulation_steps=args.grad_accum,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed, non_blocking=True),
+    )
+    set_seed(seed)
+    return accelerator
+
+
+def _half_precision() -> str:
+    has_bfloat16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bfloat16 else "fp16"

@@ -1,0 +1,163 @@
+"""From a window to the prompt that stands before its patches (section 3.1 of the paper, "Prompt-as-Prefix")."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from utils.errors import UserError
+
+PROMPT_BANK = Path(__file__).resolve().parents[1] / "dataset" / "prompt_bank"
+
+# Time-LLM's own sentence, whatever the data set: it is part of the original's numbers.
+DEFAULT_DESCRIPTION = (
+    "The Electricity Transformer Temperature (ETT) is a crucial indicator in the electric power long-term deployment."
+)
+
+TOP_LAGS = 5
+
+
+@dataclass(frozen=True)
+class WindowStatistics:
+    """What a prompt says of one window."""
+
+    smallest: float
+    largest: float
+    median: float
+    is_upward: bool
+    lags: tuple[int, ...]
+
+
+def window_statistics(windows: torch.Tensor) -> list[WindowStatistics]:
+    """Describe windows that are scaled to mean 0 and deviation 1.
+
+    The lags are those of the largest circular autocorrelations. Lag k and lag seq_len - k are equal but for
+    rounding, and rounding decides which is named first. So each window is transformed by itself: a batched
+    transform rounds differently for different batches, and the prompt would depend on the batch-mates.
+
+    Args:
+        windows: (B, seq_len) float32, on the CPU.
+    """
+    return [
+        WindowStatistics(*numbers, is_upward=upward, lags=tuple(_lags(window)))
+        for window, upward, *numbers in zip(
+            windows,
+            (windows.diff(dim=-1).sum(-1) > 0).tolist(),
+            windows.amin(-1).tolist(),
+            windows.amax(-1).tolist(),
+            windows.median(-1).values.tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _lags(window: torch.Tensor) -> list[int]:
+    spectrum = torch.fft.rfft(window)
+    autocorrelation = torch.fft.irfft(spectrum * spectrum.conj(), n=len(window))
+    return torch.topk(autocorrelation, min(TOP_LAGS, len(autocorrelation))).indices.tolist()
+
+
+def render(statistics: WindowStatistics, description: str, seq_len: int, pred_len: int, decimals: int = -1) -> str:
+    """Write a window's prompt, in Time-LLM's words.
+
+    Args:
+        statistics: of the window.
+        description: of the data set, one or more sentences.
+        seq_len, pred_len: rows seen and to forecast.
+        decimals: of the numbers; -1 prints every digit that a float32 has as a float64, as Time-LLM does.
+    """
+    smallest, largest, median = (
+        str(number) if decimals < 0 else f"{number:.{decimals}f}"
+        for number in (statistics.smallest, statistics.largest, statistics.median)
+    )
+    return (
+        f"<|start_prompt|>Dataset description: {description}"
+        f"Task description: forecast the next {pred_len} steps given the previous {seq_len} steps information; "
+        f"Input statistics: min value {smallest}, max value {largest}, median value {median}, "
+        f"the trend of input is {'upward' if statistics.is_upward else 'downward'}, "
+        f"top 5 lags are : {list(statistics.lags)}<|<end_prompt>|>"
+    )
+
+
+class PromptBuilder:
+    """Turn windows into the token ids of their prompts.
+
+    Args:
+        tokenizer: the LLM's tokenizer.
+        description: of the data set.
+        seq_len, pred_len, decimals: as in `render`.
+        patches: positions that follow a prompt.
+        context: positions the LLM has, None for no limit.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        description: str,
+        seq_len: int,
+        pred_len: int,
+        decimals: int,
+        patches: int,
+        context: int | None,
+    ):
+        self.tokenizer = tokenizer
+        self.description = description
+        self.seq_len = seq_len
+        self.pred_len = pred_len
+        self.decimals = decimals
+        self.patches = patches
+        self.context = context
+
+    def texts(self, windows: torch.Tensor) -> list[str]:
+        """Return the prompts of scaled windows, (B, seq_len) on the CPU, as text."""
+        return [
+            render(statistics, self.description, self.seq_len, self.pred_len, self.decimals)
+            for statistics in window_statistics(windows)
+        ]
+
+    def __call__(self, windows: torch.Tensor) -> list[list[int]]:
+        """Return the prompts of scaled windows, (B, seq_len) on the CPU, as token ids.
+
+        Raises:
+            UserError: if a prompt and the patches do not fit into the LLM's context.
+        """
+        ids = self.tokenizer(self.texts(windows), verbose=False).input_ids
+        self._check_length(ids)
+        return ids
+
+    def _check_length(self, ids: Sequence[Sequence[int]]) -> None:
+        longest = max(map(len, ids))
+        if self.context is not None and longest + self.patches > self.context:
+            raise UserError(
+                f"a prompt of {longest} tokens and {self.patches} patches make {longest + self.patches} positions,"
+                f" the LLM has {self.context}: shorten the description, or raise --stride"
+            )
+
+
+def load_description(args: argparse.Namespace) -> str:
+    """Return the description of the data set: the user's own, the prompt bank's, or Time-LLM's sentence.
+
+    Raises:
+        UserError: if a file is missing or not UTF-8.
+    """
+    if args.content:
+        return args.content
+    if args.prompt_file:
+        return _read(Path(args.prompt_file), "--prompt_file")
+    if args.prompt_domain:
+        name = "ETT" if args.data.startswith("ETT") else args.data
+        return _read(PROMPT_BANK / f"{name}.txt", "--prompt_domain 1 (or describe the data with --content)")
+    return DEFAULT_DESCRIPTION
+
+
+def _read(path: Path, flag: str) -> str:
+    try:
+        # utf-8-sig: Windows' Notepad marks UTF-8 files with a byte order mark.
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as problem:
+        raise UserError(f"no prompt file {path}: check {flag}") from problem
+    except UnicodeDecodeError as problem:
+        raise UserError(f"{path} is not UTF-8: save it as UTF-8 for {flag}") from problem

@@ -1,0 +1,62 @@
+"""The text files of a run folder: args.json, metrics.json, history.csv."""
+
+import argparse
+import csv
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+from utils.evaluation import Scores
+from utils.llm import LoadedLLM
+
+_PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "numpy", "pandas", "scikit-learn", "tqdm")
+
+HISTORY_COLUMNS = (
+    *("epoch", "steps", "lr", "train_loss", "vali_loss", "vali_mae", "test_loss", "test_mae", "seconds"),
+)
+
+
+def write_args(folder: Path, args: argparse.Namespace, device: str) -> None:
+    """Write every flag, the versions of the packages and the device to args.json."""
+    versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    _write_json(folder / "args.json", {**vars(args), "versions": versions, "device": device})
+
+
+def write_metrics(folder: Path, scores: Scores, seconds: float, llm: LoadedLLM | None, checkpoint: Path) -> None:
+    """Write the test scores of the best checkpoint to metrics.json."""
+    contents = {
+        "split": "test",
+        "mse": scores.mse,
+        "mae": scores.mae,
+        "windows": scores.windows,
+        "per_channel": scores.per_channel,
+        "seconds": round(seconds, 3),
+        "llm": llm.as_dict() if llm else None,
+        "checkpoint": str(checkpoint),
+    }
+    _write_json(folder / "metrics.json", contents)
+
+
+def _write_json(path: Path, contents: dict) -> None:
+    path.write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class History:
+    """history.csv: a row a validation, written as soon as it is known.
+
+    Args:
+        path: the file; one from an earlier run of the same name is replaced.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._append(HISTORY_COLUMNS, mode="w")
+
+    def add(self, **row: float | None) -> None:
+        """Append a row; a column that is None stays empty."""
+        self._append([row[name] for name in HISTORY_COLUMNS], mode="a")
+
+    def _append(self, cells, mode: str) -> None:
+        with self.path.open(mode, newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow(cells)
