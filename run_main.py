@@ -112,6 +112,8 @@ def describe(accelerator, args, model, datasets) -> None:
     if llm:
         frozen = llm.backbone.num_parameters()
         accelerator.print(llm.describe())
+        if model.llm.sees_pads:
+            accelerator.print("This LLM cannot mask pads: prompts of one length are run together (slower, as exact)")
     accelerator.print(f"Parameters: {trainable:,} trainable, {frozen:,} frozen")
     counts = ", ".join(f"{split} {len(dataset)}" for split, dataset in datasets.items())
     accelerator.print(f"Windows: {counts}, of {len(datasets['train'].channels)} channels")

@@ -105,6 +105,8 @@ def _load_series(path: Path, _changed: int, data: str, features: str, target: st
             f"{path} is too short for --data {data}: {sum(rows)} rows needed, {len(raw)} there"
             " (--data custom splits any length 70/10/20)"
         )
+    if rows[0] == 0:
+        raise UserError(f"{path} has {len(raw)} data rows: too few to train on")
     # Fitted on all training rows, whatever --percent uses of them, as in Time-LLM.
     scaler = StandardScaler().fit(raw[: rows[0]])
     marks = scaled_features(dates, freq) if embed == "timeF" else integer_features(dates, layout.quarter_hours)

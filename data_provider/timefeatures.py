@@ -12,9 +12,9 @@ _SCALED = {
     "second": (lambda t: t.second, 0, 59),
     "minute": (lambda t: t.minute, 0, 59),
     "hour": (lambda t: t.hour, 0, 23),
-    "weekday": (lambda t: t.dayofweek, 0, 6),
+    "weekday": (lambda t: t.day_of_week, 0, 6),
     "day": (lambda t: t.day, 1, 30),
-    "dayofyear": (lambda t: t.dayofyear, 1, 365),
+    "dayofyear": (lambda t: t.day_of_year, 1, 365),
     "week": (lambda t: t.isocalendar().week, 1, 52),
     "month": (lambda t: t.month, 1, 11),
 }
@@ -58,7 +58,7 @@ def integer_features(dates: pd.DatetimeIndex, quarter_hours: bool) -> np.ndarray
     Returns:
         float32, (rows, 4 or 5); whole numbers, as float like every other array of a batch.
     """
-    columns = [dates.month, dates.day, dates.dayofweek, dates.hour]
+    columns = [dates.month, dates.day, dates.day_of_week, dates.hour]
     if quarter_hours:
         columns.append(dates.minute // 15)
     return np.stack(columns, axis=1).astype(np.float32)

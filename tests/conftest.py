@@ -1,0 +1,122 @@
+"""What the tests share: tiny LLMs, small CSVs, and the command line run in a folder of its own."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import run_main
+from base_models.make_tiny_llm import make_tiny_llm
+from dataset.demo import write_demo_csv
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# Nothing in the suite may reach for a hub.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def pytest_configure():
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def needs_shared(*parts: str) -> pytest.MarkDecorator:
+    """Skip a test whose figures of the original code are not beside the checkout."""
+    path = SHARED.joinpath(*parts)
+    return pytest.mark.skipif(not path.exists(), reason=f"no {path}: the original's figures are not there")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    for name, value in OFFLINE.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory) -> Callable[[str], str]:
+    """Return a function from a family's name to the folder of its tiny LLM."""
+    folder = tmp_path_factory.mktemp("llm")
+    return lambda family: str(make_tiny_llm(family, folder / family))
+
+
+@pytest.fixture(scope="session")
+def csv_folder(tmp_path_factory) -> Path:
+    """A folder with small.csv, 400 hours of seven channels."""
+    return write_demo_csv(tmp_path_factory.mktemp("data") / "small.csv", rows=400).parent
+
+
+@pytest.fixture
+def flags(csv_folder, tiny_llm) -> list[str]:
+    """The flags of a run that takes a second."""
+    return [
+        *("--data", "custom", "--root_path", str(csv_folder), "--data_path", "small.csv"),
+        *("--seq_len", "48", "--label_len", "8", "--pred_len", "8", "--d_model", "8", "--n_heads", "2"),
+        *("--d_ff", "8", "--batch_size", "16", "--llm_model_path", tiny_llm("qwen2"), "--content", "Demo.  "),
+        *("--train_epochs", "1", "--max_steps", "4", "--eval_windows", "40", "--learning_rate", "0.01"),
+    ]
+
+
+class Finished(NamedTuple):
+    """What a run left: exit code, what it printed, and its folders under checkpoints/."""
+
+    code: int
+    out: str
+    err: str
+    folders: list[Path]
+
+    @property
+    def folder(self) -> Path:
+        (folder,) = self.folders
+        return folder
+
+    def metrics(self) -> dict:
+        return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+
+    def history(self) -> list[dict[str, str]]:
+        header, *rows = (self.folder / "history.csv").read_text(encoding="utf-8").splitlines()
+        return [dict(zip(header.split(","), row.split(","), strict=True)) for row in rows]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys) -> Callable[..., Finished]:
+    """Return a function that runs the command line in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_in_folder(*argv: str) -> Finished:
+        code = run_main.main([str(word) for word in argv])
+        printed = capsys.readouterr()
+        return Finished(code, printed.out, printed.err, sorted(Path("checkpoints").glob("*")))
+
+    return run_in_folder
+
+
+@pytest.fixture
+def assert_refused(run) -> Callable[..., None]:
+    """Return a function that asserts: exit code 2, one line that holds these words, nothing written."""
+
+    def check(argv: list[str], *words: str) -> None:
+        finished = run(*argv)
+        assert finished.code == 2
+        assert finished.err.startswith("error: ")
+        assert finished.err.count("\n") == 1, finished.err
+        for word in words:
+            assert word in finished.err
+        assert not list(Path.cwd().iterdir()), "a refused run has written something"
+
+    return check
+
+
+def largest_difference(one, other) -> float:
+    """Return the largest difference, as a share of the largest value of `other`."""
+    one, other = (np.asarray(values.detach() if hasattr(values, "detach") else values) for values in (one, other))
+    return float(np.abs(one - other).max() / np.abs(other).max())

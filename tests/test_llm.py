@@ -1,0 +1,165 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import T5Config
+
+from layers.FrozenLLM import FrozenLLM
+from tests.conftest import largest_difference
+from utils import llm as llm_module
+from utils.errors import UserError
+from utils.llm import KNOWN_LLMS, choose_dtype, choose_source, load_llm
+from utils.options import get_parser
+
+
+def options(*argv):
+    return get_parser().parse_args(["--data", "ETTh1", *map(str, argv)])
+
+
+def load(folder, *argv):
+    return load_llm(options("--llm_model_path", folder, *argv))
+
+
+def test_known_names_are_hub_ids_until_the_folder_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [choose_source(options("--llm_model", name)) for name in KNOWN_LLMS] == [
+        ("huggyllama/llama-7b", 6),
+        ("openai-community/gpt2", 6),
+        ("google-bert/bert-base-uncased", 6),
+        ("Qwen/Qwen2.5-3B-Instruct", None),
+    ]
+    (tmp_path / "base_models" / "gpt2").mkdir(parents=True)
+    assert choose_source(options("--llm_model", "GPT2")) == (str(Path("base_models", "gpt2")), 6)
+    assert choose_source(options("--llm_model", "GPT2", "--llm_model_path", "x/y")) == ("x/y", None)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "llama", "bert"])
+def test_first_layers_are_those_of_the_whole_model(tiny_llm, family):
+    whole, cut = load(tiny_llm(family)), load(tiny_llm(family), "--llm_layers", "1")
+    assert (whole.identity.layers, cut.identity.layers, cut.layers_there) == (2, 1, 2)
+    assert f"{family}, 1 of 2 layers" in cut.describe()
+    ids = torch.arange(20, 30)[None]
+    hidden = whole.backbone(ids, output_hidden_states=True).hidden_states[1]
+    captured = cut.backbone(ids, output_hidden_states=True).hidden_states[-1]
+    if family in ("qwen2", "llama"):
+        hidden = whole.backbone.norm(hidden)
+    elif family == "gpt2":
+        hidden = whole.backbone.ln_f(hidden)
+    torch.testing.assert_close(captured, hidden)
+
+
+def test_nothing_of_the_llm_is_trainable(tiny_llm):
+    loaded = load(tiny_llm("qwen2"))
+    assert not any(parameter.requires_grad for parameter in loaded.backbone.parameters())
+    assert not loaded.backbone.training
+    assert loaded.backbone.dtype == torch.float32
+
+
+def test_dtype_is_as_asked_or_as_the_device_has_it(tiny_llm):
+    assert load(tiny_llm("qwen2"), "--llm_dtype", "bfloat16").backbone.dtype == torch.bfloat16
+    assert choose_dtype("auto", torch.device("cpu")) == torch.float32
+    assert choose_dtype("float16", torch.device("cpu")) == torch.float16
+
+
+def test_it_says_what_it_loads(tiny_llm, capsys):
+    load(tiny_llm("qwen2"))
+    assert capsys.readouterr().out == f"Loading generic model from: {tiny_llm('qwen2')}\n"
+    load(tiny_llm("qwen2"), "--load_in_4bit")
+    assert capsys.readouterr().out.endswith("Enabling 4-bit quantization...\n")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "llama", "bert"])
+def test_4bit_weights_are_nf4_close_to_the_original(tiny_llm, family):
+    whole, packed = load(tiny_llm(family)), load(tiny_llm(family), "--load_in_4bit")
+    weights = [m.weight for m in packed.backbone.modules() if type(m).__name__ == "Linear4bit"]
+    assert weights
+    assert all(weight.quant_state.quant_type == "nf4" and weight.quant_state.nested for weight in weights)
+    assert packed.backbone.num_parameters() == whole.backbone.num_parameters()
+    ids = torch.arange(20, 50)[None]
+    difference = largest_difference(packed.backbone(ids).last_hidden_state, whole.backbone(ids).last_hidden_state)
+    assert 1e-4 < difference < 0.5
+
+
+def test_4bit_gradients_are_right_after_an_evaluation(tiny_llm):
+    llm = FrozenLLM(load(tiny_llm("qwen2"), "--load_in_4bit").backbone, "left", 0)
+    prompts = [list(range(30, 50)), list(range(30, 45))]
+
+    start = torch.linspace(-1, 1, 2 * 5 * 64).reshape(2, 5, 64)
+
+    def gradient():
+        patches = start.clone().requires_grad_()
+        llm(prompts, patches)[..., :32].square().sum().backward()
+        return patches.grad
+
+    before = gradient()
+    with torch.no_grad():
+        llm(prompts, torch.ones(2, 5, 64))
+    torch.testing.assert_close(gradient(), before)
+    # And right in themselves: the same slope as by taking a small step.
+    step = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        up, down = (llm(prompts, start + sign * 1e-3 * step)[..., :32].double().square().sum() for sign in (1, -1))
+    assert (before * step).sum().item() == pytest.approx((up - down).item() / 2e-3, rel=1e-2)
+
+
+def copy_of(folder, to):
+    shutil.copytree(folder, to)
+    return to
+
+
+def test_wrong_sizes_name_the_right_ones(assert_refused, flags):
+    assert_refused([*flags, "--llm_dim", "768"], "--llm_dim 768", "give 64")
+    assert_refused([*flags, "--llm_layers", "3"], "--llm_layers 3", "at most 2")
+    assert_refused([*flags, "--d_ff", "65"], "--d_ff 65", "at most 64")
+
+
+def test_a_hub_id_out_of_reach_gets_one_line(assert_refused, flags):
+    assert_refused([*flags, "--llm_model_path", "nobody/nothing"], "nobody/nothing", "--llm_model_path")
+
+
+def test_damaged_folders_are_refused(assert_refused, flags, tiny_llm, tmp_path_factory):
+    for number, (damage, word) in enumerate(
+        [
+            (lambda folder: (folder / "model.safetensors").write_bytes(b"\x00" * 100), "cannot load"),
+            (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
+            (lambda folder: (folder / "config.json").unlink(), "config.json"),
+            (drop_a_weight, "lacks 1 weights"),
+        ]
+    ):
+        folder = copy_of(tiny_llm("qwen2"), tmp_path_factory.mktemp("damaged") / str(number))
+        damage(folder)
+        assert_refused([*flags, "--llm_model_path", folder], str(folder), word)
+
+
+def drop_a_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    T5Config(d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="encoder-decoder"):
+        load(tmp_path)
+
+
+def test_right_padding_uses_the_end_of_text_else_a_pad_token(tiny_llm):
+    for family, token in (("qwen2", "<|endoftext|>"), ("llama", "</s>"), ("bert", "[PAD]")):
+        loaded = load(tiny_llm(family), "--prompt_padding", "right")
+        assert loaded.pad_id == loaded.tokenizer.convert_tokens_to_ids(token)
+
+
+def test_no_foreign_code_is_ever_run(tiny_llm, tmp_path):
+    folder = copy_of(tiny_llm("qwen2"), tmp_path / "foreign")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["model_type"] = "foreign"
+    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n", encoding="utf-8")
+    with pytest.raises(UserError, match="cannot load"):
+        load(folder)
+    assert not (tmp_path / "ran").exists()
+    assert "trust_remote_code" not in Path(llm_module.__file__).read_text(encoding="utf-8")
