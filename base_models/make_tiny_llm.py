@@ -24,6 +24,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from utils.quiet import quiet_transformers
+
 HIDDEN_SIZE = 64
 LAYERS = 2
 HEADS = 4
@@ -73,7 +75,8 @@ def make_tiny_llm(family: str, folder: str | os.PathLike, seed: int = 0, layers:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModel.from_config(config, dtype=torch.float32)
-    model.to(torch.float16).save_pretrained(folder)
+    with quiet_transformers():
+        model.to(torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     receipt.write_text(json.dumps(recipe), encoding="utf-8")  # last: a folder with a receipt is whole
     return folder

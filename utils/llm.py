@@ -1,11 +1,9 @@
 """Load a frozen LLM and its tokenizer: names, folders, layers, precision, device, all in one place."""
 
 import argparse
-import contextlib
 import hashlib
 import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfi
 
 from utils.errors import UserError
 from utils.options import looks_like_a_path
+from utils.quiet import quiet_transformers
 
 BASE_MODELS = Path("base_models")
 
@@ -223,7 +222,7 @@ def _padding_token(tokenizer: transformers.PreTrainedTokenizerBase, padding: str
 
 def _load(auto: type, source: str, **options):
     """Call `from_pretrained`: files on this disk first, then, for a Hub id, the Hub."""
-    with _quiet_transformers():
+    with quiet_transformers():
         if looks_like_a_path(source):
             return _explained(auto.from_pretrained, source, local_files_only=True, **options)
         try:
@@ -241,16 +240,3 @@ def _explained(load: Callable, source: str, **options):
             f"cannot load the LLM {source}: {first_line} (--llm_model_path takes a folder with config.json,"
             " weights and tokenizer, or a Hub id)"
         ) from problem
-
-
-@contextlib.contextmanager
-def _quiet_transformers():
-    """Keep transformers' load report off the screen (missing weights are checked), bars for terminals only."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)

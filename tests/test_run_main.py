@@ -1,0 +1,257 @@
+"""Whole runs through the command line, on a tiny LLM."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import run_main
+from base_models.make_tiny_llm import make_tiny_llm
+from dataset.demo import write_demo_csv
+from utils.options import get_parser
+
+NUMBER = r"\d+\.\d{7}"
+
+
+def test_a_run_prints_and_leaves_what_the_contract_says(run, flags, tiny_llm):
+    done = run(*flags)
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert lines[0] == f"Loading generic model from: {tiny_llm('qwen2')}"
+    assert lines[1] == "LLM: qwen2, 2 of 2 layers, hidden size 64, float32"
+    assert re.fullmatch(r"Parameters: [\d,]+ trainable, 107,072 frozen", lines[2])
+    # 280 training rows, 40 and 80 after them; 56 rows a window
+    assert lines[3] == "Windows: train 1575, val 231, test 511, of 7 channels"
+    assert "at most 40 evenly spaced windows" in lines[4]
+    assert "<|start_prompt|>Dataset description: Demo.  Task description: forecast the next 8 steps" in lines[5]
+    text = "\n".join(lines[6:])
+    assert re.search(r"^Epoch: 1 cost time: \d+\.\d\d$", text, re.M)
+    losses = rf"Train Loss: {NUMBER} Vali Loss: {NUMBER} Test Loss: {NUMBER} MAE Loss: {NUMBER}"
+    assert re.search(rf"^Epoch: 1 \| {losses}$", text, re.M)
+    assert re.search(r"^Validation loss decreased \(inf --> \d+\.\d{6}\)\.  Saving model \.\.\.$", text, re.M)
+    assert re.search(rf"^Test \| MSE: {NUMBER} MAE: {NUMBER} \| 40 of 511 windows$", text, re.M)
+
+    assert done.folder.name == (
+        "long_term_forecast_custom_48_8_TimeLLM_custom_ftM_sl48_ll8_pl8_dm8_nh2_el2_dl1_df8_fc1_ebtimeF_test_0-none"
+    )
+    assert sorted(file.name for file in done.folder.iterdir()) == [
+        *("args.json", "checkpoint", "history.csv", "metrics.json"),
+    ]
+    args = json.loads((done.folder / "args.json").read_text(encoding="utf-8"))
+    assert set(vars(get_parser().parse_args(flags))) < set(args)
+    assert args["content"] == "Demo.  "
+    assert args["device"] in ("cpu", "cuda", "cuda:0")
+    assert args["versions"]["torch"] == torch.__version__
+    metrics = done.metrics()
+    assert metrics["split"] == "test"
+    assert metrics["windows"] == 40
+    assert metrics["llm"]["model_type"] == "qwen2"
+    assert list(metrics["per_channel"]) == ["HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT"]
+    (row,) = done.history()
+    assert ",".join(row) == "epoch,steps,lr,train_loss,vali_loss,vali_mae,test_loss,test_mae,seconds"
+    assert (row["epoch"], row["steps"], float(row["lr"])) == ("1", "4", 0.01)
+    assert float(row["test_loss"]) == pytest.approx(metrics["mse"])
+
+
+def test_testing_alone_gives_the_same_metrics(run, flags):
+    trained = run(*flags).metrics()
+    done = run(*flags, "--is_training", "0")
+    assert done.code == 0
+    assert done.metrics()["mse"] == trained["mse"]
+    assert done.metrics()["per_channel"] == trained["per_channel"]
+    assert len(done.history()) == 1, "a test must not touch the training's files"
+
+
+def test_a_run_is_repeatable_to_the_bit(run, flags):
+    one, two, other = (run(*flags, *more).metrics()["mse"] for more in ([], [], ["--seed", "7"]))
+    assert one == two
+    assert other != one
+
+
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_metrics_do_not_depend_on_the_evaluation_batch(run, flags, batch_size):
+    flags = [*flags, "--eval_windows", "30"]
+    run(*flags)
+    alone = run(*flags, "--is_training", "0", "--eval_batch_size", 1).metrics()
+    together = run(*flags, "--is_training", "0", "--eval_batch_size", batch_size).metrics()
+    for name in ("mse", "mae"):
+        assert together[name] == pytest.approx(alone[name], rel=1e-6)
+
+
+def test_the_best_checkpoint_is_the_one_that_is_tested(run, flags):
+    flags = [*flags, "--max_steps", 8, "--eval_steps", 2, "--learning_rate", 0.3, "--lradj", "constant"]
+    done = run(*flags)
+    best = min(done.history(), key=lambda row: float(row["vali_loss"]))
+    assert best is not done.history()[-1]
+    progress = torch.load(done.folder / "checkpoint", weights_only=True)["progress"]
+    assert progress["steps"] == int(best["steps"])
+    assert done.metrics()["mse"] == pytest.approx(float(best["test_loss"]))
+
+
+def test_validation_every_few_steps(run, flags):
+    done = run(*flags, "--max_steps", 5, "--eval_steps", 2, "--skip_epoch_test")
+    rows = done.history()
+    assert [row["steps"] for row in rows] == ["2", "4", "5"], "the last steps are validated too"
+    assert all(row["test_loss"] == "" for row in rows)
+    assert re.search(rf"^Epoch: 1, step: 4 \| Train Loss: {NUMBER} Vali Loss: {NUMBER}$", done.out, re.M)
+    assert "Test Loss" not in done.out
+    assert "Test | MSE" in done.out
+
+
+def test_patience_counts_validations(run, flags):
+    flags = [*flags, "--max_steps", 60, "--eval_steps", 1, "--patience", 2, "--learning_rate", 2, "--skip_epoch_test"]
+    done = run(*flags, "--eval_windows", 7)
+    assert "EarlyStopping counter: 2 out of 2\n" in done.out
+    assert "\nEarly stopping\n" in done.out
+    assert len(done.history()) < 60
+
+
+def test_epochs_steps_and_schedule(run, flags):
+    flags = [*flags, "--max_steps", 0, "--batch_size", 700, "--train_epochs", 3, "--eval_windows", 7]
+    rows = run(*flags).history()
+    assert [(row["epoch"], row["steps"]) for row in rows] == [("1", "2"), ("2", "4"), ("3", "6")]
+    assert [float(row["lr"]) for row in rows] == [0.01, 0.01, 0.005]
+
+
+def test_progress_is_reported_every_hundred_batches(run, flags):
+    done = run(*flags, "--batch_size", 2, "--max_steps", 101, "--eval_windows", 7, "--skip_epoch_test")
+    assert re.search(
+        rf"^\titers: 100, epoch: 1 \| loss: {NUMBER}\n\tspeed: \d+\.\d{{4}}s/iter; left time: \d+\.\d{{4}}s$",
+        done.out,
+        re.M,
+    )
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(run, flags):
+    flags = [*flags, "--dropout", 0, "--percent", 20, "--eval_windows", 21]
+    whole = run(*flags, "--batch_size", 16, "--max_steps", 3).metrics()
+    parts = run(*flags, "--batch_size", 4, "--grad_accum", 4, "--max_steps", 3)
+    assert parts.metrics()["mse"] == pytest.approx(whole["mse"], rel=1e-5)
+    assert parts.history()[-1]["steps"] == "3"
+
+
+def test_a_tight_clip_holds_the_weights(run, flags):
+    def moved(*more):
+        folder = run(*flags, *more).folder
+        return torch.load(folder / "checkpoint", weights_only=True)["weights"]["output_projection.linear.weight"]
+
+    # Adam does not mind the gradient's length, unless it is shorter than its epsilon.
+    start, free, held = (
+        moved("--max_steps", 1, *more) for more in (["--learning_rate", 1e-12], [], ["--grad_clip", 1e-12])
+    )
+    assert (held - start).abs().max() < 0.1 * (free - start).abs().max()
+
+
+def test_repetitions_have_their_own_seeds_and_folders(run, flags):
+    done = run(*flags, "--itr", 2)
+    assert [folder.name[-6:] for folder in done.folders] == ["0-none", "1-none"]
+    first, second = (json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in done.folders)
+    assert first["mse"] != second["mse"]
+    alone = run(*flags, "--seed", 2022, "--des", "alone")
+    (folder,) = (folder for folder in alone.folders if "alone" in folder.name)
+    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["mse"] == second["mse"]
+
+
+@pytest.mark.parametrize("features", ["S", "MS"])
+def test_the_target_is_the_headline(run, flags, features):
+    metrics = run(*flags, "--features", features, "--target", "HULL").metrics()
+    assert metrics["mse"] == metrics["per_channel"]["HULL"]["mse"]
+    assert len(metrics["per_channel"]) == (1 if features == "S" else 7)
+    assert metrics["windows"] == metrics["per_channel"]["HULL"]["windows"]
+
+
+def test_a_checkpoint_is_tested_on_other_data(run, flags, tmp_path_factory):
+    trained = run(*flags).folder
+    other = write_demo_csv(tmp_path_factory.mktemp("other") / "other.csv", rows=500, seed=9)
+    elsewhere = ["--root_path", other.parent, "--data_path", other.name, "--model_id", "zero_shot"]
+    done = run(*flags, *elsewhere, "--is_training", 0, "--checkpoint", trained)
+    assert done.code == 0
+    (folder,) = (folder for folder in done.folders if "zero_shot" in folder.name)
+    assert sorted(file.name for file in folder.iterdir()) == ["args.json", "metrics.json"]
+    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["checkpoint"].startswith(str(trained))
+
+
+def test_a_checkpoint_of_another_llm_is_refused(run, flags, tiny_llm):
+    run(*flags)
+    done = run(*flags, "--is_training", 0, "--llm_model_path", tiny_llm("llama"))
+    assert done.code == 2
+    assert "another LLM" in done.err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(run, flags):
+    wild = [*flags, "--eval_steps", 1, "--max_steps", 50, "--learning_rate", 1e25, "--eval_windows", 7]
+    done = run(*wild)
+    assert done.code == 2
+    assert re.search(r"error: the \w+ loss is (nan|inf) after \d+ steps .*--learning_rate", done.err)
+    if (done.folder / "checkpoint").is_file():
+        weights = torch.load(done.folder / "checkpoint", weights_only=True)["weights"]
+        assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_every_kind_of_llm_trains(run, flags, tiny_llm, family):
+    done = run(*flags, "--llm_model_path", tiny_llm(family), "--llm_layers", 1, "--eval_windows", 7)
+    assert done.code == 0
+    assert f"LLM: {family}, 1 of 2 layers" in done.out
+
+
+def test_four_bit_right_padding_and_mixed_precision_train(run, flags):
+    done = run(*flags, "--load_in_4bit", "--prompt_padding", "right", "--use_amp", "--eval_windows", 7)
+    assert done.code == 0
+    assert "NF4" in done.out
+    # And the precision of one call does not stick to the next.
+    assert run(*flags, "--eval_windows", 7).code == 0
+
+
+def test_training_lowers_the_loss(run, flags):
+    done = run(*flags, "--max_steps", 30, "--eval_steps", 10, "--skip_epoch_test")
+    first, *_, last = (float(row["train_loss"]) for row in done.history())
+    assert last < 0.8 * first
+
+
+def test_the_absolute_loss_is_another(run, flags):
+    squared, absolute = (run(*flags, "--loss", loss).history()[0]["train_loss"] for loss in ("MSE", "MAE"))
+    assert squared != absolute
+
+
+def test_paths_with_spaces_and_chinese_characters(run, flags, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("我的 数据")
+    write_demo_csv(folder / "油 温.csv", rows=400)
+    llm = make_tiny_llm("qwen2", folder / "小 模型")
+    runs = folder / "运 行"
+    done = run(
+        *flags,
+        *("--root_path", folder, "--data_path", "油 温.csv", "--llm_model_path", llm, "--checkpoints", runs),
+        *("--model_id", "油温", "--eval_windows", 7),
+    )
+    assert (done.code, done.err) == (0, "")
+    (left,) = runs.iterdir()
+    assert (left / "metrics.json").is_file()
+
+
+def test_the_demo_needs_nothing_and_other_flags_count(run):
+    demo = ["--demo", "--max_steps", "2", "--eval_windows", "14", "--batch_size", "4", "--model_comment", "mine"]
+    done = run(*demo)
+    assert (done.code, done.err) == (0, "")
+    assert done.folder.name.endswith("-mine")
+    assert Path("dataset/demo.csv").is_file()
+    assert Path("base_models/tiny-qwen2/config.json").is_file()
+    assert run(*demo, "--is_training", "0").metrics() != {}
+
+
+def test_ctrl_c_leaves_with_130_and_a_line(run, flags, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("utils.training.Trainer.fit", interrupt)
+    done = run(*flags)
+    assert done.code == 130
+    assert done.err.startswith("interrupted: ")
+    assert done.err.count("\n") == 1
+
+
+def test_importing_starts_nothing():
+    assert callable(run_main.get_parser)
+    assert run_main.main.__doc__
