@@ -15,9 +15,6 @@ from dataset.demo import write_demo_csv
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-# Nothing in the suite may reach for a hub.
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
 
 def pytest_configure():
     torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -34,12 +31,6 @@ def needs_shared(*parts: str) -> pytest.MarkDecorator:
     """Skip a test whose figures of the original code are not beside the checkout."""
     path = SHARED.joinpath(*parts)
     return pytest.mark.skipif(not path.exists(), reason=f"no {path}: the original's figures are not there")
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    for name, value in OFFLINE.items():
-        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="session")

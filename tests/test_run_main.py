@@ -109,7 +109,8 @@ def test_patience_counts_validations(run, flags):
 
 
 def test_epochs_steps_and_schedule(run, flags):
-    flags = [*flags, "--max_steps", 0, "--batch_size", 700, "--train_epochs", 3, "--eval_windows", 7]
+    # 20 % of the training rows make 47 windows a channel, 329 in all: two batches of 150
+    flags = [*flags, "--max_steps", 0, "--percent", 20, "--batch_size", 150, "--train_epochs", 3, "--eval_windows", 7]
     rows = run(*flags).history()
     assert [(row["epoch"], row["steps"]) for row in rows] == [("1", "2"), ("2", "4"), ("3", "6")]
     assert [float(row["lr"]) for row in rows] == [0.01, 0.01, 0.005]

@@ -1,11 +1,14 @@
 """Device, precision, processes and random seeds, through accelerate."""
 
 import argparse
+import os
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, set_seed
+
+from utils.errors import UserError
 
 
 def start_processes(args: argparse.Namespace, seed: int) -> Accelerator:
@@ -14,6 +17,9 @@ def start_processes(args: argparse.Namespace, seed: int) -> Accelerator:
     Args:
         args: the parsed flags.
         seed: of the weights, of dropout and of the order of the training windows.
+
+    Raises:
+        UserError: if several processes were started that would not work together.
     """
     # accelerate keeps its settings for the life of the interpreter and refuses others; `main` may be called
     # again with another precision.
@@ -23,6 +29,12 @@ def start_processes(args: argparse.Namespace, seed: int) -> Accelerator:
         gradient_accumulation_steps=args.grad_accum,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed, non_blocking=True),
     )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and accelerator.num_processes == 1:
+        raise UserError(
+            f"{started} processes were started, and each takes itself for the only one: start them with accelerate"
+            " launch, or, on the CPU, set ACCELERATE_USE_CPU=1"
+        )
     set_seed(seed)
     return accelerator
 
