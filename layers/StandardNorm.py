@@ -24,9 +24,8 @@ class Normalize:
 
     def __call__(self, windows: torch.Tensor) -> tuple[torch.Tensor, Statistics]:
         """(B, seq_len) -> the scaled windows, (B, seq_len), and what was taken off."""
-        # Gradients do not flow into the statistics, as in Time-LLM.
-        mean = windows.mean(-1, keepdim=True).detach()
-        deviation = torch.sqrt(windows.var(-1, keepdim=True, unbiased=False) + self.eps).detach()
+        mean = windows.mean(-1, keepdim=True)
+        deviation = torch.sqrt(windows.var(-1, keepdim=True, unbiased=False) + self.eps)
         return (windows - mean) / deviation, Statistics(mean, deviation)
 
     def inverse(self, windows: torch.Tensor, statistics: Statistics) -> torch.Tensor:

@@ -51,6 +51,14 @@ def test_reprogramming_is_cross_attention_written_out():
     assert largest_difference(layer(patches, prototypes), layer.out_projection(mixed)) < 1e-5
 
 
+def test_reprogramming_drops_attention_in_training_alone():
+    layer = ReprogrammingLayer(d_model=6, n_heads=3, d_keys=4, d_llm=10, dropout=0.5)
+    patches, prototypes = torch.randn(2, 5, 6), torch.randn(7, 10)
+    assert not torch.equal(layer(patches, prototypes), layer(patches, prototypes))
+    layer.eval()
+    assert torch.equal(layer(patches, prototypes), layer(patches, prototypes))
+
+
 def test_the_head_reads_the_first_features_patches_first():
     head = FlattenHead(features=2, patches=3, pred_len=1, dropout=0.0)
     head.linear.weight.data = torch.tensor([[1.0, 10.0, 100.0, 0.0, 0.0, 0.0]])

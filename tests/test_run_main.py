@@ -109,11 +109,19 @@ def test_patience_counts_validations(run, flags):
 
 
 def test_epochs_steps_and_schedule(run, flags):
-    # 20 % of the training rows make 47 windows a channel, 329 in all: two batches of 150
-    flags = [*flags, "--max_steps", 0, "--percent", 20, "--batch_size", 150, "--train_epochs", 3, "--eval_windows", 7]
+    # 20 % of the training rows make 39 windows a channel, 273 in all: two batches of 100
+    flags = [*flags, "--max_steps", 0, "--percent", 20, "--batch_size", 100, "--train_epochs", 3, "--eval_windows", 7]
     rows = run(*flags).history()
     assert [(row["epoch"], row["steps"]) for row in rows] == [("1", "2"), ("2", "4"), ("3", "6")]
     assert [float(row["lr"]) for row in rows] == [0.01, 0.01, 0.005]
+
+
+def test_one_cycle_moves_with_every_step(run, flags):
+    rows = run(*flags, "--lradj", "TST", "--max_steps", 10, "--eval_steps", 2, "--skip_epoch_test").history()
+    rates = [float(row["lr"]) for row in rows]
+    assert max(rates) == rates[0] == pytest.approx(0.01, rel=0.1)  # --pct_start 0.2: the peak is at step 2 of 10
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 1e-4
 
 
 def test_progress_is_reported_every_hundred_batches(run, flags):
@@ -181,14 +189,16 @@ def test_a_checkpoint_of_another_llm_is_refused(run, flags, tiny_llm):
     assert "another LLM" in done.err
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(run, flags):
-    wild = [*flags, "--eval_steps", 1, "--max_steps", 50, "--learning_rate", 1e25, "--eval_windows", 7]
-    done = run(*wild)
+@pytest.mark.parametrize(("eval_steps", "which"), [(1, "validation"), (3, "training")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(run, flags, eval_steps, which):
+    run(*flags)
+    kept = run(*flags, "--is_training", 0).metrics()["mse"]
+    wild = ["--eval_steps", eval_steps, "--max_steps", 50, "--learning_rate", 1e25]
+    done = run(*flags, *wild)
     assert done.code == 2
-    assert re.search(r"error: the \w+ loss is (nan|inf) after \d+ steps .*--learning_rate", done.err)
-    if (done.folder / "checkpoint").is_file():
-        weights = torch.load(done.folder / "checkpoint", weights_only=True)["weights"]
-        assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert re.search(rf"error: the {which} loss is (nan|inf) after {eval_steps} steps .*--learning_rate", done.err)
+    assert done.err.count("\n") == 1
+    assert run(*flags, "--is_training", 0).metrics()["mse"] == kept
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
