@@ -73,7 +73,11 @@ def run(args: argparse.Namespace, repetition: int) -> None:
     describe(accelerator, args, model, datasets)
 
     folder = run_folder(args, repetition)
-    loaders = dict(zip(SPLITS, accelerator.prepare(*(loader for _, loader in provided.values())), strict=True))
+    # Batches stay on the CPU: there a model writes the prompts, without waiting for the device.
+    loaders = {
+        split: accelerator.prepare_data_loader(loader, device_placement=False)
+        for split, (_, loader) in provided.items()
+    }
     model = accelerator.prepare(model)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,6 +118,10 @@ def describe(accelerator, args, model, datasets) -> None:
         accelerator.print(llm.describe())
         if model.llm.sees_pads:
             accelerator.print("This LLM cannot mask pads: prompts of one length are run together (slower, as exact)")
+        if model.llm.why_not:
+            accelerator.print(
+                f"No prefix cache ({model.llm.why_not}): prompt and patches in one pass (slower, as exact)"
+            )
     accelerator.print(f"Parameters: {trainable:,} trainable, {frozen:,} frozen")
     counts = ", ".join(f"{split} {len(dataset)}" for split, dataset in datasets.items())
     accelerator.print(f"Windows: {counts}, of {len(datasets['train'].channels)} channels")

@@ -1,95 +1,216 @@
 """The frozen language model: prompts and patches in, hidden states of the patches out.
 
-The only room that knows about padding, masks and positions.
+The only room that knows about padding, masks, positions and prefixes.
 """
 
 import inspect
+from collections.abc import Sequence
+from itertools import takewhile
 
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from layers.PrefixCache import Prefix
+
+Prompts = Sequence[Sequence[int]]
+
 
 class FrozenLLM(nn.Module):
     """Run prompts and patches through a language model that is never trained and never saved.
 
+    A causal model's prompt cannot see the patches, and nothing trainable stands before it: its keys and values
+    are constants. So the head that all prompts share is run once, the rest of each prompt without gradient,
+    and only the patches with gradient, looking back at both. A row is laid out as
+    [head][pads, if left][rest of the prompt][pads, if right][patches].
+
     Args:
         backbone: a Hugging Face model without head, its parameters frozen, on its device.
-        padding: `left`: prompts are padded before their first token, pads are masked and positions count
-            real tokens, so that a window's result does not depend on its batch-mates. `right`: pads stand
-            between prompt and patches and are attended to like words, as in Time-LLM.
+        padding: `left`: pads are masked and positions count real tokens, so that a window's result does not
+            depend on its batch-mates. `right`: pads stand between prompt and patches and are attended to like
+            words, as in Time-LLM.
         pad_id: the token to pad with.
+        examples: token ids of two or more prompts, as different as prompts can be.
+        patches: P, the patches behind each prompt.
+        use_prefix: False runs prompt and patches in one pass, as Time-LLM does.
 
     Attributes:
-        sees_pads: whether masked pads change this model's result all the same.
+        head: the tokens that all prompts begin with.
+        sees_pads: whether masked pads change this model's result all the same; it then gets no pads: prompts
+            of one length are run together.
+        uses_prefix: whether prompts are run before the patches.
+        why_not: why they are not, although `use_prefix` asked for it and the model is causal; else empty.
     """
 
-    def __init__(self, backbone: nn.Module, padding: str, pad_id: int):
+    def __init__(
+        self, backbone: nn.Module, padding: str, pad_id: int, examples: Prompts, patches: int, use_prefix: bool = True
+    ):
         super().__init__()
         # Not registered as a submodule: so `train()` cannot wake its dropout, `float()` and `to()` cannot
         # break 4-bit weights, and no state dict, optimiser or process group ever sees it.
         object.__setattr__(self, "backbone", backbone.eval())
         self.padding = padding
         self.pad_id = pad_id
+        self.head = [
+            tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*examples, strict=False))
+        ]
+        self._head_prefix: Prefix | None = None
+        self._window = getattr(backbone.config.get_text_config(), "sliding_window", None)
         self._takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
-        # Such a model gets no pads: prompts of one length are run together.
-        self.sees_pads = padding == "left" and self._try_pads()
+        self.sees_pads = self.uses_prefix = False
+        self.why_not = ""
+        self._try_out(examples[:2], patches, use_prefix)
 
     @property
     def word_embeddings(self) -> torch.Tensor:
         """The vocabulary's embeddings, (V, d_llm)."""
         return self.backbone.get_input_embeddings().weight
 
-    def forward(self, prompts: list[list[int]], patches: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def common_head(prompts: Prompts) -> list[int]:
+        """Return the tokens that all prompts begin with."""
+        alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+        return [tokens[0] for tokens in alike]
+
+    def forward(self, prompts: Prompts, patches: torch.Tensor) -> torch.Tensor:
         """Token ids of each prompt and patches (B, P, d_llm) -> hidden states of the patches, (B, P, d_llm)."""
+        longest = max(map(len, prompts)) + patches.shape[1]
+        within_window = self._window is None or longest <= self._window
+        run = self._run_behind_prefix if self.uses_prefix and within_window else self._run_in_one_pass
         if not self.sees_pads:
-            return self._run(prompts, patches)
+            return run(prompts, patches)
         rows_of_length: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompts):
             rows_of_length.setdefault(len(prompt), []).append(row)
         order = torch.tensor([row for rows in rows_of_length.values() for row in rows], device=patches.device)
-        hidden = [self._run([prompts[row] for row in rows], patches[rows]) for rows in rows_of_length.values()]
+        hidden = [run([prompts[row] for row in rows], patches[rows]) for rows in rows_of_length.values()]
         return torch.cat(hidden)[order.argsort()]
 
-    def _run(self, prompts: list[list[int]], patches: torch.Tensor) -> torch.Tensor:
+    def _run_in_one_pass(self, prompts: Prompts, patches: torch.Tensor) -> torch.Tensor:
         ids, is_real = self._pad(prompts)
-        words = self.backbone.get_input_embeddings()(ids.to(patches.device, non_blocking=True))  # (B, L, d_llm)
+        words = self._embed(ids, patches.device)
+        masks = {}
+        if self.padding == "left" and not is_real.all():
+            masks["attention_mask"] = functional.pad(is_real, (0, patches.shape[1]), value=1)  # (B, L + P)
+            if self._takes_positions:
+                masks["position_ids"] = (masks["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         hidden = self.backbone(
             inputs_embeds=torch.cat([words, patches.to(words.dtype)], dim=1),
             use_cache=False,
-            **self._masks(is_real, patches),
+            **{name: _send(values, patches.device) for name, values in masks.items()},
         ).last_hidden_state
         return hidden[:, -patches.shape[1] :].to(patches.dtype)
 
-    def _pad(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run_behind_prefix(self, prompts: Prompts, patches: torch.Tensor) -> torch.Tensor:
+        device, count = patches.device, patches.shape[1]
+        begins_alike = all(list(prompt[: len(self.head)]) == self.head for prompt in prompts)
+        head = self._prefix_of_head(device) if begins_alike else self._no_prefix()
+        ids, is_real = self._pad([prompt[len(head) :] for prompt in prompts])
+        if self.padding == "right":
+            is_real = torch.ones_like(is_real)
+        is_real = _send(functional.pad(is_real, (len(head), count), value=1), device).bool()  # (B, L + P)
+        positions = (is_real.long().cumsum(-1) - 1).clamp(min=0)
+        prefix = head
+        if ids.shape[1]:
+            prefix = self._extend(head, ids, is_real[:, :-count], positions[:, len(head) : -count])
+        hidden = prefix.run(
+            self.backbone,
+            inputs_embeds=patches.to(self.word_embeddings.dtype),
+            attention_mask=_look_back(is_real, count, self.word_embeddings.dtype),
+            position_ids=positions[:, -count:],
+        )
+        return hidden.to(patches.dtype)
+
+    def _extend(self, prefix: Prefix, ids: torch.Tensor, is_real: torch.Tensor, positions: torch.Tensor) -> Prefix:
+        return prefix.extend(
+            self.backbone,
+            inputs_embeds=self._embed(ids, positions.device),
+            attention_mask=_look_back(is_real, ids.shape[1], self.word_embeddings.dtype),
+            position_ids=positions,
+        )
+
+    def _prefix_of_head(self, device: torch.device) -> Prefix:
+        """Run the head, the first time it is asked for."""
+        if not self.head:
+            return self._no_prefix()
+        if self._head_prefix is None:
+            positions = torch.arange(len(self.head), device=device)[None]
+            is_real = torch.ones_like(positions, dtype=torch.bool)
+            self._head_prefix = self._extend(self._no_prefix(), torch.tensor([self.head]), is_real, positions)
+        return self._head_prefix
+
+    def _no_prefix(self) -> Prefix:
+        return Prefix.empty(self.backbone.config.get_text_config().num_hidden_layers)
+
+    def _embed(self, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Look words up where the embeddings live, (B, L) -> (B, L, d_llm)."""
+        return self.backbone.get_input_embeddings()(_send(ids, self.word_embeddings.device)).to(device)
+
+    def _pad(self, prompts: Prompts) -> tuple[torch.Tensor, torch.Tensor]:
         """Return token ids, (B, L), and which of them are real, on the CPU."""
-        rows = [torch.tensor(prompt) for prompt in prompts]
+        rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
         ids, is_real = (
             pad_sequence(values, batch_first=True, padding_value=padding, padding_side=self.padding)
             for values, padding in ((rows, self.pad_id), ([torch.ones_like(row) for row in rows], 0))
         )
         return ids, is_real
 
-    def _masks(self, is_real: torch.Tensor, patches: torch.Tensor) -> dict[str, torch.Tensor]:
-        if self.padding == "right" or is_real.all():
-            return {}
-        mask = functional.pad(is_real, (0, patches.shape[1]), value=1)  # (B, L + P)
-        masks = {"attention_mask": mask}
-        if self._takes_positions:
-            masks["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        return {name: values.to(patches.device, non_blocking=True) for name, values in masks.items()}
-
     @torch.no_grad()
-    def _try_pads(self) -> bool:
-        """Return whether a masked pad changes the result: compare a padded row with the same row alone.
+    def _try_out(self, prompts: Prompts, patches: int, use_prefix: bool) -> None:
+        """Find out what the model can be trusted with, on two prompts and words in the place of patches.
 
-        Models that count positions their own way, or have no attention to mask, do.
+        The truth is what the model says in one pass; with masked pads, what it says of each prompt alone.
         """
         words = self.word_embeddings
-        prompt = list(range(min(12, len(words) - 1)))
-        patches = words[-4:].float().expand(2, -1, -1)
-        alone = self._run([prompt[:-4]], patches[:1])
-        padded = self._run([prompt[:-4], prompt], patches)[:1]
-        tolerance = 1e-3 if words.dtype == torch.float32 else 0.1
-        return not torch.allclose(padded, alone, rtol=0, atol=tolerance * alone.abs().max().item())
+        stand_ins = words[torch.arange(patches) % len(words)].float().expand(len(prompts), -1, -1)
+        truth = self._run_in_one_pass(prompts, stand_ins)
+        if self.padding == "left":
+            alone = [self._run_in_one_pass([prompt], stand_ins[:1]) for prompt in prompts]
+            self.sees_pads = not _alike(truth, torch.cat(alone), words.dtype)
+            truth = torch.cat(alone)
+        if not use_prefix or not self._is_causal(prompts[0], stand_ins[:1]):
+            return
+        if not self._takes_positions:
+            self.why_not = "the model takes no position_ids"
+            return
+        self.uses_prefix = True
+        try:
+            if not _alike(self(prompts, stand_ins), truth, words.dtype):
+                self.why_not = "it gives other hidden states"
+        except Exception as problem:  # of whatever kind: the line at start says it
+            self.why_not = f"{type(problem).__name__}: {problem}"
+        self.uses_prefix = not self.why_not
+
+    def _is_causal(self, prompt: Sequence[int], patches: torch.Tensor) -> bool:
+        """Return whether a change of the last patch leaves the patches before it alone."""
+        changed = patches.clone()
+        changed[:, -1] = -changed[:, -1].flip(-1)
+        one, other = (self._run_in_one_pass([prompt], values)[:, :-1] for values in (patches, changed))
+        return _alike(one, other, self.word_embeddings.dtype)
+
+
+def _look_back(is_real: torch.Tensor, queries: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the mask to add to attention scores: the last `queries` of K positions see real ones up to themselves.
+
+    Args:
+        is_real: (B, K) bool.
+
+    Returns:
+        (B, 1, queries, K): 0 where a query may look, the lowest number where not.
+    """
+    positions = torch.arange(is_real.shape[1], device=is_real.device)
+    visible = is_real[:, None] & (positions <= positions[-queries:, None])  # (B, queries, K)
+    mask = torch.zeros(visible.shape, dtype=dtype, device=is_real.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def _send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy from the CPU to a device; through pinned memory, a CUDA device is not waited for."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Return whether two results are equal but for the rounding of a computation in `dtype`."""
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    return bool((one - other).norm() <= tolerance * other.norm())

@@ -1,29 +1,124 @@
 """Text prototypes and the cross-attention onto them (section 3.1 of the paper, "Patch Reprogramming")."""
 
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from layers.Remember import Remember
 
-class MappingLayer(nn.Linear):
-    """Mix the LLM's frozen word embeddings E (V, d_llm) into a few text prototypes W E + b.
 
-    Args:
-        word_embeddings: E. It is read, never trained, and is in no state dict.
-        num_tokens: how many prototypes.
-    """
+class _Prototypes(nn.Linear):
+    """Text prototypes weight @ basis + bias, (out_features, d_llm); what the basis is, the subclasses say."""
 
-    def __init__(self, word_embeddings: torch.Tensor, num_tokens: int = 1000):
-        super().__init__(word_embeddings.shape[0], num_tokens, device=word_embeddings.device)
+    def __init__(self, in_features: int, num_tokens: int, words: torch.Tensor):
+        super().__init__(in_features, num_tokens, device=words.device)
         # In a tuple, so that the module does not take the LLM's parameter for one of its own.
-        self._word_embeddings = (word_embeddings,)
+        self._words = (words,)
+        self._remember = Remember()
 
     def forward(self) -> torch.Tensor:
         """Return the prototypes, (num_tokens, d_llm)."""
-        words = self._word_embeddings[0].to(self.weight.dtype)
-        return torch.addmm(self.bias[:, None], self.weight, words)
+        return self._remember([self.weight, self.bias], self._mix)
+
+    def _mix(self) -> torch.Tensor:
+        return torch.addmm(self.bias[:, None], self.weight, self._basis())
+
+
+class MappingLayer(_Prototypes):
+    """Mix the LLM's frozen word embeddings E (V, d_llm) into a few text prototypes, W E + b.
+
+    Args:
+        words: E. It is read, never trained, and is in no state dict.
+        num_tokens: how many prototypes.
+    """
+
+    def __init__(self, words: torch.Tensor, num_tokens: int = 1000):
+        super().__init__(len(words), num_tokens, words)
+
+    def _basis(self) -> torch.Tensor:
+        return self._words[0].to(self.weight.dtype)
+
+
+class CompactMappingLayer(_Prototypes):
+    """The same prototypes with d_llm instead of V weights each: W' B + b, where B is a multiple of E'E's root.
+
+    Whatever W E can be, W' B can be, and nothing else: E and B span the same rows with the same inner products.
+    W' starts such that W' B is distributed as W E is. B is stretched, and W' shrunk, such that Adam's first
+    step moves W' B as far as it would move W E. From then on E is not needed, but to convert a full map.
+
+    Of all roots the symmetric one is taken, for it turns Adam's steps the least. A Cholesky factor turns and
+    shortens them more, since the embeddings of real LLMs share one strong direction; and it needs full rank.
+
+    Loading a full map's `weight`, (num_tokens, V), converts it, exactly.
+
+    Args:
+        words: E, on the device where this layer is to be.
+        num_tokens: how many prototypes.
+    """
+
+    def __init__(self, words: torch.Tensor, num_tokens: int = 1000):
+        super().__init__(words.shape[1], num_tokens, words)
+        root = _symmetric_root(words)
+        # Two digits: the same number for the same words in another precision.
+        scale = float(f"{_adam_step(words, _chunks(words)) / _adam_step(words, [root.float()]):.2g}")
+        self.basis = (scale * root).float()
+        with torch.no_grad():  # nn.Linear's default for V inputs, shrunk by what B is stretched
+            self.weight.uniform_(-1, 1).div_(math.sqrt(len(words)) * scale)
+            self.bias.uniform_(-1, 1).div_(math.sqrt(len(words)))
+
+    def _basis(self) -> torch.Tensor:
+        return self.basis
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and weight.shape == (self.out_features, len(self._words[0])):
+            state_dict = {**state_dict, f"{prefix}weight": self._from_full(weight)}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @torch.no_grad()
+    def _from_full(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the W' of the same prototypes as a full map's W, (num_tokens, V)."""
+        words = self._words[0]
+        mixed = sum(
+            weight[:, start : start + len(chunk)].to(chunk) @ chunk
+            for start, chunk in _numbered_chunks(words, torch.float64)
+        )
+        return (mixed @ torch.linalg.pinv(self.basis.double(), hermitian=True)).to(self.weight)
+
+
+_CHUNK_ROWS = 8192
+
+
+def _numbered_chunks(words: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield E a few rows at a time, in another precision, with the number of the first row."""
+    for start in range(0, len(words), _CHUNK_ROWS):
+        yield start, words[start : start + _CHUNK_ROWS].to(dtype)
+
+
+def _chunks(words: torch.Tensor) -> Iterator[torch.Tensor]:
+    return (chunk for _, chunk in _numbered_chunks(words, torch.float32))
+
+
+@torch.no_grad()
+def _symmetric_root(words: torch.Tensor) -> torch.Tensor:
+    """Return the symmetric root of E'E, (d_llm, d_llm) float64."""
+    gram = sum(chunk.T @ chunk for _, chunk in _numbered_chunks(words, torch.float64))
+    squares, directions = torch.linalg.eigh(gram)
+    return (directions * squares.clamp(min=0).sqrt()) @ directions.T
+
+
+@torch.no_grad()
+def _adam_step(words: torch.Tensor, basis: Iterable[torch.Tensor], gradients: int = 64) -> float:
+    """Return how far Adam's first step moves prototypes W basis, for random gradients of the prototypes.
+
+    That step is the sign of each weight's gradient: of g basis' for a gradient g of the prototype.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(gradients, words.shape[1], generator=generator).to(words.device)
+    return sum(torch.sign(drawn @ chunk.T) @ chunk for chunk in basis).norm().item()
 
 
 class ReprogrammingLayer(nn.Module):
@@ -45,14 +140,17 @@ class ReprogrammingLayer(nn.Module):
         self.key_projection = nn.Linear(d_llm, d_keys * n_heads)
         self.value_projection = nn.Linear(d_llm, d_keys * n_heads)
         self.out_projection = nn.Linear(d_keys * n_heads, d_llm)
+        self._remember = Remember()
 
     def forward(self, patches: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
         """(B, P, d_model) patches and (S, d_llm) prototypes -> (B, P, d_llm)."""
         batch, count, _ = patches.shape
         # Each patch looks at the prototypes by itself, so the whole batch is one long row of queries.
         queries = self._heads(self.query_projection(patches.flatten(0, 1)))  # (1, H, B*P, d_keys)
-        keys = self._heads(self.key_projection(prototypes))  # (1, H, S, d_keys)
-        values = self._heads(self.value_projection(prototypes))
+        keys, values = self._remember(
+            [prototypes, *self.key_projection.parameters(), *self.value_projection.parameters()],
+            lambda: (self._heads(self.key_projection(prototypes)), self._heads(self.value_projection(prototypes))),
+        )  # (1, H, S, d_keys) each
         mixed = functional.scaled_dot_product_attention(
             queries,
             keys,

@@ -8,10 +8,10 @@ from torch import nn
 from layers.Embed import PatchEmbedding
 from layers.FlattenHead import FlattenHead
 from layers.FrozenLLM import FrozenLLM
-from layers.Reprogramming import MappingLayer, ReprogrammingLayer
+from layers.Reprogramming import CompactMappingLayer, MappingLayer, ReprogrammingLayer
 from layers.StandardNorm import Normalize
 from utils.errors import UserError
-from utils.llm import load_llm
+from utils.llm import LoadedLLM, load_llm
 from utils.prompt import PromptBuilder, load_description
 
 
@@ -20,14 +20,15 @@ class Model(nn.Module):
 
     Args:
         configs: the parsed flags of `run_main.py`.
+        llm: an LLM that is loaded already; None loads the one that the flags name.
 
     Raises:
         UserError: if the flags do not fit the LLM.
     """
 
-    def __init__(self, configs: argparse.Namespace):
+    def __init__(self, configs: argparse.Namespace, llm: LoadedLLM | None = None):
         super().__init__()
-        self.llm_info = load_llm(configs)
+        self.llm_info = llm or load_llm(configs)
         d_llm = self.llm_info.identity.hidden_size
         if configs.d_ff > d_llm:
             raise UserError(f"--d_ff {configs.d_ff} is wider than the LLM: give at most {d_llm}, its hidden size")
@@ -44,13 +45,21 @@ class Model(nn.Module):
             patches,
             self.llm_info.context,
         )
-        self.llm = FrozenLLM(self.llm_info.backbone, configs.prompt_padding, self.llm_info.pad_id)
-        self.mapping_layer = MappingLayer(self.llm.word_embeddings)
+        self.llm = FrozenLLM(
+            self.llm_info.backbone,
+            configs.prompt_padding,
+            self.llm_info.pad_id,
+            self.prompts.examples(),
+            patches,
+            use_prefix=not configs.no_prefix_cache,
+        )
+        mapping = {"full": MappingLayer, "compact": CompactMappingLayer}[configs.mapping]
+        self.mapping_layer = mapping(self.llm.word_embeddings)
         self.reprogramming_layer = ReprogrammingLayer(
             configs.d_model, configs.n_heads, configs.d_ff, d_llm, configs.dropout
         )
         self.output_projection = FlattenHead(configs.d_ff, patches, configs.pred_len, configs.dropout)
-        self.to(self.llm.word_embeddings.device)
+        self.to(self.device)
 
     def forward(
         self,
@@ -61,11 +70,12 @@ class Model(nn.Module):
     ) -> torch.Tensor:
         """Forecast: (B, seq_len, N) -> (B, pred_len, N), in the units of `x_enc`.
 
-        Each of the N channels is a window of its own. The other arguments are Time-LLM's and are not looked at.
+        Each of the N channels is a window of its own. Windows may stay on the CPU whatever the device: their
+        prompts are written there. The other arguments are Time-LLM's and are not looked at.
         """
         windows = x_enc.transpose(1, 2).flatten(0, 1)  # (B*N, seq_len)
         prompts = self.tokenize(windows)  # B*N lists of token ids
-        windows, statistics = self.normalize(windows)
+        windows, statistics = self.normalize(windows.to(self.device, non_blocking=True))
         patches = self.patch_embedding(windows)  # (B*N, P, d_model)
         prototypes = self.mapping_layer()  # (1000, d_llm)
         patches = self.reprogramming_layer(patches, prototypes)  # (B*N, P, d_llm)
@@ -73,6 +83,11 @@ class Model(nn.Module):
         forecast = self.output_projection(hidden[..., : self.d_ff])  # (B*N, pred_len)
         forecast = self.normalize.inverse(forecast, statistics)
         return forecast.unflatten(0, (len(x_enc), -1)).transpose(1, 2)  # (B, pred_len, N)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the LLM is, and the layers around it."""
+        return self.llm_info.device
 
     def tokenize(self, windows: torch.Tensor) -> list[list[int]]:
         """Return the token ids of the prompts of windows (B, seq_len)."""

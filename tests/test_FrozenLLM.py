@@ -1,12 +1,18 @@
+import copy
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, RobertaConfig
+from transformers import AutoConfig, AutoModel, BloomConfig, MistralConfig, RobertaConfig
 
 from layers.FrozenLLM import FrozenLLM
 from tests.conftest import largest_difference
 
-FAMILIES = ("qwen2", "llama", "gpt2", "bert")
-PROMPTS = [list(range(30, 30 + length)) for length in (20, 25, 22, 20, 24)]
+CAUSAL = ("qwen2", "llama", "gpt2")
+FAMILIES = (*CAUSAL, "bert")
+HEAD = list(range(100, 112))
+PROMPTS = [HEAD + list(range(30, 30 + length)) for length in (20, 25, 22, 20, 24)]
+# What two prompts have in common must be what all have: they begin with different words behind the head.
+EXAMPLES = [HEAD + list(range(60, 75)), HEAD + list(range(80, 100))]
 
 
 def backbone(folder):
@@ -17,9 +23,15 @@ def patches(count=5):
     return torch.randn(count, 6, 64, generator=torch.Generator().manual_seed(1))
 
 
+def frozen(model, padding="left", pad_id=0, use_prefix=True):
+    return FrozenLLM(model, padding, pad_id, EXAMPLES, 6, use_prefix)
+
+
+@pytest.mark.parametrize("use_prefix", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_left_padding_hides_batch_mates(tiny_llm, family):
-    llm = FrozenLLM(backbone(tiny_llm(family)), "left", 0)
+def test_left_padding_hides_batch_mates(tiny_llm, family, use_prefix):
+    llm = frozen(backbone(tiny_llm(family)), use_prefix=use_prefix)
+    assert llm.uses_prefix == (use_prefix and family != "bert")
     assert not llm.sees_pads
     together = llm(PROMPTS, patches())
     alone = torch.cat([llm([prompt], patches()[row : row + 1]) for row, prompt in enumerate(PROMPTS)])
@@ -29,43 +41,149 @@ def test_left_padding_hides_batch_mates(tiny_llm, family):
     assert largest_difference(shuffled, together[order]) < 1e-5
 
 
-def test_right_padding_shows_the_pads_as_time_llm_does(tiny_llm):
-    llm = FrozenLLM(backbone(tiny_llm("qwen2")), "right", 7)
+@pytest.mark.parametrize("use_prefix", [True, False])
+def test_right_padding_shows_the_pads_as_time_llm_does(tiny_llm, use_prefix):
+    llm = frozen(backbone(tiny_llm("qwen2")), "right", 7, use_prefix)
     together = llm(PROMPTS, patches())
-    written_out = [prompt + [7] * (25 - len(prompt)) for prompt in PROMPTS]
-    torch.testing.assert_close(together, llm(written_out, patches()))
+    written_out = [prompt + [7] * (37 - len(prompt)) for prompt in PROMPTS]
+    assert largest_difference(together, llm(written_out, patches())) < 1e-5
     assert largest_difference(together[:1], llm(PROMPTS[:1], patches()[:1])) > 1e-3
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_one_pass_of_the_plain_model_gives_the_same(tiny_llm, padding):
     plain = backbone(tiny_llm("gpt2"))
-    llm = FrozenLLM(plain, padding, 0)
     words = plain.get_input_embeddings()(torch.tensor(PROMPTS[:1]))
     hidden = plain(inputs_embeds=torch.cat([words, patches(1)], 1)).last_hidden_state[:, -6:]
-    torch.testing.assert_close(llm(PROMPTS[:1], patches(1)), hidden)
+    for use_prefix in (True, False):
+        llm = frozen(plain, padding, use_prefix=use_prefix)
+        assert largest_difference(llm(PROMPTS[:1], patches(1)), hidden) < 1e-5
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_prefix_and_one_pass_agree_in_forecast_and_gradient(tiny_llm, family, padding):
+    model = backbone(tiny_llm(family))
+    results = []
+    for use_prefix in (True, False):
+        llm = frozen(model, padding, 5, use_prefix)
+        assert llm.uses_prefix is use_prefix
+        for _ in range(2):  # the second time, the head's keys and values are there already
+            inputs = patches().requires_grad_()
+            hidden = llm(PROMPTS, inputs)
+            hidden[..., :20].square().sum().backward()
+            results.append((hidden, inputs.grad))
+    for hidden, gradient in results[:-1]:
+        assert largest_difference(hidden, results[-1][0]) < 1e-5
+        assert largest_difference(gradient, results[-1][1]) < 1e-5
+
+
+def test_an_evaluation_between_two_steps_changes_nothing(tiny_llm):
+    llm = frozen(backbone(tiny_llm("qwen2")))
+
+    def gradient():
+        inputs = patches().requires_grad_()
+        llm(PROMPTS, inputs)[..., :20].square().sum().backward()
+        return inputs.grad
+
+    with torch.inference_mode():  # the first to ask for the head's keys and values
+        evaluated = llm(PROMPTS, patches())
+    before = gradient()
+    with torch.inference_mode():
+        assert torch.equal(llm(PROMPTS, patches()), evaluated)
+    assert torch.equal(gradient(), before)
+
+
+def test_the_head_goes_through_the_llm_once_and_the_patches_alone_with_gradient(tiny_llm):
+    model = backbone(tiny_llm("qwen2"))
+    llm = frozen(model)
+    llm._head_prefix = None
+    lengths, mlp_lengths = [], []
+    model.layers[0].register_forward_pre_hook(lambda _, args, kwargs: lengths.append(args[0].shape), with_kwargs=True)
+    model.layers[-1].mlp.register_forward_pre_hook(lambda _, args: mlp_lengths.append(args[0].shape[1]))
+    for _ in range(2):
+        llm(PROMPTS, patches().requires_grad_())
+    assert [tuple(shape[:2]) for shape in lengths] == [(1, 12), (5, 25), (5, 6), (5, 25), (5, 6)]
+    assert mlp_lengths == [6, 6], "behind the last layer's keys and values nothing of a prefix is needed"
+
+
+def test_a_prompt_with_another_head_is_run_whole(tiny_llm):
+    llm = frozen(backbone(tiny_llm("llama")))
+    assert llm.head == HEAD
+    odd = [PROMPTS[0], [5, *PROMPTS[1]], HEAD]
+    one_pass = frozen(llm.backbone, use_prefix=False)
+    assert largest_difference(llm(odd, patches(3)), one_pass(odd, patches(3))) < 1e-5
+    # A prompt that is the head and nothing else leaves no rest to run.
+    assert largest_difference(llm([HEAD], patches(1)), one_pass([HEAD], patches(1))) < 1e-5
+
+
+def test_half_precision_and_4_bits_keep_the_prefix(tiny_llm):
+    from utils.llm import load_llm
+    from utils.options import get_parser
+
+    for more in (["--llm_dtype", "bfloat16"], ["--load_in_4bit"]):
+        args = get_parser().parse_args(["--data", "ETTh1", "--llm_model_path", tiny_llm("qwen2"), *more])
+        model = load_llm(args).backbone
+        llm, one_pass = frozen(model), frozen(model, use_prefix=False)
+        assert llm.uses_prefix
+        assert (llm(PROMPTS, patches()) - one_pass(PROMPTS, patches())).norm() < 0.02 * one_pass(
+            PROMPTS, patches()
+        ).norm()
+
+
+def test_a_sliding_window_that_does_not_bite_keeps_the_prefix():
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=200, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=50, initializer_range=0.1,
+    )  # fmt: skip
+    model = AutoModel.from_config(config).requires_grad_(False)
+    llm, one_pass = frozen(model), frozen(model, use_prefix=False)
+    assert llm.uses_prefix
+    assert largest_difference(llm(PROMPTS, patches()), one_pass(PROMPTS, patches())) < 1e-5
+    # 44 + 12 positions are more than the window: such a batch goes in one pass.
+    longer = [HEAD + list(range(30, 62)), HEAD + list(range(30, 60))]
+    assert torch.equal(llm(longer, patches(2).repeat(1, 2, 1)), one_pass(longer, patches(2).repeat(1, 2, 1)))
+
+
+def test_a_model_whose_cache_cannot_be_trusted_is_found_out(tiny_llm):
+    torch.manual_seed(0)
+    bloom = AutoModel.from_config(
+        BloomConfig(vocab_size=200, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.1)
+    ).requires_grad_(False)
+    llm = frozen(bloom)  # counts positions from the mask: there is nothing to tell it where the patches stand
+    assert not llm.uses_prefix
+    assert "position_ids" in llm.why_not
+    assert llm(PROMPTS, patches()).isfinite().all()
+
+    liar = backbone(tiny_llm("qwen2"))
+    rotary = copy.deepcopy(liar.rotary_emb.forward)
+    liar.rotary_emb.forward = lambda hidden, positions: rotary(hidden, positions - positions[:, :1])
+    llm = frozen(liar)
+    assert not llm.uses_prefix
+    assert "other hidden states" in llm.why_not
 
 
 def test_a_model_that_cannot_mask_pads_is_found_out_and_stays_exact():
     torch.manual_seed(0)
     config = RobertaConfig(
-        vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        vocab_size=200, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
         max_position_embeddings=64, initializer_range=0.2,
     )  # fmt: skip
     roberta = AutoModel.from_config(config).requires_grad_(False)
-    llm = FrozenLLM(roberta, "left", 0)
+    llm = frozen(roberta)
     assert llm.sees_pads  # its positions begin behind the padding token's number
     inputs = patches().requires_grad_()
     together = llm(PROMPTS, inputs)
     alone = torch.cat([llm([prompt], inputs[row : row + 1]) for row, prompt in enumerate(PROMPTS)])
     assert largest_difference(together, alone) < 1e-5
-    assert not FrozenLLM(roberta, "right", 0).sees_pads
+    assert not frozen(roberta, "right").sees_pads
 
 
 def test_the_llm_stays_asleep_and_out_of_sight(tiny_llm):
     config = AutoConfig.from_pretrained(tiny_llm("gpt2"))
     config.resid_pdrop = config.attn_pdrop = config.embd_pdrop = 0.5
-    llm = FrozenLLM(AutoModel.from_config(config).requires_grad_(False), "left", 0)
+    llm = frozen(AutoModel.from_config(config).requires_grad_(False))
     llm.train()
     torch.testing.assert_close(llm(PROMPTS, patches()), llm(PROMPTS, patches()))
     assert not list(llm.parameters())
@@ -73,7 +191,7 @@ def test_the_llm_stays_asleep_and_out_of_sight(tiny_llm):
 
 
 def test_gradients_reach_the_patches_and_nothing_else(tiny_llm):
-    llm = FrozenLLM(backbone(tiny_llm("llama")), "left", 0)
+    llm = frozen(backbone(tiny_llm("llama")))
     inputs = patches().requires_grad_()
     llm(PROMPTS, inputs).square().sum().backward()
     assert inputs.grad.abs().amin(dim=(1, 2)).max() > 0

@@ -1,10 +1,11 @@
 import math
 
+import pytest
 import torch
 
 from layers.Embed import PatchEmbedding
 from layers.FlattenHead import FlattenHead
-from layers.Reprogramming import MappingLayer, ReprogrammingLayer
+from layers.Reprogramming import CompactMappingLayer, MappingLayer, ReprogrammingLayer
 from layers.StandardNorm import Normalize
 from tests.conftest import largest_difference
 
@@ -38,6 +39,92 @@ def test_prototypes_are_mixtures_of_words():
     expected = torch.nn.functional.linear(words.T, mapping.weight, mapping.bias).T
     torch.testing.assert_close(mapping(), expected)
     assert set(mapping.state_dict()) == {"weight", "bias"}
+
+
+def words_with_one_strong_direction(vocabulary=300, width=16):
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.linspace(0.2, 1.0, width)
+    return torch.randn(vocabulary, width, generator=generator) * spread + torch.randn(width, generator=generator)
+
+
+def prototypes_of(layer):
+    with torch.no_grad():
+        return layer()
+
+
+def test_the_compact_map_reaches_what_the_full_map_reaches():
+    words = words_with_one_strong_direction()
+    full, compact = MappingLayer(words, 50), CompactMappingLayer(words, 50)
+    assert compact.weight.shape == (50, 16)
+    compact.load_state_dict(full.state_dict())  # converts
+    assert largest_difference(prototypes_of(compact), prototypes_of(full)) < 1e-5
+    again = CompactMappingLayer(words, 50)
+    again.load_state_dict(compact.state_dict())
+    assert torch.equal(again.weight, compact.weight)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        compact.load_state_dict({"weight": torch.zeros(50, 299), "bias": torch.zeros(50)})
+
+
+def test_the_compact_map_needs_no_full_rank():
+    words = words_with_one_strong_direction()
+    words[:, 3] = words[:, 2]
+    full, compact = MappingLayer(words, 50), CompactMappingLayer(words, 50)
+    compact.load_state_dict(full.state_dict())
+    assert largest_difference(prototypes_of(compact), prototypes_of(full)) < 1e-4
+
+
+def test_both_maps_start_alike():
+    torch.manual_seed(0)
+    words = words_with_one_strong_direction()
+    full, compact = (torch.cov(prototypes_of(kind(words, 20_000)).T) for kind in (MappingLayer, CompactMappingLayer))
+    assert (compact - full).norm() < 0.05 * full.norm()
+
+
+def test_adams_first_step_moves_both_maps_as_far():
+    """For gradients the scale was not measured with, those that a loss on the prototypes gives."""
+    torch.manual_seed(1)
+    words = words_with_one_strong_direction()
+    aim = torch.randn(200, 16) @ torch.randn(16, 16)
+    moved = []
+    for kind in (MappingLayer, CompactMappingLayer):
+        layer = kind(words, 200)
+        before = prototypes_of(layer)
+        optimizer = torch.optim.Adam([layer.weight], lr=1e-3)
+        (layer() * aim).sum().backward()
+        optimizer.step()
+        moved.append(prototypes_of(layer) - before)
+    full, compact = moved
+    assert compact.norm().item() == pytest.approx(full.norm().item(), rel=0.1)
+    assert torch.cosine_similarity(full.flatten(), compact.flatten(), dim=0) > 0.9
+
+
+@pytest.mark.parametrize("kind", [MappingLayer, CompactMappingLayer])
+def test_prototypes_are_computed_once_an_evaluation_and_anew_when_they_change(kind):
+    layer = kind(words_with_one_strong_direction(), 50)
+    with torch.inference_mode():
+        first = layer()
+        assert layer() is first
+    trained = layer()
+    assert trained.requires_grad
+    trained.sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    with torch.inference_mode():
+        second = layer()
+        assert not torch.equal(second, first)
+        layer.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in layer.state_dict().items()})
+        assert layer().abs().max() == 0
+
+
+def test_keys_and_values_follow_the_prototypes():
+    layer = ReprogrammingLayer(d_model=6, n_heads=3, d_keys=4, d_llm=10, dropout=0.0)
+    patches, one, other = torch.randn(2, 5, 6), torch.randn(7, 10), torch.randn(7, 10)
+    with torch.no_grad():
+        first = layer(patches, one)
+        assert torch.equal(layer(patches, one), first)
+        assert not torch.equal(layer(patches, other), first)
+        assert torch.equal(layer(patches, one), first)
+        layer.key_projection.weight.zero_()
+        assert not torch.equal(layer(patches, one), first)
 
 
 def test_reprogramming_is_cross_attention_written_out():

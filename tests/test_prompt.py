@@ -3,11 +3,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from layers.FrozenLLM import FrozenLLM
 from layers.StandardNorm import Normalize
 from tests.conftest import SHARED, needs_shared
 from utils.options import get_parser
-from utils.prompt import DEFAULT_DESCRIPTION, load_description, render, window_statistics
+from utils.prompt import DEFAULT_DESCRIPTION, PromptBuilder, load_description, render, window_statistics
 
 GOLDEN = ("qwen2_ETTh1", "gpt2_ETTm1", "bert_ETTh2")
 
@@ -64,6 +66,46 @@ def test_decimals_round_the_numbers():
     assert all(len(word.split(".")[1]) == 2 for word in text.replace(",", "").split() if word.strip("-")[0].isdigit()
                and "." in word)  # fmt: skip
     assert "min value -1." in text
+
+
+class WholeWords(PreTrainedTokenizerFast):
+    """Tells the beginning of a text from its rest: the parts of a prompt do not make up the whole."""
+
+    def __call__(self, texts, **more):
+        marked = [text if text.startswith("<|start") else f"? {text}" for text in texts]
+        return super().__call__(marked, **more)
+
+
+def builder(folder, kind=AutoTokenizer, patches=8, context=None, decimals=-1):
+    tokenizer = kind.from_pretrained(folder)
+    return PromptBuilder(tokenizer, DEFAULT_DESCRIPTION, 96, 24, decimals, patches, context)
+
+
+@pytest.mark.parametrize("kind", [AutoTokenizer, WholeWords])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "bert"])
+def test_token_ids_are_those_of_the_whole_text(tiny_llm, family, kind):
+    prompts = builder(tiny_llm(family), kind)
+    assert (prompts._frame is None) == (kind is WholeWords)
+    windows = scaled(torch.randn(40, 96, generator=torch.Generator().manual_seed(2)))
+    whole = AutoTokenizer.from_pretrained(tiny_llm(family))
+    assert prompts(windows) == whole(prompts.texts(windows)).input_ids
+
+
+def test_only_what_differs_is_tokenised(tiny_llm):
+    prompts = builder(tiny_llm("bert"))
+    seen = []
+    tokenizer, prompts.tokenizer = (
+        prompts.tokenizer,
+        lambda texts, **more: seen.extend(texts) or tokenizer(texts, **more),
+    )
+    prompts(scaled(torch.randn(3, 96)))
+    assert all(text.startswith(" Input statistics") for text in seen)
+
+
+def test_examples_have_the_head_alone_in_common(tiny_llm):
+    prompts = builder(tiny_llm("qwen2"))
+    text = prompts.tokenizer.decode(FrozenLLM.common_head(prompts.examples()))
+    assert text.endswith("Input statistics: min value")
 
 
 def options(*argv):

@@ -182,6 +182,18 @@ def test_a_checkpoint_is_tested_on_other_data(run, flags, tmp_path_factory):
     assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["checkpoint"].startswith(str(trained))
 
 
+def test_a_full_checkpoint_is_tested_with_the_compact_map(run, flags):
+    full = run(*flags, "--mapping", "full").metrics()
+    done = run(*flags, "--is_training", 0)
+    assert done.code == 0
+    assert done.metrics()["mse"] == pytest.approx(full["mse"], rel=1e-5)
+    assert "full map of the checkpoint" in done.out
+    run(*flags)
+    back = run(*flags, "--is_training", 0, "--mapping", "full")
+    assert back.code == 2
+    assert "mapping_layer.weight" in back.err
+
+
 def test_a_checkpoint_of_another_llm_is_refused(run, flags, tiny_llm):
     run(*flags)
     done = run(*flags, "--is_training", 0, "--llm_model_path", tiny_llm("llama"))
@@ -214,6 +226,13 @@ def test_four_bit_right_padding_and_mixed_precision_train(run, flags):
     assert "NF4" in done.out
     # And the precision of one call does not stick to the next.
     assert run(*flags, "--eval_windows", 7).code == 0
+
+
+def test_a_cache_that_cannot_be_trusted_is_said(run, flags, monkeypatch):
+    monkeypatch.setattr("layers.FrozenLLM._alike", lambda one, other, dtype: len(one) == 1)
+    done = run(*flags, "--eval_windows", 7)
+    assert done.code == 0
+    assert "No prefix cache (it gives other hidden states)" in done.out
 
 
 def test_training_lowers_the_loss(run, flags):

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from data_provider.series import Series
@@ -53,8 +54,14 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict:
         raise UserError(f"{path} is not a checkpoint of this program: name another --checkpoint")
     llm = llm_of(model)
     _check_llm(path, contents["llm"] or {}, llm.as_dict() if llm else {})
-    _check_tensors(path, contents["weights"], model.state_dict())
-    model.load_state_dict(contents["weights"])
+    try:
+        model.load_state_dict(contents["weights"])
+    except RuntimeError as problem:
+        first = str(problem).splitlines()[1].strip().rstrip(".")
+        raise UserError(f"{path} does not fit ({first}): give it the flags of its run") from problem
+    present = model.state_dict()
+    if any(tensor.shape != present[name].shape for name, tensor in contents["weights"].items()):
+        PartialState().print("The full map of the checkpoint was converted to the compact one (exactly)")
     return contents
 
 
@@ -66,10 +73,3 @@ def _check_llm(path: Path, saved: dict, present: dict) -> None:
             raise UserError(
                 f"{path} was trained with another LLM ({name} {before}, here {now}): give it the LLM flags of its run"
             )
-
-
-def _check_tensors(path: Path, saved: dict, present: dict) -> None:
-    for name in sorted(saved.keys() | present.keys()):
-        before, now = (tuple(side[name].shape) if name in side else "none" for side in (saved, present))
-        if before != now:
-            raise UserError(f"{path} does not fit: {name} is {before} there and {now} here: give it its run's flags")

@@ -29,7 +29,7 @@ class Scores:
     per_channel: dict[str, dict[str, float]]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(
     accelerator: Accelerator,
     model: nn.Module,
@@ -53,7 +53,7 @@ def evaluate(
     squared, absolute = [], []
     for seq_x, seq_y, *_ in tqdm(loader, desc=title, disable=None, leave=False):
         forecast = model(seq_x)
-        error = forecast - seq_y[:, -forecast.shape[1] :]
+        error = forecast - seq_y[:, -forecast.shape[1] :].to(forecast.device, non_blocking=True)
         both = torch.stack([error.square().mean((1, 2)), error.abs().mean((1, 2))])
         # Windows that fill up the last batch of some process are cut off again here.
         gathered = accelerator.gather_for_metrics(both.T)

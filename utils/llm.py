@@ -64,6 +64,7 @@ class LoadedLLM:
         backbone: the model without head, in eval mode, no parameter trainable.
         tokenizer: its tokenizer.
         pad_id: the token that prompts are padded with.
+        device: where it is.
         source: the folder or Hub id that it came from.
         layers_there: the layers of the whole model; `identity.layers` are in use.
         context: positions it has, None for no limit.
@@ -73,6 +74,7 @@ class LoadedLLM:
     backbone: nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase
     pad_id: int
+    device: torch.device
     source: str
     layers_there: int
     context: int | None
@@ -135,6 +137,7 @@ def load_llm(args: argparse.Namespace) -> LoadedLLM:
         backbone=_load_backbone(source, config, choose_dtype(args.llm_dtype, state.device), args.load_in_4bit, state),
         tokenizer=tokenizer,
         pad_id=pad_id,
+        device=state.device,
         source=source,
         layers_there=layers_there,
         context=getattr(text_config, "max_position_embeddings", None),

@@ -143,7 +143,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--mapping",
         choices=("compact", "full"),
         default="compact",
-        help="parametrisation of the text prototypes; for now both mean full, the map over the whole vocabulary",
+        help="text prototypes with llm_dim (compact) or vocab_size (full, as Time-LLM) weights each, equal in reach",
     )
 
     prompt = parser.add_argument_group("prompt")
@@ -185,7 +185,7 @@ def get_parser() -> argparse.ArgumentParser:
     llm.add_argument(
         "--no_prefix_cache",
         action="store_true",
-        help="prompt and patches in one pass, as Time-LLM; for now this is the only way there is",
+        help="run prompt and patches through the LLM in one pass, as Time-LLM: slower, as exact",
     )
 
     train = parser.add_argument_group("optimisation")

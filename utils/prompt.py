@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,6 +83,18 @@ def render(statistics: WindowStatistics, description: str, seq_len: int, pred_le
     )
 
 
+# Where a prompt's constant beginning ends. The words behind it are tokenised alike with or without it by
+# tokenizers that cut a text into words first; `PromptBuilder` makes sure of it.
+_SEAM = " Input statistics"
+
+# Windows as different as can be, to find out what all prompts have in common.
+_EXAMPLES = (
+    WindowStatistics(-1.7905428409576416, 3.985621452331543, -0.265960991382598, True, (0, 1, 95, 48, 2)),
+    WindowStatistics(0.5, 12.25, 1.1920928955078125e-07, False, (0, 511, 7, 64, 300)),
+    WindowStatistics(-0.0, 1e20, 100.0, True, (3, 2, 1, 4, 5)),
+)
+
+
 class PromptBuilder:
     """Turn windows into the token ids of their prompts.
 
@@ -104,19 +117,14 @@ class PromptBuilder:
         context: int | None,
     ):
         self.tokenizer = tokenizer
-        self.description = description
-        self.seq_len = seq_len
-        self.pred_len = pred_len
-        self.decimals = decimals
         self.patches = patches
         self.context = context
+        self._render = partial(render, description=description, seq_len=seq_len, pred_len=pred_len, decimals=decimals)
+        self._frame = self._find_frame()
 
     def texts(self, windows: torch.Tensor) -> list[str]:
         """Return the prompts of scaled windows, (B, seq_len) on the CPU, as text."""
-        return [
-            render(statistics, self.description, self.seq_len, self.pred_len, self.decimals)
-            for statistics in window_statistics(windows)
-        ]
+        return [self._render(statistics) for statistics in window_statistics(windows)]
 
     def __call__(self, windows: torch.Tensor) -> list[list[int]]:
         """Return the prompts of scaled windows, (B, seq_len) on the CPU, as token ids.
@@ -124,9 +132,44 @@ class PromptBuilder:
         Raises:
             UserError: if a prompt and the patches do not fit into the LLM's context.
         """
-        ids = self.tokenizer(self.texts(windows), verbose=False).input_ids
+        ids = self._tokenize(self.texts(windows))
         self._check_length(ids)
         return ids
+
+    def examples(self) -> list[list[int]]:
+        """Return the token ids of prompts that have nothing in common but what all prompts have.
+
+        Raises:
+            UserError: as in `__call__`.
+        """
+        ids = self._tokenize([self._render(statistics) for statistics in _EXAMPLES])
+        self._check_length(ids)
+        return ids
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if self._frame is None:
+            return self.tokenizer(texts, verbose=False).input_ids
+        begin, end = self._frame
+        return [[*begin, *middle, *end] for middle in self._tokenize_behind_seam(texts)]
+
+    def _tokenize_behind_seam(self, texts: list[str]) -> list[list[int]]:
+        endings = [text[text.rindex(_SEAM) :] for text in texts]
+        return self.tokenizer(endings, add_special_tokens=False, verbose=False).input_ids
+
+    def _find_frame(self) -> tuple[list[int], list[int]] | None:
+        """Return the tokens before the seam, and those that the tokenizer puts at the end of every text.
+
+        None if the parts of a text are tokenised otherwise than the whole: the whole is the truth then.
+        """
+        texts = [self._render(statistics) for statistics in _EXAMPLES]
+        wholes = self.tokenizer(texts, verbose=False).input_ids
+        middles = self._tokenize_behind_seam(texts)
+        for after in range(self.tokenizer.num_special_tokens_to_add() + 1):
+            before = len(wholes[0]) - after - len(middles[0])
+            begin, end = wholes[0][:before], wholes[0][len(wholes[0]) - after :]
+            if wholes == [[*begin, *middle, *end] for middle in middles]:
+                return begin, end
+        return None
 
     def _check_length(self, ids: Sequence[Sequence[int]]) -> None:
         longest = max(map(len, ids))

@@ -109,7 +109,8 @@ class Trainer:
         seq_x, seq_y, *_ = batch
         with self.accelerator.accumulate(self.model):
             forecast = self.model(seq_x)
-            loss = self.loss(forecast, seq_y[:, -forecast.shape[1] :])
+            truth = seq_y[:, -forecast.shape[1] :].to(forecast.device, non_blocking=True)
+            loss = self.loss(forecast, truth)
             self.accelerator.backward(loss)
             if self.args.grad_clip and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)

@@ -1,0 +1,290 @@
+"""Time a training step and an evaluation, Time-LLM's way and ours, side by side.
+
+    python scripts/benchmark.py --llm_model_path base_models/SmolLM2-135M --seq_len 512 --batch_size 8
+
+All ways run in one process, in turn, on the same LLM, weights and windows, so that what else the machine does
+meets them alike; the times are medians over the rounds, the ratios medians of each round's ratio. Takes the
+flags of run_main.py; without --data, windows of the demo series. The first way is Time-LLM's own: pads that are
+attended to, prompt and patches in one pass, the map over the whole vocabulary, attention maps asked for.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from data_provider.windows import WindowDataset
+from dataset.demo import demo_frame
+from models.TimeLLM import Model
+from utils.errors import UserError
+from utils.llm import LoadedLLM, load_llm
+from utils.options import check_options, get_parser
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run the model: its name, the flags that make it, whether attention maps are asked for."""
+
+    name: str
+    padding: str
+    one_pass: bool
+    mapping: str
+    attention_maps: bool = False
+
+
+WAYS = (
+    Way("Time-LLM's way", "right", True, "full", attention_maps=True),
+    Way("no attention maps", "right", True, "full"),
+    Way("masked pads", "left", True, "full"),
+    Way("prefix cache", "left", False, "full"),
+    Way("compact map", "left", False, "compact"),
+    Way("pads seen", "right", False, "compact"),
+)
+
+
+@dataclass
+class Result:
+    """What was measured of one way; seconds and bytes."""
+
+    way: str
+    step_seconds: float = 0.0
+    step_ratio: float = 1.0
+    windows_per_second: float = 0.0
+    evaluation_ratio: float = 1.0
+    tokens_without_gradient: int = 0
+    tokens_with_gradient: int = 0
+    peak_bytes: int = 0
+    peak_share: float = 1.0
+    forecast_difference: float = 0.0
+    gradient_difference: float = 0.0
+    steps: list[float] = field(default_factory=list)
+    evaluations: list[float] = field(default_factory=list)
+
+
+class Runner:
+    """A model run one way, on windows that stay the same."""
+
+    def __init__(self, way: Way, args: argparse.Namespace, llm: LoadedLLM, windows: tuple[torch.Tensor, torch.Tensor]):
+        self.way = way
+        flags = {"prompt_padding": way.padding, "no_prefix_cache": way.one_pass, "mapping": way.mapping}
+        self.model = Model(argparse.Namespace(**{**vars(args), **flags}), llm)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.learning_rate)
+        self.seen, self.truth = windows[0], windows[1].to(self.model.device)
+
+    @contextlib.contextmanager
+    def as_configured(self) -> Iterator[None]:
+        """Let the LLM give attention maps and all hidden states, or not, and compute them as it must."""
+        backbone = self.model.llm.backbone
+        wanted = {"output_attentions": self.way.attention_maps, "output_hidden_states": self.way.attention_maps}
+        before = backbone.config._attn_implementation
+        if self.way.attention_maps:
+            backbone.set_attn_implementation("eager")  # the only implementation that has the maps
+        for name, value in wanted.items():
+            setattr(backbone.config, name, value)
+        try:
+            yield
+        finally:
+            backbone.set_attn_implementation(before)
+            for name in wanted:
+                setattr(backbone.config, name, False)
+
+    def step(self) -> None:
+        """Train on the batch."""
+        self.model.train()
+        nn.functional.mse_loss(self.model(self.seen), self.truth).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def evaluate(self) -> None:
+        """Forecast the batch; Time-LLM's way computes the prototypes anew for every batch."""
+        self.model.eval()
+        with torch.inference_mode():
+            if self.way.attention_maps:
+                self.model.mapping_layer.bias.add_(0)
+            self.model(self.seen)
+
+    def forecast_and_gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the forecasts and the gradient that comes back to the patches."""
+        kept = []
+        handle = self.model.reprogramming_layer.register_forward_hook(lambda *call: kept.append(call[-1]))
+        self.model.eval()
+        forecast = self.model(self.seen)
+        kept[0].retain_grad()
+        nn.functional.mse_loss(forecast, self.truth).backward()
+        self.optimizer.zero_grad()
+        handle.remove()
+        return forecast.detach(), kept[0].grad
+
+    def tokens(self) -> tuple[int, int]:
+        """Return the positions a batch sends through the LLM without and with gradient."""
+        lengths = [len(prompt) for prompt in self.model.tokenize(self.seen[..., 0])]
+        patches = self.model.prompts.patches * len(lengths)
+        if not self.model.llm.uses_prefix:
+            return 0, max(lengths) * len(lengths) + patches
+        return (max(lengths) - len(self.model.llm.head)) * len(lengths), patches
+
+
+def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
+    """Return the most memory that is allocated during `run` above what was before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = held = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def seconds(run: Callable[[], None], device: torch.device) -> float:
+    """Return the wall time of `run`, until the device is done."""
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def floor_seconds(runner: Runner) -> dict[str, float]:
+    """Return what a training step cannot avoid: its matrix products over the rate at which this machine makes them.
+
+    Counted are the LLM's linear layers over the tokens of `runner`'s way (forward; backward to the inputs for
+    those with gradient) and the map to the prototypes (forward, backward to its weights).
+    """
+    model, backbone = runner.model, runner.model.llm.backbone
+    config = backbone.config.get_text_config()
+    embedded = backbone.get_input_embeddings().weight.numel()
+    in_layers = backbone.num_parameters() - embedded
+    without, with_gradient = runner.tokens()
+    prototypes = model.mapping_layer.weight.numel() * config.hidden_size
+    operations = 2 * in_layers * (without * (1 - 1 / config.num_hidden_layers) + 2 * with_gradient) + 4 * prototypes
+    dtype, width = model.llm.word_embeddings.dtype, config.hidden_size
+    left = torch.randn(max(with_gradient, 1), width, device=model.device, dtype=dtype)
+    right = torch.randn(width, 4 * width, device=model.device, dtype=dtype)
+    once = [seconds(lambda: left @ right, model.device) for _ in range(20)]
+    rate = 2 * left.shape[0] * width * 4 * width / statistics.median(once)
+    return {"operations": operations, "operations_per_second": rate, "seconds": operations / rate}
+
+
+def measure(runners: list[Runner], rounds: int) -> list[Result]:
+    """Measure all ways in turn, round by round."""
+    device = runners[0].model.device
+    results = [Result(runner.way.name) for runner in runners]
+    truths = {}
+    for runner, result in zip(runners, results, strict=True):
+        with runner.as_configured():
+            forecast, gradient = runner.forecast_and_gradient()
+            # Pads that are seen are another model than pads that are masked: each is held to its own one pass.
+            truth = truths.setdefault(runner.way.padding, (forecast, gradient))
+            result.forecast_difference = _difference(forecast, truth[0])
+            result.gradient_difference = _difference(gradient, truth[1])
+            result.tokens_without_gradient, result.tokens_with_gradient = runner.tokens()
+            result.peak_bytes = peak_bytes(runner.step, device)
+            runner.evaluate()
+    for _ in range(rounds):
+        for runner, result in zip(runners, results, strict=True):
+            with runner.as_configured():
+                result.steps.append(seconds(runner.step, device))
+                runner.evaluate()  # the first after a step computes the prototypes, as an evaluation does once
+                result.evaluations.append(seconds(runner.evaluate, device))
+    windows = len(runners[0].seen)
+    for result in results:
+        result.step_seconds = statistics.median(result.steps)
+        result.step_ratio = _ratio(results[0].steps, result.steps)
+        result.windows_per_second = windows / statistics.median(result.evaluations)
+        result.evaluation_ratio = _ratio(results[0].evaluations, result.evaluations)
+        result.peak_share = result.peak_bytes / results[0].peak_bytes
+    return results
+
+
+def _ratio(reference: list[float], own: list[float]) -> float:
+    return statistics.median(theirs / ours for theirs, ours in zip(reference, own, strict=True))
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one - other).abs().max() / other.abs().max()).item()
+
+
+def table(results: list[Result], floor: dict[str, float]) -> str:
+    """Return the results as a Markdown table."""
+    lines = [
+        "| way | step, s | faster | eval, windows/s | faster | tokens no grad + grad | peak, MB | share |"
+        " forecasts differ | gradients differ |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.way} | {r.step_seconds:.3f} | {r.step_ratio:.2f}x | {r.windows_per_second:.2f} |"
+        f" {r.evaluation_ratio:.2f}x | {r.tokens_without_gradient} + {r.tokens_with_gradient} |"
+        f" {r.peak_bytes / 1e6:.0f} | {r.peak_share:.0%} | {r.forecast_difference:.1e} | {r.gradient_difference:.1e} |"
+        for r in results
+    ]
+    lines.append(
+        f"\nFloor of a step with the compact map: {floor['seconds']:.3f} s ({floor['operations'] / 1e9:.0f} G"
+        f" operations at {floor['operations_per_second'] / 1e9:.0f} G a second)"
+    )
+    return "\n".join(lines)
+
+
+def load_windows(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a batch of evenly spaced training windows and their truths."""
+    if args.demo:
+        values = demo_frame(rows=4 * (args.seq_len + args.pred_len)).iloc[:, 1:].to_numpy("float32")
+        dataset = WindowDataset(values, values, range(7), args.seq_len, 0, args.pred_len)
+    else:
+        from data_provider.data_factory import data_provider
+
+        dataset, _ = data_provider(args, "train")
+    indices = torch.linspace(0, len(dataset) - 1, args.batch_size).long().tolist()
+    seen, truth, *_ = dataset.__getitems__(indices)
+    return seen, truth[:, -args.pred_len :]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0 done, 2 with one line if the input is wrong."""
+    parser = get_parser()
+    parser.prog, parser.description = "benchmark.py", __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--rounds", type=int, default=5, help="alternations; more are steadier")
+    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv if "--data" in argv else ["--demo", *argv])
+    try:
+        check_options(args)
+        torch.manual_seed(args.seed)
+        llm = load_llm(args)
+        windows = load_windows(args)
+        runners = [Runner(way, args, llm, windows) for way in WAYS]
+        for runner in runners[1:]:
+            runner.model.load_state_dict(runners[0].model.state_dict())
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    print(f"{llm.describe()}; {len(windows[0])} windows, {args.seq_len} -> {args.pred_len}; on {llm.device}")
+    results = measure(runners, args.rounds)
+    floor = floor_seconds(next(runner for runner in runners if runner.way.name == "compact map"))
+    print(table(results, floor))
+    if args.json:
+        figures = {"llm": llm.as_dict(), "ways": [asdict(result) for result in results], "floor": floor}
+        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
