@@ -9,12 +9,32 @@
 """
 
 import argparse
+import math
+import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.errors import UserError
-from utils.options import check_options, check_paths, get_parser, run_folder, trained_folder
+from utils.options import (
+    check_options,
+    check_paths,
+    csv_path,
+    demo_makes,
+    get_parser,
+    headline_target,
+    run_folder,
+    trained_folder,
+)
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.nn import Module
+    from torch.utils.data import DataLoader
+
+    from data_provider.windows import WindowDataset
 
 __all__ = ["get_parser", "main"]
 
@@ -27,16 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(leave.code or 0)
     try:
         check_options(args)
+        check_paths(args)
         if args.demo:
             prepare_demo(args)
-        check_paths(args)
         for repetition in range(args.itr):
             run(args, repetition)
     except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # one line, however many processes
+            print(f"error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the best checkpoint so far is in the run folder, --is_training 0 tests it", file=sys.stderr)
+        kept = any((run_folder(args, repetition) / "checkpoint").is_file() for repetition in range(args.itr))
+        hint = "--is_training 0 tests the best checkpoint so far" if kept else "there is no checkpoint yet"
+        print(f"interrupted: {hint}", file=sys.stderr)
         return 130
     return 0
 
@@ -45,12 +68,14 @@ def prepare_demo(args: argparse.Namespace) -> None:
     """Make the data and the LLM of --demo, where they are not there yet."""
     from base_models.make_tiny_llm import make_tiny_llm
     from dataset.demo import write_demo_csv
-    from utils.options import DEMO_DEFAULTS, csv_path
 
-    if args.data_path == DEMO_DEFAULTS["data_path"]:
-        write_demo_csv(csv_path(args))
-    if args.llm_model_path == DEMO_DEFAULTS["llm_model_path"]:
-        make_tiny_llm("qwen2", args.llm_model_path)
+    try:
+        if demo_makes(args, "data_path"):
+            write_demo_csv(csv_path(args))
+        if demo_makes(args, "llm_model_path"):
+            make_tiny_llm("qwen2", args.llm_model_path)
+    except OSError as problem:
+        raise UserError(f"cannot write the demo's data and LLM: {problem}") from problem
 
 
 def run(args: argparse.Namespace, repetition: int) -> None:
@@ -60,49 +85,65 @@ def run(args: argparse.Namespace, repetition: int) -> None:
     from data_provider.series import SPLITS, load_series
     from models import build_model
     from utils.checkpoint import load_checkpoint
-    from utils.evaluation import evaluate
-    from utils.llm import llm_of
     from utils.processes import start_processes
-    from utils.records import write_args, write_metrics
+    from utils.records import open_run_folder
     from utils.training import Trainer
 
     accelerator = start_processes(args, args.seed + repetition)
     provided = {split: data_provider(args, split) for split in SPLITS}
     datasets = {split: dataset for split, (dataset, _) in provided.items()}
-    model = build_model(args)
-    describe(accelerator, args, model, datasets)
-
-    folder = run_folder(args, repetition)
     # Batches stay on the CPU: there a model writes the prompts, without waiting for the device.
     loaders = {
         split: accelerator.prepare_data_loader(loader, device_placement=False)
         for split, (_, loader) in provided.items()
     }
+    model = build_model(args)
+    describe(accelerator, args, model, datasets)
+    folder, checkpoint = run_folder(args, repetition), trained_folder(args, repetition) / "checkpoint"
+    if not args.is_training:
+        load_checkpoint(checkpoint, model, args)  # before anything is written
     model = accelerator.prepare(model)
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        if args.is_training or args.checkpoint:
-            write_args(folder, args, str(accelerator.device))
+        open_run_folder(folder, args, repetition, str(accelerator.device))
     if args.is_training:
         accelerator.print(f"Run folder: {folder}")
         Trainer(args, accelerator, model, datasets, loaders, load_series(args), folder).fit()
         accelerator.wait_for_everyone()
+        load_checkpoint(checkpoint, accelerator.unwrap_model(model), args)
+    test(accelerator, args, model, datasets["test"], loaders["test"], checkpoint, folder)
+
+
+def test(
+    accelerator: "Accelerator",
+    args: argparse.Namespace,
+    model: "Module",
+    dataset: "WindowDataset",
+    loader: "DataLoader",
+    checkpoint: Path,
+    folder: Path,
+) -> None:
+    """Score the model on the test windows; print the scores and write metrics.json."""
+    from utils.evaluation import evaluate
+    from utils.llm import llm_of
+    from utils.records import write_metrics
 
     started = time.perf_counter()
-    checkpoint = trained_folder(args, repetition) / "checkpoint"
-    trained = accelerator.unwrap_model(model)
-    load_checkpoint(checkpoint, trained)
-    target = args.target if args.features == "MS" else None
-    scores = evaluate(accelerator, model, loaders["test"], datasets["test"], target, "test")
+    scores = evaluate(accelerator, model, loader, dataset, headline_target(args), "test")
+    if not math.isfinite(scores.mse):
+        raise UserError(f"the test MSE is {scores.mse}: give --llm_dtype float32 or bfloat16, and look at the data")
+    whose = "windows" if headline_target(args) is None else f"windows, those of {args.target},"
     accelerator.print(
-        f"Test | MSE: {scores.mse:.7f} MAE: {scores.mae:.7f} | {scores.windows} of {len(datasets['test'])} windows"
+        f"Test | MSE: {scores.mse:.7f} MAE: {scores.mae:.7f} | {scores.windows} {whose} of {len(dataset)}"
     )
     if accelerator.is_main_process:
         seconds = time.perf_counter() - started
-        write_metrics(folder, scores, seconds, llm_of(trained), checkpoint)
+        llm = llm_of(accelerator.unwrap_model(model))
+        write_metrics(folder, scores, seconds, llm, checkpoint, csv_path(args))
 
 
-def describe(accelerator, args, model, datasets) -> None:
+def describe(
+    accelerator: "Accelerator", args: argparse.Namespace, model: "Module", datasets: "dict[str, WindowDataset]"
+) -> None:
     """Print what is about to run: the LLM, the parameters, the windows and one prompt.
 
     Raises:

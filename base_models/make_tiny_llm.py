@@ -24,6 +24,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from utils.errors import UserError
 from utils.quiet import quiet_transformers
 
 HIDDEN_SIZE = 64
@@ -64,12 +65,17 @@ def make_tiny_llm(family: str, folder: str | os.PathLike, seed: int = 0, layers:
 
     Returns:
         The folder.
+
+    Raises:
+        UserError: if the folder holds something else.
     """
     folder = Path(folder)
     recipe = {"family": family, "seed": seed, "layers": layers, "torch": torch.__version__}
     receipt = folder / "tiny_llm.json"
     if receipt.is_file() and json.loads(receipt.read_text(encoding="utf-8")) == recipe:
         return folder
+    if not receipt.is_file() and (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds another LLM: name an empty folder")
     tokenizer = _make_tokenizer(family)
     config = _make_config(family, layers, tokenizer)
     with torch.random.fork_rng(devices=[]):
@@ -137,7 +143,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the network")
     args = parser.parse_args()
-    print(make_tiny_llm(args.family, args.folder, args.seed, args.layers))
+    try:
+        print(make_tiny_llm(args.family, args.folder, args.seed, args.layers))
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     return 0
 
 

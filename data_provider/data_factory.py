@@ -31,6 +31,8 @@ def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, D
         batch = args.eval_batch_size or args.batch_size
         few = args.eval_windows and len(dataset) > args.eval_windows
         shown = Subset(dataset, evenly_spaced(len(dataset), args.eval_windows).tolist()) if few else dataset
+        if few and args.features == "MS":
+            _check_target_is_shown(dataset, shown, args.target)
     loader = DataLoader(
         shown,
         batch_size=batch,
@@ -41,6 +43,12 @@ def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, D
         pin_memory=torch.cuda.is_available(),
     )
     return dataset, loader
+
+
+def _check_target_is_shown(dataset: WindowDataset, shown: Subset, target: str) -> None:
+    """Refuse an evaluation without a window of the channel that its headline metric is of."""
+    if dataset.channels.index(target) not in dataset.channel_of(shown.indices):
+        raise UserError(f"no window of --target {target} among so few: raise --eval_windows to {len(dataset.channels)}")
 
 
 def _as_gathered(batch):

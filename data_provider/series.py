@@ -17,13 +17,16 @@ SPLITS = ("train", "val", "test")
 
 _MONTH_HOURS = 30 * 24
 
+# Deviations from the mean beyond which the squares of an error would leave float32.
+_LARGEST = 1e12
+
 
 @dataclass(frozen=True)
 class Layout:
     """How a data set's rows are shared out.
 
-    `train`, `val`, `test` are rows where `fixed`, else shares of the rows there are (`val` is then the
-    rest). `quarter_hours` adds the quarter of the hour to the integer time marks. `target_last` moves the
+    `train`, `val`, `test` are rows where `fixed`, else shares of the rows there are, `val` being the rest.
+    `quarter_hours` adds the quarter of the hour to the integer time marks. `target_last` moves the
     target to the last channel, as Time-LLM does for every set but ETT.
     """
 
@@ -86,8 +89,6 @@ def load_series(args: argparse.Namespace) -> Series:
         UserError: names the file, column, row or flag that is wrong.
     """
     path = csv_path(args)
-    if not path.is_file():
-        raise UserError(f"no data file {path}: check --root_path and --data_path")
     changed = path.stat().st_mtime_ns
     return _load_series(path, changed, args.data, args.features, args.target, args.embed, args.freq)
 
@@ -111,7 +112,7 @@ def _load_series(path: Path, _changed: int, data: str, features: str, target: st
     scaler = StandardScaler().fit(raw[: rows[0]])
     marks = scaled_features(dates, freq) if embed == "timeF" else integer_features(dates, layout.quarter_hours)
     return Series(
-        values=scaler.transform(raw).astype(np.float32),
+        values=_scale(path, raw, channels, scaler),
         marks=marks,
         channels=tuple(channels),
         scaler=scaler,
@@ -122,10 +123,13 @@ def _load_series(path: Path, _changed: int, data: str, features: str, target: st
 def _read_csv(path: Path) -> pd.DataFrame:
     try:
         frame = pd.read_csv(path, encoding="utf-8-sig")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as problem:
-        raise UserError(f"{path} is not a CSV with a header line: {str(problem).strip()}") from problem
     except UnicodeDecodeError as problem:
         raise UserError(f"{path} is not UTF-8 ({problem.reason}): save it as UTF-8") from problem
+    except Exception as problem:  # of whatever kind: empty, ragged, a broken archive, a folder without permission
+        reason = str(problem).strip().splitlines() or [type(problem).__name__]
+        raise UserError(f"{path} is not a CSV with a header line: {reason[0]}") from problem
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise UserError(f"{path} has rows with more cells than its header: give every column a name")
     if "date" not in frame.columns:
         raise UserError(f"{path} has no column 'date', but {list(frame.columns)}: name the timestamps' column 'date'")
     return frame
@@ -162,8 +166,28 @@ def _numbers(path: Path, frame: pd.DataFrame, channels: list[str]) -> np.ndarray
 
 
 def _dates(path: Path, column: pd.Series) -> pd.DatetimeIndex:
-    dates = pd.to_datetime(column, errors="coerce")
-    if dates.isna().any():
-        row = int(dates.isna().to_numpy().argmax())
-        raise UserError(f"{path} data row {row + 1}, column 'date': {str(column.iloc[row])!r} is not a date")
-    return pd.DatetimeIndex(dates)
+    if pd.api.types.is_numeric_dtype(column):
+        raise UserError(f"{path}, column 'date': numbers such as {column.iloc[0]} are no dates")
+    # ISO 8601 first: with it, midnight may be written without a time.
+    for options in ({"format": "ISO8601"}, {}):
+        try:
+            dates = pd.to_datetime(column, errors="coerce", **options)
+        except ValueError as problem:  # offsets from UTC that change
+            raise UserError(f"{path}, column 'date': {str(problem).splitlines()[0]}") from problem
+        if not dates.isna().any():
+            return pd.DatetimeIndex(dates)
+    row = int(dates.isna().to_numpy().argmax())
+    raise UserError(f"{path} data row {row + 1}, column 'date': {str(column.iloc[row])!r} is not a date")
+
+
+def _scale(path: Path, raw: np.ndarray, channels: list[str], scaler: StandardScaler) -> np.ndarray:
+    """Return the scaled rows as float32."""
+    scaled = scaler.transform(raw)
+    too_large = np.argwhere(np.abs(scaled) > _LARGEST)
+    if len(too_large):
+        row, column = too_large[0]
+        raise UserError(
+            f"{path} data row {row + 1}, column {channels[column]!r}: {raw[row, column]:g} is too far from the training"
+            f" rows' mean {scaler.mean_[column]:g} and deviation {scaler.scale_[column]:g} to be a reading"
+        )
+    return scaled.astype(np.float32)

@@ -40,5 +40,7 @@ def write_demo_csv(path: str | os.PathLike, rows: int = ROWS, step: str = "h", s
     path = Path(path)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        demo_frame(rows, step, seed).to_csv(path, index=False, encoding="utf-8")
+        unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
+        demo_frame(rows, step, seed).to_csv(unfinished, index=False, encoding="utf-8")
+        unfinished.replace(path)
     return path

@@ -4,7 +4,7 @@ The only room that knows about padding, masks, positions and prefixes.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 
 import torch
@@ -78,6 +78,12 @@ class FrozenLLM(nn.Module):
         longest = max(map(len, prompts)) + patches.shape[1]
         within_window = self._window is None or longest <= self._window
         run = self._run_behind_prefix if self.uses_prefix and within_window else self._run_in_one_pass
+        # The LLM computes in the precision it was loaded in, whatever the layers around it do.
+        with torch.autocast(patches.device.type, enabled=False):
+            return self._run_rows(run, prompts, patches)
+
+    def _run_rows(self, run: Callable, prompts: Prompts, patches: torch.Tensor) -> torch.Tensor:
+        """Run all rows at once, or those with prompts of one length together."""
         if not self.sees_pads:
             return run(prompts, patches)
         rows_of_length: dict[int, list[int]] = {}

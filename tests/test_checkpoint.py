@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from base_models.make_tiny_llm import make_tiny_llm
 from data_provider.series import load_series
 from models import build_model
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -25,7 +26,9 @@ def test_a_checkpoint_holds_the_trained_tensors_alone_and_opens_without_pickle(s
     assert contents["flags"]["seq_len"] == args.seq_len
     assert contents["llm"]["model_type"] == "qwen2"
     assert contents["channels"][-1] == "OT"
-    assert len(contents["mean"]) == len(contents["deviation"]) == 7
+    scaler = load_series(args).scaler
+    assert contents["mean"] == scaler.mean_.tolist()
+    assert contents["deviation"] == scaler.scale_.tolist()
     assert [file.name for file in path.parent.iterdir()] == ["checkpoint"]
 
 
@@ -34,7 +37,7 @@ def test_loading_brings_the_weights_back(saved):
     torch.manual_seed(99)
     other = build_model(args)
     assert not torch.equal(other.mapping_layer.weight, model.mapping_layer.weight)
-    assert load_checkpoint(path, other)["progress"] == {"epoch": 1, "steps": 3, "vali_loss": 0.5}
+    assert load_checkpoint(path, other, args)["progress"] == {"epoch": 1, "steps": 3, "vali_loss": 0.5}
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
 
@@ -43,15 +46,46 @@ def test_loading_brings_the_weights_back(saved):
     ("more", "words"),
     [
         (["--d_model", "16"], "tokenConv.weight"),
-        (["--pred_len", "9"], "output_projection"),
+        (["--pred_len", "9"], "--pred_len 8, not 9"),
+        (["--stride", "7"], "--stride 8, not 7"),
+        (["--mapping", "full"], "mapping_layer"),
         (["--llm_layers", "1"], "another LLM"),
         (["--load_in_4bit"], "quantization"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(saved, flags, more, words):
     _, _, path = saved
+    args = get_parser().parse_args([*flags, *more])
     with pytest.raises(UserError, match=words):
-        load_checkpoint(path, build_model(get_parser().parse_args([*flags, *more])))
+        load_checkpoint(path, build_model(args), args)
+
+
+def test_a_checkpoint_of_another_llm_of_the_same_shape_is_refused(saved, flags, tmp_path):
+    _, _, path = saved
+    other = make_tiny_llm("qwen2", tmp_path / "other", seed=1)
+    args = get_parser().parse_args([*flags, "--llm_model_path", str(other)])
+    with pytest.raises(UserError, match="words_hash"):
+        load_checkpoint(path, build_model(args), args)
+
+
+def test_flags_that_change_forecasts_are_said(saved, flags, capsys):
+    model, _, path = saved
+    load_checkpoint(path, model, get_parser().parse_args([*flags, "--prompt_padding", "right"]))
+    assert "trained with --prompt_padding left, not right" in capsys.readouterr().out
+
+
+def test_a_write_that_fails_leaves_the_checkpoint_whole(saved, monkeypatch):
+    model, args, path = saved
+    before = path.read_bytes()
+
+    def cut_off(contents, file):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", cut_off)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(path, model, args, load_series(args), {})
+    assert path.read_bytes() == before
 
 
 class Bomb:
@@ -65,7 +99,7 @@ class Bomb:
 
 
 def test_foreign_files_are_refused_and_never_run(saved, tmp_path):
-    model, _, path = saved
+    model, args, path = saved
     whole = path.read_bytes()
     torch.save({"format": 1, "weights": Bomb(tmp_path / "ran")}, tmp_path / "bomb")
     torch.save({"weights": {}}, tmp_path / "other")
@@ -75,5 +109,5 @@ def test_foreign_files_are_refused_and_never_run(saved, tmp_path):
     (tmp_path / "empty").write_bytes(b"")
     for name in ("bomb", "other", "list", "cut", "text", "empty"):
         with pytest.raises(UserError, match=name):
-            load_checkpoint(tmp_path / name, model)
+            load_checkpoint(tmp_path / name, model, args)
     assert not (tmp_path / "ran").exists()

@@ -188,6 +188,16 @@ def test_windows_are_not_written_out_when_sent_to_a_worker(tmp_path):
         (lambda f: f.head(0), [], ["0 data rows"]),
         (lambda f: f, ["--data", "ETTh1", "--data_path", "custom.csv"], ["14400 rows needed", "100 there"]),
         (lambda f: f, ["--pred_len", "30"], ["val split", "46 rows needed", "26 there"]),
+        (lambda f: f.assign(b=f.b.where(f.index != 90, 1e300)), [], ["row 91", "'b'", "1e+300"]),
+        (
+            lambda f: f.assign(
+                date=[f"2024-03-31T{h:02}:00:00+0{1 + (h > 1)}:00" for h in range(24)] * 4 + ["2024-04-01"] * 4
+            ),
+            [],
+            ["'date'"],
+        ),
+        (lambda f: f.set_axis(f["date"]).assign(date=1).rename_axis(None), [], ["date"]),
+        (lambda f: f, ["--features", "MS", "--target", "a", "--eval_windows", "1"], ["--target a", "--eval_windows"]),
         (lambda f: f, ["--freq", "fortnight"], ["--freq", "fortnight"]),
     ],
 )
@@ -205,6 +215,17 @@ def test_an_empty_or_foreign_file_is_named(assert_refused, tmp_path_factory):
     assert_refused(command, "custom.csv", "not a CSV")
     (folder / "custom.csv").write_bytes("date,温度\n2024-01-01,1\n".encode("gbk"))
     assert_refused(command, "custom.csv", "UTF-8")
+    (folder / "custom.csv").write_text("date,a\n2024-01-01,1,2\n2024-01-02,1,2\n", encoding="utf-8")
+    assert_refused(command, "custom.csv", "more cells than its header")
+    (folder / "custom.csv.gz").write_bytes(b"no archive")
+    assert_refused([*command, "--data_path", "custom.csv.gz"], "custom.csv.gz", "not a CSV")
+
+
+def test_midnight_may_be_written_without_a_time(tmp_path):
+    frame = write(tmp_path)
+    frame["date"] = frame["date"].dt.strftime("%Y-%m-%d %H:%M:%S").str.removesuffix(" 00:00:00")
+    frame.to_csv(tmp_path / "custom.csv", index=False)
+    assert load_series(options(tmp_path)).marks.shape == (100, 4)
 
 
 def test_a_changed_file_is_read_again(tmp_path):

@@ -61,7 +61,7 @@ def test_channels_are_scored_by_their_own_windows(scored):
 def test_a_target_without_a_window_is_an_error(scored):
     assert scored(target="OT")[0].windows == 73
     with pytest.raises(UserError, match="HULL"):
-        scored("--eval_windows", "2", target="HULL")
+        scored("--eval_windows", "1", "--features", "MS", "--target", "HULL", target="HULL")
 
 
 def test_the_model_goes_on_in_the_mode_it_came_in(flags):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import T5Config
+from transformers import AutoModel, AutoTokenizer, ElectraConfig, T5Config, ViTConfig
 
 from layers.FrozenLLM import FrozenLLM
 from tests.conftest import largest_difference
@@ -127,11 +127,21 @@ def test_damaged_folders_are_refused(assert_refused, flags, tiny_llm, tmp_path_f
             (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
             (lambda folder: (folder / "config.json").unlink(), "config.json"),
             (drop_a_weight, "lacks 1 weights"),
+            (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], "tokenizer"),
+            (lambda folder: (folder / "tokenizer.json").write_text("{}", encoding="utf-8"), "cannot load"),
+            (lambda folder: edit_config(folder, num_hidden_layers=3), "cannot load"),
+            (lambda folder: edit_config(folder, hidden_act="none"), "cannot load"),
+            (lambda folder: edit_config(folder, hidden_size="64"), "cannot load"),
         ]
     ):
         folder = copy_of(tiny_llm("qwen2"), tmp_path_factory.mktemp("damaged") / str(number))
         damage(folder)
         assert_refused([*flags, "--llm_model_path", folder], str(folder), word)
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
 
 
 def drop_a_weight(folder):
@@ -144,6 +154,22 @@ def test_an_encoder_decoder_is_refused(tmp_path):
     T5Config(d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="encoder-decoder"):
         load(tmp_path)
+
+
+def test_models_that_do_not_fit_are_refused(tmp_path, tiny_llm):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llm("qwen2"))
+    configs = {
+        "no vocab_size": ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16),
+        "words of width": ElectraConfig(
+            vocab_size=600, embedding_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+        ),
+    }
+    for word, config in configs.items():
+        folder = tmp_path / word
+        AutoModel.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        with pytest.raises(UserError, match=word):
+            load(folder)
 
 
 def test_right_padding_uses_the_end_of_text_else_a_pad_token(tiny_llm):

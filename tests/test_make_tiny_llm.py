@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from base_models.make_tiny_llm import FAMILIES, make_tiny_llm
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,6 +46,13 @@ def test_a_folder_of_another_recipe_is_made_anew(tmp_path):
     assert torch.equal(torch.rand(1), drawn), "it must leave the caller's random numbers alone"
     assert (tmp_path / "model.safetensors").read_bytes() != before
     assert AutoModel.from_pretrained(tmp_path).config.num_hidden_layers == 1
+
+
+def test_another_llm_is_never_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="another LLM"):
+        make_tiny_llm("qwen2", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_the_command(tmp_path):

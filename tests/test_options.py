@@ -85,6 +85,11 @@ def test_demo_presets_give_way_to_flags():
     assert (args.data, args.data_path, args.batch_size, args.pred_len) == ("custom", "demo.csv", 5, 24)
 
 
+def test_demo_presets_do_not_contradict_a_flag():
+    assert get_parser().parse_args(["--demo", "--prompt_file", "x"]).content == ""
+    assert get_parser().parse_args(["--demo", "--llm_model", "GPT2"]).llm_model_path == ""
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["--bathc_size", "3"], ["--data", "ETTh1", "--root_path", "nowhere"]])
 def test_help_and_typos_answer_without_loading_torch(argv):
     code = "import sys, run_main; code = run_main.main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
@@ -112,6 +117,12 @@ def test_help_and_typos_answer_without_loading_torch(argv):
         (["--data", "ETTh1", "--checkpoint", "x"], ["--checkpoint", "--is_training 0"]),
         (["--data", "ETTh1", "--model_comment", "a/b"], ["--model_comment", "'/'"]),
         (["--data", "ETTh1", "--root_path", "nowhere"], ["nowhere", "ETTh1.csv", "--root_path"]),
+        (["--data", "ETTh1", "--seed", "-1"], ["--seed -1"]),
+        (["--data", "ETTh1", "--seed", "4294967295", "--itr", "2"], ["--seed", "--itr 2"]),
+        (["--demo", "--checkpoints", __file__], ["is a file", "--checkpoints"]),
+        (["--demo", "--des", "x" * 300], ["bytes", "--des"]),
+        (["--demo", "--is_training", "0"], ["no checkpoint", "train first"]),
+        (["--demo", "--root_path", "/proc/nowhere"], ["cannot write"]),
     ],
 )
 def test_wrong_flags_get_one_line(assert_refused, argv, words):

@@ -2,16 +2,20 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 import run_main
 from base_models.make_tiny_llm import make_tiny_llm
 from dataset.demo import write_demo_csv
 from utils.options import get_parser
 
+ROOT = Path(run_main.__file__).parent
 NUMBER = r"\d+\.\d{7}"
 
 
@@ -31,7 +35,7 @@ def test_a_run_prints_and_leaves_what_the_contract_says(run, flags, tiny_llm):
     losses = rf"Train Loss: {NUMBER} Vali Loss: {NUMBER} Test Loss: {NUMBER} MAE Loss: {NUMBER}"
     assert re.search(rf"^Epoch: 1 \| {losses}$", text, re.M)
     assert re.search(r"^Validation loss decreased \(inf --> \d+\.\d{6}\)\.  Saving model \.\.\.$", text, re.M)
-    assert re.search(rf"^Test \| MSE: {NUMBER} MAE: {NUMBER} \| 40 of 511 windows$", text, re.M)
+    assert re.search(rf"^Test \| MSE: {NUMBER} MAE: {NUMBER} \| 40 windows of 511$", text, re.M)
 
     assert done.folder.name == (
         "long_term_forecast_custom_48_8_TimeLLM_custom_ftM_sl48_ll8_pl8_dm8_nh2_el2_dl1_df8_fc1_ebtimeF_test_0-none"
@@ -202,15 +206,42 @@ def test_a_checkpoint_of_another_llm_is_refused(run, flags, tiny_llm):
 
 
 @pytest.mark.parametrize(("eval_steps", "which"), [(1, "validation"), (3, "training")])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(run, flags, eval_steps, which):
-    run(*flags)
-    kept = run(*flags, "--is_training", 0).metrics()["mse"]
-    wild = ["--eval_steps", eval_steps, "--max_steps", 50, "--learning_rate", 1e25]
-    done = run(*flags, *wild)
+def test_a_loss_that_is_not_finite_stops_the_run(run, flags, eval_steps, which):
+    done = run(*flags, "--eval_steps", eval_steps, "--max_steps", 50, "--learning_rate", 1e25)
     assert done.code == 2
     assert re.search(rf"error: the {which} loss is (nan|inf) after {eval_steps} steps .*--learning_rate", done.err)
     assert done.err.count("\n") == 1
-    assert run(*flags, "--is_training", 0).metrics()["mse"] == kept
+    assert "no checkpoint of this run" in done.err
+
+
+def test_a_loss_that_is_not_finite_between_validations_is_found_at_the_next_report(run, flags):
+    done = run(*flags, "--batch_size", 2, "--max_steps", 150, "--eval_steps", 150, "--learning_rate", 1e25)
+    assert "the training loss is nan after 99 steps" in done.err
+
+
+def test_the_best_checkpoint_survives_a_loss_that_is_not_finite(run, flags, monkeypatch):
+    monkeypatch.setattr("utils.schedules.rate_of_epoch", lambda name, rate, epoch: rate if epoch == 1 else 1e25)
+    flags = [*flags, "--max_steps", 0, "--percent", 20, "--batch_size", 100, "--train_epochs", 3]
+    done = run(*flags)
+    assert done.code == 2
+    assert "the best checkpoint is kept" in done.err
+    (row,) = done.history()
+    assert run(*flags, "--is_training", 0).metrics()["mse"] == pytest.approx(float(row["test_loss"]))
+
+
+def test_a_second_run_keeps_the_files_of_the_first(run, flags):
+    first = run(*flags).metrics()
+    done = run(*flags, "--learning_rate", 1e25)
+    assert done.code == 2
+    names = {file.name for file in done.folder.iterdir()}
+    assert names == {
+        "args.json",
+        "history.csv",
+        *(f"{n}.old" for n in ("args.json", "history.csv", "metrics.json", "checkpoint")),
+    }
+    kept = json.loads((done.folder / "metrics.json.old").read_text(encoding="utf-8"))
+    assert kept["mse"] == first["mse"]
+    assert "train first" in run(*flags, "--is_training", 0).err
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
@@ -220,7 +251,19 @@ def test_every_kind_of_llm_trains(run, flags, tiny_llm, family):
     assert f"LLM: {family}, 1 of 2 layers" in done.out
 
 
-def test_four_bit_right_padding_and_mixed_precision_train(run, flags):
+def test_four_bit_right_padding_and_mixed_precision_train(run, flags, monkeypatch):
+    precisions = set()
+    forward = Qwen2MLP.forward
+
+    def remember(self, hidden):
+        precisions.add((torch.is_autocast_enabled("cpu"), hidden.dtype, (result := forward(self, hidden)).dtype))
+        return result
+
+    monkeypatch.setattr(Qwen2MLP, "forward", remember)
+    plain = run(*flags, "--eval_windows", 7).metrics()["mse"]
+    done = run(*flags, "--eval_windows", 7, "--use_amp")
+    assert done.metrics()["mse"] != plain, "the layers around the LLM compute in half precision"
+    assert precisions == {(False, torch.float32, torch.float32)}, "the LLM does not"
     done = run(*flags, "--load_in_4bit", "--prompt_padding", "right", "--use_amp", "--eval_windows", 7)
     assert done.code == 0
     assert "NF4" in done.out
@@ -257,8 +300,14 @@ def test_paths_with_spaces_and_chinese_characters(run, flags, tmp_path_factory):
         *("--model_id", "油温", "--eval_windows", 7),
     )
     assert (done.code, done.err) == (0, "")
-    (left,) = runs.iterdir()
+    (left,) = Path(runs).iterdir()
     assert (left / "metrics.json").is_file()
+
+
+def test_importing_starts_nothing():
+    code = "import run_main, sys; print([name for name in ('torch', 'transformers', 'pandas') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 def test_the_demo_needs_nothing_and_other_flags_count(run):
@@ -268,7 +317,8 @@ def test_the_demo_needs_nothing_and_other_flags_count(run):
     assert done.folder.name.endswith("-mine")
     assert Path("dataset/demo.csv").is_file()
     assert Path("base_models/tiny-qwen2/config.json").is_file()
-    assert run(*demo, "--is_training", "0").metrics() != {}
+    trained = done.metrics()["mse"]
+    assert run(*demo, "--is_training", "0").metrics()["mse"] == trained
 
 
 def test_ctrl_c_leaves_with_130_and_a_line(run, flags, monkeypatch):
@@ -277,11 +327,36 @@ def test_ctrl_c_leaves_with_130_and_a_line(run, flags, monkeypatch):
 
     monkeypatch.setattr("utils.training.Trainer.fit", interrupt)
     done = run(*flags)
-    assert done.code == 130
-    assert done.err.startswith("interrupted: ")
-    assert done.err.count("\n") == 1
+    assert (done.code, done.err) == (130, "interrupted: there is no checkpoint yet\n")
+    monkeypatch.undo()
+    monkeypatch.setattr("utils.records.write_metrics", interrupt)
+    done = run(*flags)
+    assert (done.code, done.err) == (130, "interrupted: --is_training 0 tests the best checkpoint so far\n")
 
 
-def test_importing_starts_nothing():
-    assert callable(run_main.get_parser)
-    assert run_main.main.__doc__
+def test_a_refused_test_writes_nothing(run, flags):
+    trained = run(*flags).folder
+    done = run(*flags, "--is_training", 0, "--checkpoint", trained, "--model_id", "zs", "--d_model", 16)
+    assert done.code == 2
+    assert done.folders == [trained]
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(assert_refused, flags, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_refused(flags, "2 processes", "accelerate launch")
+
+
+def test_the_last_group_of_batches_counts_in_full(run, flags):
+    """Three batches, two of them a group: the third makes a step as long as if it were alone."""
+    flags = [*flags, "--percent", 20, "--batch_size", 90, "--max_steps", 0, "--dropout", 0, "--grad_clip", 1e9]
+    norms = []
+    with pytest.MonkeyPatch.context() as patch:
+        clip = torch.nn.utils.clip_grad_norm_
+        patch.setattr(
+            torch.nn.utils, "clip_grad_norm_", lambda *args, **more: norms.append(clip(*args, **more)) or norms[-1]
+        )
+        run(*flags, "--grad_accum", 2, "--learning_rate", 1e-12)
+        run(*flags, "--grad_accum", 1, "--learning_rate", 1e-12)
+    grouped, single = norms[:2], norms[2:]
+    assert len(single) == 3
+    assert grouped[1].item() == pytest.approx(single[2].item(), rel=1e-4)

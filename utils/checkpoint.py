@@ -40,8 +40,18 @@ def save_checkpoint(path: Path, model: nn.Module, args: argparse.Namespace, seri
     unfinished.replace(path)
 
 
-def load_checkpoint(path: Path, model: nn.Module) -> dict:
+# Flags that shape what the trained layers see: with others the weights mean nothing, or something else.
+_MUST_AGREE = ("seq_len", "pred_len", "patch_len", "stride")
+_SHOULD_AGREE = ("prompt_padding", "prompt_decimals")
+
+
+def load_checkpoint(path: Path, model: nn.Module, args: argparse.Namespace) -> dict:
     """Load the trained tensors into `model` and return everything the checkpoint says.
+
+    Args:
+        path: the file.
+        model: unwrapped.
+        args: the flags it is to be run with; a difference that changes forecasts is printed.
 
     Raises:
         UserError: if the file is no checkpoint of ours, or of another model or another LLM.
@@ -52,6 +62,7 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict:
         raise UserError(f"{path} is damaged or no checkpoint: train again, or name another --checkpoint") from problem
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this program: name another --checkpoint")
+    _compare_flags(path, contents["flags"], vars(args))
     llm = llm_of(model)
     _check_llm(path, contents["llm"] or {}, llm.as_dict() if llm else {})
     try:
@@ -63,6 +74,15 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict:
     if any(tensor.shape != present[name].shape for name, tensor in contents["weights"].items()):
         PartialState().print("The full map of the checkpoint was converted to the compact one (exactly)")
     return contents
+
+
+def _compare_flags(path: Path, saved: dict, present: dict) -> None:
+    for name in _MUST_AGREE:
+        if saved[name] != present[name]:
+            raise UserError(f"{path} was trained with --{name} {saved[name]}, not {present[name]}: give it that")
+    for name in _SHOULD_AGREE:
+        if saved[name] != present[name]:
+            PartialState().print(f"Note: {path} was trained with --{name} {saved[name]}, not {present[name]}")
 
 
 def _check_llm(path: Path, saved: dict, present: dict) -> None:

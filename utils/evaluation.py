@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data_provider.windows import WindowDataset
-from utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,4 @@ def _score(errors: np.ndarray, channel_of: np.ndarray, channels: tuple[str, ...]
     if target is None:
         mse, mae = errors.mean(axis=1)
         return Scores(float(mse), float(mae), errors.shape[1], per_channel)
-    if target not in per_channel:
-        raise UserError(f"no window of --target {target} among those evaluated: raise --eval_windows")
     return Scores(**per_channel[target], per_channel=per_channel)

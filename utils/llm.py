@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import PartialState
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 
@@ -54,6 +53,7 @@ class LLMIdentity:
     layers: int
     quantization: str
     config_hash: str
+    words_hash: str
 
 
 @dataclass(frozen=True)
@@ -113,15 +113,23 @@ def load_llm(args: argparse.Namespace) -> LoadedLLM:
     state = PartialState()
     state.print(f"Loading generic model from: {source}")
     config = _load(AutoConfig, source)
-    text_config = config.get_text_config()
-    if config.is_encoder_decoder:
-        raise UserError(f"{source} is an encoder-decoder: take a decoder-only or an encoder-only LLM")
+    text_config = _text_config(config, source)
     layers_there = text_config.num_hidden_layers
     _use_first_layers(text_config, args.llm_layers or layers or layers_there, source)
     if args.llm_dim not in (0, text_config.hidden_size):
         raise UserError(
             f"--llm_dim {args.llm_dim} is not the hidden size of {source}: give {text_config.hidden_size},"
             " or 0 to read it from the model"
+        )
+    tokenizer = _load_tokenizer(source, text_config.vocab_size)
+    pad_id = _padding_token(tokenizer, args.prompt_padding, text_config.vocab_size, source)
+    dtype = choose_dtype(args.llm_dtype, state.device)
+    backbone = _load_backbone(source, config, dtype, args.load_in_4bit, state)
+    words = backbone.get_input_embeddings().weight
+    if words.shape[1] != text_config.hidden_size:
+        raise UserError(
+            f"{source} has words of width {words.shape[1]} and hidden states of {text_config.hidden_size}:"
+            " take an LLM where both are the same"
         )
     identity = LLMIdentity(
         model_type=config.model_type,
@@ -130,19 +138,39 @@ def load_llm(args: argparse.Namespace) -> LoadedLLM:
         layers=text_config.num_hidden_layers,
         quantization="nf4" if args.load_in_4bit else "none",
         config_hash=_hash(text_config),
+        words_hash=_fingerprint(words),
     )
-    tokenizer = _load(AutoTokenizer, source)
-    pad_id = _padding_token(tokenizer, args.prompt_padding, text_config.vocab_size, source)
+    context = getattr(text_config, "max_position_embeddings", None) or 0
     return LoadedLLM(
-        backbone=_load_backbone(source, config, choose_dtype(args.llm_dtype, state.device), args.load_in_4bit, state),
+        backbone=backbone,
         tokenizer=tokenizer,
         pad_id=pad_id,
         device=state.device,
         source=source,
         layers_there=layers_there,
-        context=getattr(text_config, "max_position_embeddings", None),
+        context=context if context > 0 else None,
         identity=identity,
     )
+
+
+def _text_config(config: PretrainedConfig, source: str) -> PretrainedConfig:
+    """Return the part of a config that is about the language model, if it has what we need."""
+    text_config = config.get_text_config()
+    if config.is_encoder_decoder:
+        raise UserError(f"{source} is an encoder-decoder: take a decoder-only or an encoder-only LLM")
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        if not isinstance(getattr(text_config, name, None), int):
+            raise UserError(f"{source} is no language model that we know how to run: its config has no {name}")
+    return text_config
+
+
+def _load_tokenizer(source: str, vocab_size: int) -> transformers.PreTrainedTokenizerBase:
+    """Return the tokenizer; without its files, transformers makes an empty one and says nothing."""
+    tokenizer = _load(AutoTokenizer, source)
+    ids = tokenizer("Input statistics: min value -1.25", add_special_tokens=False).input_ids
+    if not ids or ids.count(tokenizer.unk_token_id) > len(ids) / 2 or max(ids) >= vocab_size:
+        raise UserError(f"{source} has no tokenizer that fits its model: add its tokenizer files (tokenizer.json, ...)")
+    return tokenizer
 
 
 def choose_source(args: argparse.Namespace) -> tuple[str, int | None]:
@@ -167,7 +195,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def _use_first_layers(config: PretrainedConfig, layers: int, source: str) -> None:
     if layers > config.num_hidden_layers:
         raise UserError(f"--llm_layers {layers} is more than {source} has: give at most {config.num_hidden_layers}")
-    config.num_hidden_layers = layers
+    if layers == config.num_hidden_layers:
+        return
+    try:
+        config.num_hidden_layers = layers
+    except (NotImplementedError, AttributeError) as problem:
+        raise UserError(f"{source} cannot be cut to --llm_layers {layers}: leave it out") from problem
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
 
@@ -176,6 +209,12 @@ def _hash(config: PretrainedConfig) -> str:
     """Return a hash of what shapes the network, by names that do not change from release to release."""
     shape = {name: getattr(config, name, None) for name in _SHAPE_OF_AN_LLM}
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _fingerprint(words: torch.Tensor) -> str:
+    """Return a hash of some word embeddings by their signs, which no precision changes."""
+    signs = (words[:64].detach().float().cpu() > 0).numpy()
+    return hashlib.sha256(signs.tobytes()).hexdigest()[:16]
 
 
 def _load_backbone(
@@ -237,9 +276,9 @@ def _load(auto: type, source: str, **options):
 def _explained(load: Callable, source: str, **options):
     try:
         return load(source, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as problem:
-        first_line = str(problem).strip().splitlines()[0]
+    except Exception as problem:  # a damaged or foreign folder can make transformers raise anything
+        reason = str(problem).strip().splitlines() or [type(problem).__name__]
         raise UserError(
-            f"cannot load the LLM {source}: {first_line} (--llm_model_path takes a folder with config.json,"
+            f"cannot load the LLM {source}: {reason[0]} (--llm_model_path takes a folder with config.json,"
             " weights and tokenizer, or a Hub id)"
         ) from problem

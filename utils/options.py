@@ -16,6 +16,12 @@ SCHEDULE_NAMES = ("type1", "type2", "type3", "PEMS", "TST", "COS", "constant")
 MODEL_NAMES = ("TimeLLM",)
 LLM_NAMES = ("LLAMA", "GPT2", "BERT", "QWEN")
 
+# Of every common file system.
+MAX_FILE_NAME = 255
+
+# Of numpy's generators.
+MAX_SEED = 2**32
+
 COMPATIBILITY = "kept for compatibility with Time-LLM scripts"
 
 # What --demo stands for. Any of these given on the command line still wins.
@@ -64,8 +70,14 @@ class OptionParser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         parsed, rest = super().parse_known_args(args, namespace)
         if parsed.demo:
-            ordinary = {name: self.get_default(name) for name in DEMO_DEFAULTS}
-            self.set_defaults(**DEMO_DEFAULTS)
+            presets = dict(DEMO_DEFAULTS)
+            # What a flag beside --demo stands for, the preset must not contradict.
+            if parsed.prompt_file or parsed.prompt_domain:
+                del presets["content"]
+            if parsed.llm_model != self.get_default("llm_model"):
+                del presets["llm_model_path"]
+            ordinary = {name: self.get_default(name) for name in presets}
+            self.set_defaults(**presets)
             try:
                 parsed, rest = super().parse_known_args(args, namespace)
             finally:
@@ -107,14 +119,16 @@ def get_parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--target", default="OT", help="the column that S and MS are about")
     data.add_argument("--loader", default="modal", help=COMPATIBILITY)
-    data.add_argument("--freq", default="h", help="step of the time features: h, t, min, 15min, d, ...")
+    data.add_argument("--freq", default="h", help="step of the time marks: h, t, 15min, d, ...; TimeLLM reads none")
     data.add_argument("--checkpoints", default="./checkpoints/", help="folder that holds the run folders")
     data.add_argument("--percent", type=int, default=100, help="share of the training rows to use (few-shot)")
     data.add_argument("--num_workers", type=int, default=0, help="loader processes; batches are cheap, 0 is fastest")
 
     windows = parser.add_argument_group("windows")
     windows.add_argument("--seq_len", type=int, default=96, help="rows the model sees")
-    windows.add_argument("--label_len", type=int, default=48, help="rows of the past repeated before the target rows")
+    windows.add_argument(
+        "--label_len", type=int, default=48, help="past rows repeated before the target's; TimeLLM reads none"
+    )
     windows.add_argument("--pred_len", type=int, default=96, help="rows to forecast")
     windows.add_argument("--seasonal_patterns", default="Monthly", help=COMPATIBILITY)
 
@@ -133,7 +147,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--embed",
         choices=("timeF", "fixed", "learned"),
         default="timeF",
-        help="time marks of a batch: scaled features (timeF) or calendar integers (fixed, learned)",
+        help="time marks of a batch, scaled (timeF) or calendar integers (fixed, learned); TimeLLM reads none",
     )
     model.add_argument("--activation", default="gelu", help=COMPATIBILITY)
     model.add_argument("--output_attention", action="store_true", help=COMPATIBILITY)
@@ -154,8 +168,8 @@ def get_parser() -> argparse.ArgumentParser:
         default=0,
         help="1: describe the data set from dataset/prompt_bank; 0: Time-LLM's one sentence on ETT",
     )
-    prompt.add_argument("--content", default="", help="the data set's description, used as it is")
-    prompt.add_argument("--prompt_file", default="", help="UTF-8 file with the description, used as it is")
+    prompt.add_argument("--content", default="", help="the data set's description, used as it is; wins")
+    prompt.add_argument("--prompt_file", default="", help="UTF-8 file with the description, as it is; wins over 1")
     prompt.add_argument("--prompt_decimals", type=int, default=-1, help="decimals of the statistics; -1: in full")
     prompt.add_argument(
         "--prompt_padding",
@@ -234,7 +248,22 @@ def check_options(args: argparse.Namespace) -> None:
         for name in names:
             if getattr(args, name) < least:
                 raise UserError(f"--{name} {getattr(args, name)} must be at least {least}")
-    checks = (
+    for holds, message in _requirements(args):
+        if not holds:
+            raise UserError(message)
+    for name in ("model_id", "model_comment", "des"):
+        bad = sorted(set(getattr(args, name)) & set('<>:"/\\|?*\n\r\t'))
+        if bad:
+            raise UserError(f"--{name} names a folder and cannot hold {' '.join(map(repr, bad))}: leave it out")
+
+
+def _requirements(args: argparse.Namespace) -> tuple[tuple[bool, str], ...]:
+    """Return what must hold, each with the message for when it does not."""
+    return (
+        (
+            0 <= args.seed <= MAX_SEED - args.itr,
+            f"--seed {args.seed} must be at least 0 and, with --itr {args.itr}, at most {MAX_SEED - args.itr}",
+        ),
         (args.percent <= 100, f"--percent {args.percent} must be at most 100"),
         (args.learning_rate > 0, f"--learning_rate {args.learning_rate} must be above 0"),
         (0 <= args.dropout < 1, f"--dropout {args.dropout} must be at least 0 and below 1"),
@@ -262,13 +291,6 @@ def check_options(args: argparse.Namespace) -> None:
             "--checkpoint names a run to test: it goes with --is_training 0",
         ),
     )
-    for holds, message in checks:
-        if not holds:
-            raise UserError(message)
-    for name in ("model_id", "model_comment", "des"):
-        bad = sorted(set(getattr(args, name)) & set('<>:"/\\|?*\n\r\t'))
-        if bad:
-            raise UserError(f"--{name} names a folder and cannot hold {' '.join(map(repr, bad))}: leave it out")
 
 
 def check_paths(args: argparse.Namespace) -> None:
@@ -278,17 +300,29 @@ def check_paths(args: argparse.Namespace) -> None:
         UserError: names the missing path and the flag that points to it.
     """
     csv = csv_path(args)
-    if not csv.is_file():
+    if not csv.is_file() and not demo_makes(args, "data_path"):
         raise UserError(f"no data file {csv}: check --root_path and --data_path")
     if args.prompt_file and not Path(args.prompt_file).is_file():
         raise UserError(f"no prompt file {args.prompt_file}: check --prompt_file")
-    if looks_like_a_path(args.llm_model_path) and not (Path(args.llm_model_path) / "config.json").is_file():
+    has_llm = (Path(args.llm_model_path) / "config.json").is_file() or demo_makes(args, "llm_model_path")
+    if looks_like_a_path(args.llm_model_path) and not has_llm:
         raise UserError(f"no LLM in {args.llm_model_path}: --llm_model_path takes a folder with a config.json")
+    for place in (Path(args.checkpoints), *Path(args.checkpoints).parents):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{place} is a file: --checkpoints names a folder")
+    longest = len(run_folder(args, args.itr).name.encode())
+    if longest > MAX_FILE_NAME:
+        raise UserError(f"the run folder's name has {longest} bytes: shorten --model_id, --model_comment or --des")
     if not args.is_training:
         for repetition in range(args.itr):
             folder = trained_folder(args, repetition)
             if not (folder / "checkpoint").is_file():
                 raise UserError(f"no checkpoint in {folder}: train first, or name a run's folder with --checkpoint")
+
+
+def demo_makes(args: argparse.Namespace, name: str) -> bool:
+    """Return whether --demo makes what this flag points to, if it is not there."""
+    return args.demo and getattr(args, name) == DEMO_DEFAULTS[name]
 
 
 def csv_path(args: argparse.Namespace) -> Path:
@@ -315,6 +349,11 @@ def run_folder(args: argparse.Namespace, repetition: int) -> Path:
         f"_{args.des}_{repetition}-{args.model_comment}"
     )
     return Path(args.checkpoints) / name
+
+
+def headline_target(args: argparse.Namespace) -> str | None:
+    """Return the channel that the headline metric is of, None for all."""
+    return args.target if args.features == "MS" else None
 
 
 def trained_folder(args: argparse.Namespace, repetition: int) -> Path:

@@ -87,11 +87,13 @@ def render(statistics: WindowStatistics, description: str, seq_len: int, pred_le
 # tokenizers that cut a text into words first; `PromptBuilder` makes sure of it.
 _SEAM = " Input statistics"
 
-# Windows as different as can be, to find out what all prompts have in common.
+# Windows as different as can be, to find out what all prompts have in common; the last as long as can be.
 _EXAMPLES = (
     WindowStatistics(-1.7905428409576416, 3.985621452331543, -0.265960991382598, True, (0, 1, 95, 48, 2)),
     WindowStatistics(0.5, 12.25, 1.1920928955078125e-07, False, (0, 511, 7, 64, 300)),
-    WindowStatistics(-0.0, 1e20, 100.0, True, (3, 2, 1, 4, 5)),
+    WindowStatistics(
+        -2.1920928955078125e-07, 12.190948486328125, -3.1209287955078125e-06, True, (998, 509, 765, 321, 634)
+    ),
 )
 
 

@@ -7,6 +7,7 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
+from utils.errors import UserError
 from utils.evaluation import Scores
 from utils.llm import LoadedLLM
 
@@ -17,13 +18,33 @@ HISTORY_COLUMNS = (
 )
 
 
-def write_args(folder: Path, args: argparse.Namespace, device: str) -> None:
-    """Write every flag, the versions of the packages and the device to args.json."""
+def open_run_folder(folder: Path, args: argparse.Namespace, repetition: int, device: str) -> None:
+    """Make the run folder and write args.json: every flag, the versions of the packages, the device.
+
+    Training starts with a clean set of files: those of an earlier run of the same name are kept as *.old. A test
+    of the run's own checkpoint leaves its args.json as it is.
+
+    Raises:
+        UserError: if the folder cannot be written.
+    """
+    if not args.is_training and not args.checkpoint:
+        return
     versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
-    _write_json(folder / "args.json", {**vars(args), "versions": versions, "device": device})
+    flags = {**vars(args), "seed": args.seed + repetition}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.is_training:
+            for name in ("checkpoint", "args.json", "metrics.json", "history.csv"):
+                if (folder / name).is_file():
+                    (folder / name).replace(folder / f"{name}.old")
+        _write_json(folder / "args.json", {**flags, "versions": versions, "device": device})
+    except OSError as problem:
+        raise UserError(f"cannot write to {folder}: {problem.strerror or problem} (--checkpoints)") from problem
 
 
-def write_metrics(folder: Path, scores: Scores, seconds: float, llm: LoadedLLM | None, checkpoint: Path) -> None:
+def write_metrics(
+    folder: Path, scores: Scores, seconds: float, llm: LoadedLLM | None, checkpoint: Path, csv: Path
+) -> None:
     """Write the test scores of the best checkpoint to metrics.json."""
     contents = {
         "split": "test",
@@ -34,19 +55,20 @@ def write_metrics(folder: Path, scores: Scores, seconds: float, llm: LoadedLLM |
         "seconds": round(seconds, 3),
         "llm": llm.as_dict() if llm else None,
         "checkpoint": str(checkpoint),
+        "data": str(csv),
     }
     _write_json(folder / "metrics.json", contents)
 
 
 def _write_json(path: Path, contents: dict) -> None:
-    path.write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(contents, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 class History:
     """history.csv: a row a validation, written as soon as it is known.
 
     Args:
-        path: the file; one from an earlier run of the same name is replaced.
+        path: the file; not there yet.
     """
 
     def __init__(self, path: Path):

@@ -17,6 +17,7 @@ from utils.checkpoint import save_checkpoint
 from utils.early_stopping import EarlyStopping
 from utils.errors import UserError
 from utils.evaluation import Scores, evaluate
+from utils.options import headline_target
 from utils.records import History
 from utils.schedules import Schedule
 
@@ -74,7 +75,6 @@ class Trainer:
         Raises:
             UserError: if the loss is no longer finite; the best checkpoint so far stays.
         """
-        self.model.train()
         while self.epoch < self.args.train_epochs and not self._is_finished():
             self.epoch += 1
             self._train_epoch()
@@ -86,16 +86,18 @@ class Trainer:
         since = started
         batches = tqdm(self.loaders["train"], desc=f"Epoch {self.epoch}", disable=None, leave=False)
         for number, batch in enumerate(batches, start=1):
-            loss = self._train_batch(batch)
+            loss = self._train_batch(batch, number)
             if number % REPORT_EVERY == 0:
-                self._report_progress(number, loss.item(), (time.perf_counter() - since) / REPORT_EVERY)
+                self._report_progress(number, loss, (time.perf_counter() - since) / REPORT_EVERY)
                 since = time.perf_counter()
             if not self.accelerator.sync_gradients:
                 continue
             self.steps += 1
             self.schedule.after_step()
             if self.args.eval_steps and self.steps % self.args.eval_steps == 0:
+                before = time.perf_counter()
                 self._validate()
+                since += time.perf_counter() - before  # not part of the training's speed
             if self._is_finished():
                 break
         self.accelerator.print(f"Epoch: {self.epoch} cost time: {time.perf_counter() - started:.2f}")
@@ -104,14 +106,18 @@ class Trainer:
             self._validate()
         self.schedule.after_epoch()
 
-    def _train_batch(self, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Learn from one batch; return its loss, left on the device."""
+    def _train_batch(self, batch: tuple[torch.Tensor, ...], number: int) -> torch.Tensor:
+        """Learn from the epoch's batch of this number, 1, 2, ...; return its loss, left on the device."""
         seq_x, seq_y, *_ = batch
+        accumulated = self.args.grad_accum
+        first_of_group = (number - 1) // accumulated * accumulated
+        # accelerate divides by grad_accum; an epoch's last group may have fewer batches.
+        scale = accumulated / min(accumulated, len(self.loaders["train"]) - first_of_group)
         with self.accelerator.accumulate(self.model):
             forecast = self.model(seq_x)
             truth = seq_y[:, -forecast.shape[1] :].to(forecast.device, non_blocking=True)
             loss = self.loss(forecast, truth)
-            self.accelerator.backward(loss)
+            self.accelerator.backward(loss * scale)
             if self.args.grad_clip and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
             self.optimizer.step()
@@ -136,11 +142,12 @@ class Trainer:
         self._forget_losses()
 
     def _scores(self, split: str) -> Scores:
-        target = self.args.target if self.args.features == "MS" else None
+        target = headline_target(self.args)
         return evaluate(self.accelerator, self.model, self.loaders[split], self.datasets[split], target, split)
 
-    def _report_progress(self, batches: int, loss: float, seconds: float) -> None:
+    def _report_progress(self, batches: int, batch_loss: torch.Tensor, seconds: float) -> None:
         """Print the lines in the middle of an epoch; `seconds` are those of one batch."""
+        loss = self.accelerator.reduce(batch_loss, "mean").item()  # of all processes: they stop together
         self._check_finite(loss, "training")
         left = (self.args.train_epochs - self.epoch + 1) * len(self.loaders["train"]) - batches
         if self.args.max_steps:
@@ -172,7 +179,7 @@ class Trainer:
     def _check_finite(self, loss: float, which: str) -> None:
         """Stop the run if a loss is infinite or not a number."""
         if not math.isfinite(loss):
-            kept = "the best checkpoint is kept" if self.validated_at else "there is no checkpoint yet"
+            kept = "the best checkpoint is kept" if self.validated_at else "there is no checkpoint of this run yet"
             raise UserError(
                 f"the {which} loss is {loss} after {self.steps} steps ({kept}): lower --learning_rate, give"
                 " --grad_clip 1, or --llm_dtype bfloat16 or float32"
