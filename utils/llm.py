@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -220,6 +221,10 @@ def _fingerprint(words: torch.Tensor) -> str:
 def _load_backbone(
     source: str, config: PretrainedConfig, dtype: torch.dtype, load_in_4bit: bool, state: PartialState
 ) -> nn.Module:
+    if state.device.type == "cpu":
+        # Else transformers copies keys and values for every query head that shares them. The CPU's attention
+        # shares them by itself; a GPU's fast kernels do not where there is a mask, so there it stays off.
+        os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
     options = {"config": config, "dtype": dtype, "device_map": {"": state.device}, "output_loading_info": True}
     if load_in_4bit:
         if importlib.util.find_spec("bitsandbytes") is None:

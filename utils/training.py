@@ -58,7 +58,8 @@ class Trainer:
         self.series = series
         self.folder = folder
         self.loss = LOSSES[args.loss]()
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate)
+        # Fused: one pass over the weights instead of a dozen; of the full map's many that is felt.
+        optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, fused=True)
         self.schedule = Schedule(optimizer, args.lradj, self._total_steps(), args.pct_start)
         self.optimizer = accelerator.prepare(optimizer)
         self.stopping = EarlyStopping(args.patience, accelerator.print)
