@@ -321,17 +321,20 @@ def test_the_demo_needs_nothing_and_other_flags_count(run):
     assert run(*demo, "--is_training", "0").metrics()["mse"] == trained
 
 
-def test_ctrl_c_leaves_with_130_and_a_line(run, flags, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "hint"),
+    [
+        ("utils.training.Trainer.fit", "there is no checkpoint yet"),
+        ("utils.records.write_metrics", "--is_training 0 tests the best checkpoint so far"),
+    ],
+)
+def test_ctrl_c_leaves_with_130_and_a_line(run, flags, monkeypatch, where, hint):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("utils.training.Trainer.fit", interrupt)
+    monkeypatch.setattr(where, interrupt)
     done = run(*flags)
-    assert (done.code, done.err) == (130, "interrupted: there is no checkpoint yet\n")
-    monkeypatch.undo()
-    monkeypatch.setattr("utils.records.write_metrics", interrupt)
-    done = run(*flags)
-    assert (done.code, done.err) == (130, "interrupted: --is_training 0 tests the best checkpoint so far\n")
+    assert (done.code, done.err) == (130, f"interrupted: {hint}\n")
 
 
 def test_a_refused_test_writes_nothing(run, flags):

@@ -132,15 +132,6 @@ def load_llm(args: argparse.Namespace) -> LoadedLLM:
             f"{source} has words of width {words.shape[1]} and hidden states of {text_config.hidden_size}:"
             " take an LLM where both are the same"
         )
-    identity = LLMIdentity(
-        model_type=config.model_type,
-        hidden_size=text_config.hidden_size,
-        vocab_size=text_config.vocab_size,
-        layers=text_config.num_hidden_layers,
-        quantization="nf4" if args.load_in_4bit else "none",
-        config_hash=_hash(text_config),
-        words_hash=_fingerprint(words),
-    )
     context = getattr(text_config, "max_position_embeddings", None) or 0
     return LoadedLLM(
         backbone=backbone,
@@ -150,7 +141,19 @@ def load_llm(args: argparse.Namespace) -> LoadedLLM:
         source=source,
         layers_there=layers_there,
         context=context if context > 0 else None,
-        identity=identity,
+        identity=_identify(text_config, words, args.load_in_4bit),
+    )
+
+
+def _identify(config: PretrainedConfig, words: torch.Tensor, load_in_4bit: bool) -> LLMIdentity:
+    return LLMIdentity(
+        model_type=config.model_type,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        layers=config.num_hidden_layers,
+        quantization="nf4" if load_in_4bit else "none",
+        config_hash=_hash(config),
+        words_hash=_fingerprint(words),
     )
 
 
