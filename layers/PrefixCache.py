@@ -101,8 +101,7 @@ class Prefix:
         """Return the prefix with more tokens behind, without gradient; `inputs` are those of the model."""
         last = len(self.layers) - 1
         layers = [RecordingLayer(layer, number == last) for number, layer in enumerate(self.layers)]
-        # Not under inference mode: an evaluation may be the first to ask, and training goes on with its answer.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             try:
                 model(past_key_values=Cache(layers=layers), use_cache=True, **inputs)
             except PrefixComplete:

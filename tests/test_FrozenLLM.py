@@ -80,6 +80,7 @@ def test_prefix_and_one_pass_agree_in_forecast_and_gradient(tiny_llm, family, pa
 
 def test_an_evaluation_between_two_steps_changes_nothing(tiny_llm):
     llm = frozen(backbone(tiny_llm("qwen2")))
+    llm._head_prefix = None
 
     def gradient():
         inputs = patches().requires_grad_()

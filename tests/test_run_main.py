@@ -104,6 +104,14 @@ def test_validation_every_few_steps(run, flags):
     assert "Test | MSE" in done.out
 
 
+def test_the_training_loss_is_that_since_the_last_validation(run, flags):
+    flags = [*flags, "--max_steps", 2, "--skip_epoch_test", "--learning_rate", 1e-12, "--dropout", 0]
+    each, both = (run(*flags, "--eval_steps", steps).history() for steps in (1, 2))
+    first, second = (float(row["train_loss"]) for row in each)
+    assert float(both[0]["train_loss"]) == pytest.approx((first + second) / 2, rel=1e-5)
+    assert first != pytest.approx(second, rel=1e-3)
+
+
 def test_patience_counts_validations(run, flags):
     flags = [*flags, "--max_steps", 60, "--eval_steps", 1, "--patience", 2, "--learning_rate", 2, "--skip_epoch_test"]
     done = run(*flags, "--eval_windows", 7)
