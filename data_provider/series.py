@@ -25,32 +25,31 @@ _LARGEST = 1e12
 class Layout:
     """How a data set's rows are shared out.
 
-    `train`, `val`, `test` are rows where `fixed`, else shares of the rows there are, `val` being the rest.
-    `quarter_hours` adds the quarter of the hour to the integer time marks. `target_last` moves the
+    Without `val`, `train` and `test` are shares of the rows there are and validation has the rest; with it, all
+    three are rows. `quarter_hours` adds the quarter of the hour to the integer time marks. `target_last` moves the
     target to the last channel, as Time-LLM does for every set but ETT.
     """
 
     train: float
-    val: float
     test: float
-    fixed: bool = False
+    val: int | None = None
     quarter_hours: bool = False
     target_last: bool = False
 
     def rows(self, rows_there: int) -> tuple[int, int, int]:
         """Return the numbers of training, validation and test rows."""
-        if self.fixed:
-            return int(self.train), int(self.val), int(self.test)
+        if self.val is not None:
+            return int(self.train), self.val, int(self.test)
         train, test = int(rows_there * self.train), int(rows_there * self.test)
         return train, rows_there - train - test, test
 
 
 def _ett(rows_an_hour: int) -> Layout:
-    train, val, test = (months * _MONTH_HOURS * rows_an_hour for months in (12, 4, 4))
-    return Layout(train, val, test, fixed=True, quarter_hours=rows_an_hour > 1)
+    month = _MONTH_HOURS * rows_an_hour
+    return Layout(12 * month, 4 * month, val=4 * month, quarter_hours=rows_an_hour > 1)
 
 
-_SHARES = Layout(0.7, 0.1, 0.2, target_last=True)
+_SHARES = Layout(0.7, 0.2, target_last=True)
 LAYOUTS = {
     "ETTh1": _ett(1),
     "ETTh2": _ett(1),

@@ -192,7 +192,7 @@ def test_a_constant_window_is_forecast_finite(tiny_llm):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("more", [[], ["--load_in_4bit"]])
-def test_the_gpu_forecasts_what_the_cpu_does(tiny_llm, more):
+def test_the_whole_model_runs_on_the_gpu(tiny_llm, more):
     model = Model(options(tiny_llm("qwen2"), "--llm_dtype", "float32", *more)).eval()
     assert model.mapping_layer.weight.is_cuda
     assert model(random_walks(4).cuda()).isfinite().all()

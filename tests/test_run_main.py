@@ -66,6 +66,9 @@ def test_testing_alone_gives_the_same_metrics(run, flags):
     assert done.metrics()["mse"] == trained["mse"]
     assert done.metrics()["per_channel"] == trained["per_channel"]
     assert len(done.history()) == 1, "a test must not touch the training's files"
+    written = (done.folder / "args.json").read_bytes()
+    assert run(*flags, "--is_training", "0", "--checkpoint", done.folder).code == 0
+    assert (done.folder / "args.json").read_bytes() == written
 
 
 def test_a_run_is_repeatable_to_the_bit(run, flags):

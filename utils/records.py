@@ -27,7 +27,8 @@ def open_run_folder(folder: Path, args: argparse.Namespace, repetition: int, dev
     Raises:
         UserError: if the folder cannot be written.
     """
-    if not args.is_training and not args.checkpoint:
+    tests_itself = not args.checkpoint or Path(args.checkpoint).resolve() == folder.resolve()
+    if not args.is_training and tests_itself:
         return
     versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
     flags = {**vars(args), "seed": args.seed + repetition}
