@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from layers.FrozenLinear import frozen_product
 from layers.Remember import Remember
 
 
@@ -24,7 +25,7 @@ class _Prototypes(nn.Linear):
         return self._remember([self.weight, self.bias], self._mix)
 
     def _mix(self) -> torch.Tensor:
-        return torch.addmm(self.bias[:, None], self.weight, self._basis())
+        return frozen_product(self.weight, self._basis().T) + self.bias[:, None]
 
 
 class MappingLayer(_Prototypes):

@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from data_provider.windows import WindowDataset
 from dataset.demo import demo_frame
+from layers.FrozenLinear import frozen_product
 from models.TimeLLM import Model
 from utils.errors import UserError
 from utils.llm import LoadedLLM, load_llm
@@ -34,18 +35,23 @@ from utils.options import check_options, get_parser
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run the model: its name, the flags that make it, whether attention maps are asked for."""
+    """One way to run the model: its name and the flags that make it.
+
+    `attention_maps`: whether they are asked for. `onednn`: whether float32 products on a CPU are oneDNN's.
+    """
 
     name: str
     padding: str
     one_pass: bool
     mapping: str
     attention_maps: bool = False
+    onednn: bool = True
 
 
 WAYS = (
-    Way("Time-LLM's way", "right", True, "full", attention_maps=True),
-    Way("no attention maps, fused Adam", "right", True, "full"),
+    Way("Time-LLM's way", "right", True, "full", attention_maps=True, onednn=False),
+    Way("no attention maps, fused Adam", "right", True, "full", onednn=False),
+    Way("oneDNN's products", "right", True, "full"),
     Way("masked pads", "left", True, "full"),
     Way("prefix cache", "left", False, "full"),
     Way("compact map", "left", False, "compact"),
@@ -90,6 +96,8 @@ class Runner:
         backbone = self.model.llm.backbone
         wanted = {"output_attentions": self.way.attention_maps, "output_hidden_states": self.way.attention_maps}
         before = backbone.config._attn_implementation
+        # In half precision torch itself calls oneDNN, in every way.
+        torch.backends.mkldnn.enabled = self.way.onednn or backbone.dtype != torch.float32
         if self.way.attention_maps:
             backbone.set_attn_implementation("eager")  # the only implementation that has the maps
         for name, value in wanted.items():
@@ -97,6 +105,7 @@ class Runner:
         try:
             yield
         finally:
+            torch.backends.mkldnn.enabled = True
             backbone.set_attn_implementation(before)
             for name in wanted:
                 setattr(backbone.config, name, False)
@@ -179,8 +188,8 @@ def floor_seconds(runner: Runner) -> dict[str, float]:
     operations = 2 * in_layers * (without * (1 - 1 / config.num_hidden_layers) + 2 * with_gradient) + 4 * prototypes
     dtype, width = model.llm.word_embeddings.dtype, config.hidden_size
     left = torch.randn(max(with_gradient, 1), width, device=model.device, dtype=dtype)
-    right = torch.randn(width, 4 * width, device=model.device, dtype=dtype)
-    once = [seconds(lambda: left @ right, model.device) for _ in range(20)]
+    right = torch.randn(4 * width, width, device=model.device, dtype=dtype)
+    once = [seconds(lambda: frozen_product(left, right), model.device) for _ in range(20)]
     rate = 2 * left.shape[0] * width * 4 * width / statistics.median(once)
     return {"operations": operations, "operations_per_second": rate, "seconds": operations / rate}
 

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 
+from layers.FrozenLinear import freeze_linears
 from utils.errors import UserError
 from utils.options import looks_like_a_path
 from utils.quiet import quiet_transformers
@@ -246,7 +247,9 @@ def _load_backbone(
         raise UserError(f"{source} lacks {len(missing)} weights of its model, {missing[0]} first: fetch it again")
     if load_in_4bit:
         _keep_weights_differentiable(backbone)
-    return backbone.requires_grad_(False).eval()
+    backbone.requires_grad_(False).eval()
+    freeze_linears(backbone)
+    return backbone
 
 
 def _keep_weights_differentiable(backbone: nn.Module) -> None:
