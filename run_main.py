@@ -50,8 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_paths(args)
         if args.demo:
             prepare_demo(args)
-        for repetition in range(args.itr):
-            run(args, repetition)
+        if args.plan:
+            plan(args)
+        else:
+            for repetition in range(args.itr):
+                run_within_memory(args, repetition)
     except UserError as problem:
         if os.environ.get("RANK", "0") == "0":  # one line, however many processes
             print(f"error: {problem}", file=sys.stderr)
@@ -78,26 +81,52 @@ def prepare_demo(args: argparse.Namespace) -> None:
         raise UserError(f"cannot write the demo's data and LLM: {problem}") from problem
 
 
+def plan(args: argparse.Namespace) -> None:
+    """Print what the run would need of memory and, if that is not there, what to change."""
+    from utils.memory import advice, plan_memory, plan_table
+
+    memory = plan_memory(args)
+    print(plan_table(memory))
+    print("It fits." if memory.fits else f"It does not fit: {advice(args, memory)}")
+
+
+def run_within_memory(args: argparse.Namespace, repetition: int) -> None:
+    """Run; if the device is full, say in one line what helps."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    try:
+        run(args, repetition)
+    except RuntimeError as problem:
+        if not should_reduce_batch_size(problem):
+            raise
+        from utils.memory import memory_error
+
+        raise memory_error(args) from problem
+
+
 def run(args: argparse.Namespace, repetition: int) -> None:
     """Train and test once, with the seed of this repetition."""
     # torch and transformers take seconds to import: not before the command line is known to be sound.
-    from data_provider.data_factory import data_provider
-    from data_provider.series import SPLITS, load_series
+    from data_provider.series import load_series
     from models import build_model
+    from utils.batch_size import fit_batch_size
     from utils.checkpoint import load_checkpoint
+    from utils.memory import advice, describe_plan, plan_memory
+    from utils.optimizers import check_optimizer
     from utils.processes import start_processes
     from utils.records import open_run_folder
     from utils.training import Trainer
 
     accelerator = start_processes(args, args.seed + repetition)
-    provided = {split: data_provider(args, split) for split in SPLITS}
-    datasets = {split: dataset for split, (dataset, _) in provided.items()}
-    # Batches stay on the CPU: there a model writes the prompts, without waiting for the device.
-    loaders = {
-        split: accelerator.prepare_data_loader(loader, device_placement=False)
-        for split, (_, loader) in provided.items()
-    }
+    check_optimizer(args.optimizer, accelerator.device)
+    datasets, loaders = provide(accelerator, args)
+    memory = plan_memory(args)
+    accelerator.print(describe_plan(memory))
+    if not memory.fits:
+        accelerator.print(f"Warning: that may be too much: {advice(args, memory)}")
     model = build_model(args)
+    if args.is_training and args.auto_batch_size and fit_batch_size(args, accelerator, model):
+        datasets, loaders = provide(accelerator, args)
     describe(accelerator, args, model, datasets)
     folder, checkpoint = run_folder(args, repetition), trained_folder(args, repetition) / "checkpoint"
     if not args.is_training:
@@ -111,6 +140,23 @@ def run(args: argparse.Namespace, repetition: int) -> None:
         accelerator.wait_for_everyone()
         load_checkpoint(checkpoint, accelerator.unwrap_model(model), args)
     test(accelerator, args, model, datasets["test"], loaders["test"], checkpoint, folder)
+
+
+def provide(
+    accelerator: "Accelerator", args: argparse.Namespace
+) -> tuple[dict[str, "WindowDataset"], dict[str, "DataLoader"]]:
+    """Return the windows of each split, and a loader for each that shares them out to the processes."""
+    from data_provider.data_factory import data_provider
+    from data_provider.series import SPLITS
+
+    provided = {split: data_provider(args, split) for split in SPLITS}
+    datasets = {split: dataset for split, (dataset, _) in provided.items()}
+    # Batches stay on the CPU: there a model writes the prompts, without waiting for the device.
+    loaders = {
+        split: accelerator.prepare_data_loader(loader, device_placement=False)
+        for split, (_, loader) in provided.items()
+    }
+    return datasets, loaders
 
 
 def test(

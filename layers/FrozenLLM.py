@@ -5,13 +5,18 @@ The only room that knows about padding, masks, positions and prefixes.
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from itertools import takewhile
 
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from layers.GradientScale import GradientScale
 from layers.PrefixCache import Prefix
 
 Prompts = Sequence[Sequence[int]]
@@ -33,7 +38,9 @@ class FrozenLLM(nn.Module):
         pad_id: the token to pad with.
         examples: token ids of two or more prompts, as different as prompts can be.
         patches: P, the patches behind each prompt.
+        device: where the backbone is; its word embeddings may be elsewhere, words are looked up where they are.
         use_prefix: False runs prompt and patches in one pass, as Time-LLM does.
+        recompute: keep only what enters each block of the backbone, and compute the block again in backward.
 
     Attributes:
         head: the tokens that all prompts begin with.
@@ -44,7 +51,15 @@ class FrozenLLM(nn.Module):
     """
 
     def __init__(
-        self, backbone: nn.Module, padding: str, pad_id: int, examples: Prompts, patches: int, use_prefix: bool = True
+        self,
+        backbone: nn.Module,
+        padding: str,
+        pad_id: int,
+        examples: Prompts,
+        patches: int,
+        device: torch.device,
+        use_prefix: bool = True,
+        recompute: bool = False,
     ):
         super().__init__()
         # Not registered as a submodule: so `train()` cannot wake its dropout, `float()` and `to()` cannot
@@ -52,20 +67,30 @@ class FrozenLLM(nn.Module):
         object.__setattr__(self, "backbone", backbone.eval())
         self.padding = padding
         self.pad_id = pad_id
-        self.head = [
-            tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*examples, strict=False))
-        ]
+        self.head = self.common_head(examples)
         self._head_prefix: Prefix | None = None
         self._window = getattr(backbone.config.get_text_config(), "sliding_window", None)
         self._takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
         self.sees_pads = self.uses_prefix = False
         self.why_not = ""
-        self._try_out(examples[:2], patches, use_prefix)
+        if recompute:
+            for block in self.blocks(backbone):
+                block.forward = partial(_forgetful, block.forward)
+        if device.type == "meta":
+            # A memory plan has no numbers to compare.
+            self.uses_prefix = use_prefix and _calls_itself_causal(backbone)
+        else:
+            self._try_out(examples[:2], patches, use_prefix, device)
 
     @property
     def word_embeddings(self) -> torch.Tensor:
         """The vocabulary's embeddings, (V, d_llm)."""
         return self.backbone.get_input_embeddings().weight
+
+    @staticmethod
+    def blocks(backbone: nn.Module) -> list[nn.Module]:
+        """Return the layers that can be computed again in backward."""
+        return [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     @staticmethod
     def common_head(prompts: Prompts) -> list[int]:
@@ -79,8 +104,13 @@ class FrozenLLM(nn.Module):
         within_window = self._window is None or longest <= self._window
         run = self._run_behind_prefix if self.uses_prefix and within_window else self._run_in_one_pass
         # The LLM computes in the precision it was loaded in, whatever the layers around it do.
-        with torch.autocast(patches.device.type, enabled=False):
-            return self._run_rows(run, prompts, patches)
+        device = patches.device.type
+        has_autocast = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
+            if self.word_embeddings.dtype != torch.float16:
+                return self._run_rows(run, prompts, patches)
+            scale = GradientScale()
+            return scale.behind(self._run_rows(run, prompts, scale.before(patches)))
 
     def _run_rows(self, run: Callable, prompts: Prompts, patches: torch.Tensor) -> torch.Tensor:
         """Run all rows at once, or those with prompts of one length together."""
@@ -151,7 +181,7 @@ class FrozenLLM(nn.Module):
 
     def _embed(self, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Look words up where the embeddings live, (B, L) -> (B, L, d_llm)."""
-        return self.backbone.get_input_embeddings()(_send(ids, self.word_embeddings.device)).to(device)
+        return _send(self.backbone.get_input_embeddings()(_send(ids, self.word_embeddings.device)), device)
 
     def _pad(self, prompts: Prompts) -> tuple[torch.Tensor, torch.Tensor]:
         """Return token ids, (B, L), and which of them are real, on the CPU."""
@@ -163,13 +193,13 @@ class FrozenLLM(nn.Module):
         return ids, is_real
 
     @torch.no_grad()
-    def _try_out(self, prompts: Prompts, patches: int, use_prefix: bool) -> None:
+    def _try_out(self, prompts: Prompts, patches: int, use_prefix: bool, device: torch.device) -> None:
         """Find out what the model can be trusted with, on two prompts and words in the place of patches.
 
         The truth is what the model says in one pass; with masked pads, what it says of each prompt alone.
         """
         words = self.word_embeddings
-        stand_ins = words[torch.arange(patches) % len(words)].float().expand(len(prompts), -1, -1)
+        stand_ins = words[torch.arange(patches) % len(words)].float().to(device).expand(len(prompts), -1, -1)
         truth = self._run_in_one_pass(prompts, stand_ins)
         if self.padding == "left":
             alone = [self._run_in_one_pass([prompt], stand_ins[:1]) for prompt in prompts]
@@ -212,8 +242,24 @@ def _look_back(is_real: torch.Tensor, queries: int, dtype: torch.dtype) -> torch
 
 
 def _send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy from the CPU to a device; through pinned memory, a CUDA device is not waited for."""
-    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+    """Copy to a device; from the CPU through pinned memory, so that a CUDA device is not waited for."""
+    upwards = values.device.type == "cpu" and device.type == "cuda"
+    return (values.pin_memory() if upwards else values).to(device, non_blocking=True)
+
+
+def _forgetful(forward: Callable, *args, **kwargs):
+    """Run a block that keeps nothing but its input, and runs again in backward.
+
+    Not by transformers' own switch: that wants the blocks in training mode, where their dropout is awake, and
+    takes their cache away.
+    """
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _calls_itself_causal(backbone: nn.Module) -> bool:
+    return any(getattr(module, "is_causal", False) for module in backbone.modules())
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:

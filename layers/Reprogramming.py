@@ -14,8 +14,8 @@ from layers.Remember import Remember
 class _Prototypes(nn.Linear):
     """Text prototypes weight @ basis + bias, (out_features, d_llm); what the basis is, the subclasses say."""
 
-    def __init__(self, in_features: int, num_tokens: int, words: torch.Tensor):
-        super().__init__(in_features, num_tokens, device=words.device)
+    def __init__(self, in_features: int, num_tokens: int, words: torch.Tensor, device: torch.device | None):
+        super().__init__(in_features, num_tokens, device=device or words.device)
         # In a tuple, so that the module does not take the LLM's parameter for one of its own.
         self._words = (words,)
         self._remember = Remember()
@@ -34,10 +34,11 @@ class MappingLayer(_Prototypes):
     Args:
         words: E. It is read, never trained, and is in no state dict.
         num_tokens: how many prototypes.
+        device: where the layer is to be, E too; None: where E is.
     """
 
-    def __init__(self, words: torch.Tensor, num_tokens: int = 1000):
-        super().__init__(len(words), num_tokens, words)
+    def __init__(self, words: torch.Tensor, num_tokens: int = 1000, device: torch.device | None = None):
+        super().__init__(len(words), num_tokens, words, device)
 
     def _basis(self) -> torch.Tensor:
         return self._words[0].to(self.weight.dtype)
@@ -56,16 +57,16 @@ class CompactMappingLayer(_Prototypes):
     Loading a full map's `weight`, (num_tokens, V), converts it, exactly.
 
     Args:
-        words: E, on the device where this layer is to be.
+        words: E, wherever it is: B is worked out there.
         num_tokens: how many prototypes.
+        device: where the layer is to be; None: where E is.
     """
 
-    def __init__(self, words: torch.Tensor, num_tokens: int = 1000):
-        super().__init__(words.shape[1], num_tokens, words)
+    def __init__(self, words: torch.Tensor, num_tokens: int = 1000, device: torch.device | None = None):
+        super().__init__(words.shape[1], num_tokens, words, device)
         root = _symmetric_root(words)
-        # Two digits: the same number for the same words in another precision.
-        scale = float(f"{_adam_step(words, _chunks(words)) / _adam_step(words, [root.float()]):.2g}")
-        self.basis = (scale * root).float()
+        scale = 1.0 if words.is_meta else _stretch(words, root)
+        self.basis = (scale * root).float().to(self.weight.device)
         with torch.no_grad():  # nn.Linear's default for V inputs, shrunk by what B is stretched
             self.weight.uniform_(-1, 1).div_(math.sqrt(len(words)) * scale)
             self.bias.uniform_(-1, 1).div_(math.sqrt(len(words)))
@@ -87,7 +88,7 @@ class CompactMappingLayer(_Prototypes):
             weight[:, start : start + len(chunk)].to(chunk) @ chunk
             for start, chunk in _numbered_chunks(words, torch.float64)
         )
-        return (mixed @ torch.linalg.pinv(self.basis.double(), hermitian=True)).to(self.weight)
+        return (mixed @ torch.linalg.pinv(self.basis.to(mixed), hermitian=True)).to(self.weight)
 
 
 _CHUNK_ROWS = 8192
@@ -109,6 +110,12 @@ def _symmetric_root(words: torch.Tensor) -> torch.Tensor:
     gram = sum(chunk.T @ chunk for _, chunk in _numbered_chunks(words, torch.float64))
     squares, directions = torch.linalg.eigh(gram)
     return (directions * squares.clamp(min=0).sqrt()) @ directions.T
+
+
+def _stretch(words: torch.Tensor, root: torch.Tensor) -> float:
+    """Return how much farther Adam's first step moves W E than W' root."""
+    ratio = _adam_step(words, _chunks(words)) / _adam_step(words, [root.float()])
+    return float(f"{ratio:.2g}")  # two digits: the same number for the same words in another precision
 
 
 @torch.no_grad()

@@ -32,6 +32,8 @@ class Model(nn.Module):
         d_llm = self.llm_info.identity.hidden_size
         if configs.d_ff > d_llm:
             raise UserError(f"--d_ff {configs.d_ff} is wider than the LLM: give at most {d_llm}, its hidden size")
+        if configs.gradient_checkpointing and not FrozenLLM.blocks(self.llm_info.backbone):
+            raise UserError(f"{self.llm_info.source} has no blocks to recompute: leave out --gradient_checkpointing")
         self.d_ff = configs.d_ff
         self.normalize = Normalize()
         self.patch_embedding = PatchEmbedding(configs.d_model, configs.patch_len, configs.stride, configs.dropout)
@@ -51,10 +53,12 @@ class Model(nn.Module):
             self.llm_info.pad_id,
             self.prompts.examples(),
             patches,
+            self.device,
             use_prefix=not configs.no_prefix_cache,
+            recompute=configs.gradient_checkpointing,
         )
         mapping = {"full": MappingLayer, "compact": CompactMappingLayer}[configs.mapping]
-        self.mapping_layer = mapping(self.llm.word_embeddings)
+        self.mapping_layer = mapping(self.llm.word_embeddings, device=self.device)
         self.reprogramming_layer = ReprogrammingLayer(
             configs.d_model, configs.n_heads, configs.d_ff, d_llm, configs.dropout
         )

@@ -23,8 +23,8 @@ def patches(count=5):
     return torch.randn(count, 6, 64, generator=torch.Generator().manual_seed(1))
 
 
-def frozen(model, padding="left", pad_id=0, use_prefix=True):
-    return FrozenLLM(model, padding, pad_id, EXAMPLES, 6, use_prefix)
+def frozen(model, padding="left", pad_id=0, use_prefix=True, recompute=False):
+    return FrozenLLM(model, padding, pad_id, EXAMPLES, 6, torch.device("cpu"), use_prefix, recompute)
 
 
 @pytest.mark.parametrize("use_prefix", [True, False])
@@ -58,6 +58,50 @@ def test_one_pass_of_the_plain_model_gives_the_same(tiny_llm, padding):
     for use_prefix in (True, False):
         llm = frozen(plain, padding, use_prefix=use_prefix)
         assert largest_difference(llm(PROMPTS[:1], patches(1)), hidden) < 1e-5
+
+
+class BytesKept:
+    """Count the bytes that autograd keeps for backward."""
+
+    def __init__(self):
+        self.total = 0
+
+    def __enter__(self):
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *problem):
+        self.hooks.__exit__(*problem)
+
+    def keep(self, tensor):
+        self.total += tensor.nbytes * tensor.requires_grad
+        return tensor
+
+
+@pytest.mark.parametrize("use_prefix", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_computing_blocks_again_gives_the_same_and_keeps_less(tiny_llm, family, use_prefix):
+    results = []
+    for recompute in (False, True):
+        llm = frozen(backbone(tiny_llm(family)), use_prefix=use_prefix, recompute=recompute)
+        for _ in range(2):
+            inputs = patches().requires_grad_()
+            with BytesKept() as kept:
+                hidden = llm(PROMPTS, inputs)
+            hidden[..., :20].square().sum().backward()
+        results.append((hidden, inputs.grad, kept.total))
+    (hidden, gradient, much), (again, gradient_again, little) = results
+    assert largest_difference(again, hidden) < 1e-5
+    assert largest_difference(gradient_again, gradient) < 1e-5
+    assert little < much / 3
+
+
+def test_words_are_looked_up_where_they_are(tiny_llm):
+    model = backbone(tiny_llm("qwen2")).to("meta")
+    model.set_input_embeddings(torch.nn.Embedding(512, 64))  # on the CPU
+    llm = FrozenLLM(model, "left", 0, EXAMPLES, 6, torch.device("meta"))
+    assert llm(PROMPTS, patches().to("meta")).is_meta
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

@@ -22,7 +22,8 @@ NUMBER = r"\d+\.\d{7}"
 def test_a_run_prints_and_leaves_what_the_contract_says(run, flags, tiny_llm):
     done = run(*flags)
     assert (done.code, done.err) == (0, "")
-    lines = done.out.splitlines()
+    memory, *lines = done.out.splitlines()
+    assert re.fullmatch(r"Memory: about [\d.]+ GiB of [\d.]+ free on cpu \(.*; see --plan\)", memory)
     assert lines[0] == f"Loading generic model from: {tiny_llm('qwen2')}"
     assert lines[1] == "LLM: qwen2, 2 of 2 layers, hidden size 64, float32"
     assert re.fullmatch(r"Parameters: [\d,]+ trainable, 107,072 frozen", lines[2])

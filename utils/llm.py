@@ -105,16 +105,38 @@ def llm_of(model: nn.Module) -> LoadedLLM | None:
     return getattr(model, "llm_info", None)
 
 
-def load_llm(args: argparse.Namespace) -> LoadedLLM:
-    """Load the LLM that the flags name, frozen, on this process's device.
+@dataclass(frozen=True)
+class LLMChoice:
+    """The LLM that the flags name, as far as its config tells.
+
+    Attributes:
+        source: folder or Hub id.
+        config: its config, cut to the layers in use.
+        layers_there: the layers of the whole model.
+        in_4bit: whether its linear layers are, or will be, NF4.
+        is_quantized: whether they are so in its files already.
+    """
+
+    source: str
+    config: PretrainedConfig
+    layers_there: int
+    in_4bit: bool
+    is_quantized: bool
+
+    @property
+    def text_config(self) -> PretrainedConfig:
+        """The part of the config that is about the language model."""
+        return self.config.get_text_config()
+
+
+def choose_llm(args: argparse.Namespace) -> LLMChoice:
+    """Read the config of the LLM that the flags name.
 
     Raises:
-        UserError: if the model is not there, is damaged, has fewer layers or another width than asked for.
+        UserError: if the model is not there, has fewer layers or another width than asked for.
     """
     source, layers = choose_source(args)
-    state = PartialState()
-    state.print(f"Loading generic model from: {source}")
-    config = _load(AutoConfig, source)
+    config = load_pretrained(AutoConfig, source)
     text_config = _text_config(config, source)
     layers_there = text_config.num_hidden_layers
     _use_first_layers(text_config, args.llm_layers or layers or layers_there, source)
@@ -123,16 +145,33 @@ def load_llm(args: argparse.Namespace) -> LoadedLLM:
             f"--llm_dim {args.llm_dim} is not the hidden size of {source}: give {text_config.hidden_size},"
             " or 0 to read it from the model"
         )
+    is_quantized = _is_nf4(config, source)
+    return LLMChoice(source, config, layers_there, args.load_in_4bit or is_quantized, is_quantized)
+
+
+def load_llm(args: argparse.Namespace) -> LoadedLLM:
+    """Load the LLM that the flags name, frozen, on this process's device.
+
+    With --mapping compact the word embeddings stay in host memory: prompts are looked up there.
+
+    Raises:
+        UserError: if the model is not there, is damaged, has fewer layers or another width than asked for.
+    """
+    state = PartialState()
+    state.print(f"Loading generic model from: {choose_source(args)[0]}")
+    choice = choose_llm(args)
+    source, text_config = choice.source, choice.text_config
     tokenizer = _load_tokenizer(source, text_config.vocab_size)
     pad_id = _padding_token(tokenizer, args.prompt_padding, text_config.vocab_size, source)
-    dtype = choose_dtype(args.llm_dtype, state.device)
-    backbone = _load_backbone(source, config, dtype, args.load_in_4bit, state)
+    backbone = _load_backbone(choice, choose_dtype(args.llm_dtype, state.device), state)
     words = backbone.get_input_embeddings().weight
     if words.shape[1] != text_config.hidden_size:
         raise UserError(
             f"{source} has words of width {words.shape[1]} and hidden states of {text_config.hidden_size}:"
             " take an LLM where both are the same"
         )
+    if args.mapping == "compact":
+        backbone.get_input_embeddings().to("cpu")
     context = getattr(text_config, "max_position_embeddings", None) or 0
     return LoadedLLM(
         backbone=backbone,
@@ -140,9 +179,9 @@ def load_llm(args: argparse.Namespace) -> LoadedLLM:
         pad_id=pad_id,
         device=state.device,
         source=source,
-        layers_there=layers_there,
+        layers_there=choice.layers_there,
         context=context if context > 0 else None,
-        identity=_identify(text_config, words, args.load_in_4bit),
+        identity=_identify(text_config, words, choice.in_4bit),
     )
 
 
@@ -171,7 +210,7 @@ def _text_config(config: PretrainedConfig, source: str) -> PretrainedConfig:
 
 def _load_tokenizer(source: str, vocab_size: int) -> transformers.PreTrainedTokenizerBase:
     """Return the tokenizer; without its files, transformers makes an empty one and says nothing."""
-    tokenizer = _load(AutoTokenizer, source)
+    tokenizer = load_pretrained(AutoTokenizer, source)
     ids = tokenizer("Input statistics: min value -1.25", add_special_tokens=False).input_ids
     if not ids or ids.count(tokenizer.unk_token_id) > len(ids) / 2 or max(ids) >= vocab_size:
         raise UserError(f"{source} has no tokenizer that fits its model: add its tokenizer files (tokenizer.json, ...)")
@@ -210,6 +249,17 @@ def _use_first_layers(config: PretrainedConfig, layers: int, source: str) -> Non
         config.layer_types = config.layer_types[:layers]
 
 
+def _is_nf4(config: PretrainedConfig, source: str) -> bool:
+    """Return whether a model's files hold NF4 weights (scripts/quantize_llm.py writes such)."""
+    how = getattr(config, "quantization_config", None)
+    if how is None:
+        return False
+    how = how if isinstance(how, dict) else how.to_dict()
+    if how.get("quant_method") != "bitsandbytes" or how.get("bnb_4bit_quant_type") != "nf4":
+        raise UserError(f"{source} is quantised otherwise than by NF4: take the model itself, with --load_in_4bit")
+    return True
+
+
 def _hash(config: PretrainedConfig) -> str:
     """Return a hash of what shapes the network, by names that do not change from release to release."""
     shape = {name: getattr(config, name, None) for name in _SHAPE_OF_AN_LLM}
@@ -222,45 +272,68 @@ def _fingerprint(words: torch.Tensor) -> str:
     return hashlib.sha256(signs.tobytes()).hexdigest()[:16]
 
 
-def _load_backbone(
-    source: str, config: PretrainedConfig, dtype: torch.dtype, load_in_4bit: bool, state: PartialState
-) -> nn.Module:
-    if state.device.type == "cpu":
-        # Else transformers copies keys and values for every query head that shares them. The CPU's attention
-        # shares them by itself; a GPU's fast kernels do not where there is a mask, so there it stays off.
-        os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
-    options = {"config": config, "dtype": dtype, "device_map": {"": state.device}, "output_loading_info": True}
-    if load_in_4bit:
+def _load_backbone(choice: LLMChoice, dtype: torch.dtype, state: PartialState) -> nn.Module:
+    share_keys_on_cpu(state.device)
+    options = {
+        "config": choice.config,
+        "dtype": dtype,
+        "device_map": {"": state.device},
+        "output_loading_info": True,
+    }
+    if choice.in_4bit:
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError("--load_in_4bit needs the package bitsandbytes: pip install bitsandbytes")
+            raise UserError("an LLM in 4 bits needs the package bitsandbytes: pip install bitsandbytes")
         state.print("Enabling 4-bit quantization...")
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    backbone, loading = _load(AutoModel, source, **options)
+    if choice.in_4bit and not choice.is_quantized:
+        options["quantization_config"] = nf4(dtype)
+    backbone, loading = load_pretrained(AutoModel, choice.source, **options)
     # A pooler stands beside the hidden states that we read; many checkpoints have none.
     missing = sorted(name for name in loading["missing_keys"] if "pooler" not in name)
     if missing:
-        raise UserError(f"{source} lacks {len(missing)} weights of its model, {missing[0]} first: fetch it again")
-    if load_in_4bit:
-        _keep_weights_differentiable(backbone)
+        raise UserError(
+            f"{choice.source} lacks {len(missing)} weights of its model, {missing[0]} first: fetch it again"
+        )
+    if choice.in_4bit:
+        _prepare_4bit(backbone, dtype)
     backbone.requires_grad_(False).eval()
     freeze_linears(backbone)
     return backbone
 
 
-def _keep_weights_differentiable(backbone: nn.Module) -> None:
-    """Stop bitsandbytes from repacking weights for CPUs with AVX512-BF16.
+def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return the way we quantise: NF4, double quantisation, computing in `dtype`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
-    It does so on the first forward without gradient, and from then on the gradient to a layer's input is
-    wrong, in silence.
+
+def share_keys_on_cpu(device: torch.device) -> None:
+    """Let query heads that share keys and values share them in memory, too.
+
+    Else transformers copies them for every head. The CPU's attention shares them by itself; a GPU's fast kernels
+    do not where there is a mask, so there it stays off.
+    """
+    if device.type == "cpu":
+        os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
+
+
+def _prepare_4bit(backbone: nn.Module, dtype: torch.dtype) -> None:
+    """Compute in `dtype`, whatever precision the files were written in, and keep gradients right.
+
+    On CPUs with AVX512-BF16 bitsandbytes repacks weights on the first forward without gradient, and from then on
+    the gradient to a layer's input is wrong, in silence.
     """
     for module in backbone.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+            module.compute_dtype = dtype
+            module.weight.quant_state.dtype = dtype
+    for parameter in backbone.parameters():
+        if parameter.is_floating_point():  # not one of 4 bits: those are packed into bytes
+            parameter.data = parameter.data.to(dtype)
 
 
 def _padding_token(tokenizer: transformers.PreTrainedTokenizerBase, padding: str, vocab_size: int, source: str) -> int:
@@ -273,7 +346,7 @@ def _padding_token(tokenizer: transformers.PreTrainedTokenizerBase, padding: str
     return tokenizer.pad_token_id
 
 
-def _load(auto: type, source: str, **options):
+def load_pretrained(auto: type, source: str, **options):
     """Call `from_pretrained`: files on this disk first, then, for a Hub id, the Hub."""
     with quiet_transformers():
         if looks_like_a_path(source):

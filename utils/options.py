@@ -15,6 +15,7 @@ TASK_NAMES = ("long_term_forecast", "short_term_forecast")
 SCHEDULE_NAMES = ("type1", "type2", "type3", "PEMS", "TST", "COS", "constant")
 MODEL_NAMES = ("TimeLLM",)
 LLM_NAMES = ("LLAMA", "GPT2", "BERT", "QWEN")
+OPTIMIZER_NAMES = ("adam", "adamw", "adamw8bit", "paged_adamw8bit")
 
 # Of every common file system.
 MAX_FILE_NAME = 255
@@ -100,6 +101,7 @@ def get_parser() -> argparse.ArgumentParser:
 
     basic = parser.add_argument_group("basic")
     basic.add_argument("--demo", action="store_true", help="made-up data and a tiny LLM, nothing to download")
+    basic.add_argument("--plan", action="store_true", help="print what the run needs of memory, and run nothing")
     basic.add_argument("--task_name", choices=TASK_NAMES, default="long_term_forecast", help="names the run")
     basic.add_argument("--is_training", type=int, choices=(0, 1), default=1, help="1: train, then test; 0: test only")
     basic.add_argument("--model_id", default="", help="names the run; empty: {data}_{seq_len}_{pred_len}")
@@ -201,6 +203,11 @@ def get_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run prompt and patches through the LLM in one pass, as Time-LLM: slower, as exact",
     )
+    llm.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="recompute the LLM's activations in backward: much less memory, a slower step, as exact",
+    )
 
     train = parser.add_argument_group("optimisation")
     train.add_argument("--itr", type=int, default=1, help="repetitions, with seeds seed, seed+1, ...")
@@ -209,7 +216,18 @@ def get_parser() -> argparse.ArgumentParser:
     train.add_argument("--batch_size", type=int, default=32, help="windows a training batch, per process")
     train.add_argument("--eval_batch_size", type=int, default=0, help="windows an evaluation batch; 0: batch_size")
     train.add_argument("--patience", type=int, default=10, help="validations without gain before an early stop")
-    train.add_argument("--learning_rate", type=float, default=1e-4, help="peak learning rate of Adam")
+    train.add_argument("--learning_rate", type=float, default=1e-4, help="peak learning rate")
+    train.add_argument(
+        "--optimizer",
+        choices=OPTIMIZER_NAMES,
+        default="adam",
+        help="8bit: its state in 8 bits, by bitsandbytes; paged: swapped out of a GPU that is full",
+    )
+    train.add_argument(
+        "--auto_batch_size",
+        action="store_true",
+        help="if a batch does not fit into memory, halve it and raise --grad_accum, before training starts",
+    )
     train.add_argument("--des", default="test", help="names the run")
     train.add_argument("--loss", choices=("MSE", "MAE"), default="MSE", help="training loss")
     train.add_argument("--lradj", choices=SCHEDULE_NAMES, default="type1", help="learning rate schedule")

@@ -17,6 +17,8 @@ from utils.checkpoint import save_checkpoint
 from utils.early_stopping import EarlyStopping
 from utils.errors import UserError
 from utils.evaluation import Scores, evaluate
+from utils.memory import nearly_full
+from utils.optimizers import build_optimizer
 from utils.options import headline_target
 from utils.records import History
 from utils.schedules import Schedule
@@ -58,8 +60,7 @@ class Trainer:
         self.series = series
         self.folder = folder
         self.loss = LOSSES[args.loss]()
-        # Fused: one pass over the weights instead of a dozen; of the full map's many that is felt.
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, fused=True)
+        optimizer = build_optimizer(args.optimizer, model.parameters(), args.learning_rate)
         self.schedule = Schedule(optimizer, args.lradj, self._total_steps(), args.pct_start)
         self.optimizer = accelerator.prepare(optimizer)
         self.stopping = EarlyStopping(args.patience, accelerator.print)
@@ -67,6 +68,7 @@ class Trainer:
         self.epoch = 0
         self.steps = 0  # of the optimiser
         self.validated_at = 0
+        self.memory_is_watched = True
         self.started = time.perf_counter()
         self._forget_losses()
 
@@ -95,6 +97,8 @@ class Trainer:
                 continue
             self.steps += 1
             self.schedule.after_step()
+            if self.steps == 1:
+                self._watch_memory()
             if self.args.eval_steps and self.steps % self.args.eval_steps == 0:
                 before = time.perf_counter()
                 self._validate()
@@ -141,6 +145,14 @@ class Trainer:
             save_checkpoint(self.folder / "checkpoint", model, self.args, self.series, progress)
         self.validated_at = self.steps
         self._forget_losses()
+        self._watch_memory()
+
+    def _watch_memory(self) -> None:
+        """Warn, once, if the device is nearly full."""
+        warning = nearly_full(self.accelerator.device) if self.memory_is_watched else ""
+        if warning:
+            self.accelerator.print(warning)
+            self.memory_is_watched = False
 
     def _scores(self, split: str) -> Scores:
         target = headline_target(self.args)
