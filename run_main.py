@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from data_provider.windows import WindowDataset
+    from utils.interrupts import Interrupts
 
 __all__ = ["get_parser", "main"]
 
@@ -53,18 +55,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.plan:
             plan(args)
         else:
-            for repetition in range(args.itr):
-                run_within_memory(args, repetition)
+            run_all(args)
     except UserError as problem:
         if os.environ.get("RANK", "0") == "0":  # one line, however many processes
             print(f"error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        kept = any((run_folder(args, repetition) / "checkpoint").is_file() for repetition in range(args.itr))
-        hint = "--is_training 0 tests the best checkpoint so far" if kept else "there is no checkpoint yet"
-        print(f"interrupted: {hint}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"interrupted: {hint_after_interrupt(args)}", file=sys.stderr)
         return 130
     return 0
+
+
+def hint_after_interrupt(args: argparse.Namespace) -> str:
+    """Return how to go on with a run that was stopped."""
+    folders = [run_folder(args, repetition) for repetition in range(args.itr)]
+    if args.is_training and any((folder / "last").is_file() for folder in folders):
+        return "the state is saved, the same command with --resume goes on from there"
+    return "there is no state to resume from yet" if args.is_training else "nothing was changed"
 
 
 def prepare_demo(args: argparse.Namespace) -> None:
@@ -90,12 +98,16 @@ def plan(args: argparse.Namespace) -> None:
     print("It fits." if memory.fits else f"It does not fit: {advice(args, memory)}")
 
 
-def run_within_memory(args: argparse.Namespace, repetition: int) -> None:
-    """Run; if the device is full, say in one line what helps."""
+def run_all(args: argparse.Namespace) -> None:
+    """Run every repetition; if the device is full, say in one line what helps."""
     from accelerate.utils.memory import should_reduce_batch_size
 
+    from utils.interrupts import Interrupts
+
     try:
-        run(args, repetition)
+        with Interrupts() as interrupts:
+            for repetition in range(args.itr):
+                run(args, repetition, interrupts)
     except RuntimeError as problem:
         if not should_reduce_batch_size(problem):
             raise
@@ -104,17 +116,18 @@ def run_within_memory(args: argparse.Namespace, repetition: int) -> None:
         raise memory_error(args) from problem
 
 
-def run(args: argparse.Namespace, repetition: int) -> None:
+def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> None:
     """Train and test once, with the seed of this repetition."""
     # torch and transformers take seconds to import: not before the command line is known to be sound.
     from data_provider.series import load_series
     from models import build_model
     from utils.batch_size import fit_batch_size
-    from utils.checkpoint import load_checkpoint
+    from utils.checkpoint import load_checkpoint, load_last, resumed_batches
     from utils.memory import advice, describe_plan, plan_memory
     from utils.optimizers import check_optimizer
     from utils.processes import start_processes
     from utils.records import open_run_folder
+    from utils.run_lock import RunLock
     from utils.training import Trainer
 
     accelerator = start_processes(args, args.seed + repetition)
@@ -125,21 +138,32 @@ def run(args: argparse.Namespace, repetition: int) -> None:
     if not memory.fits:
         accelerator.print(f"Warning: that may be too much: {advice(args, memory)}")
     model = build_model(args)
-    if args.is_training and args.auto_batch_size and fit_batch_size(args, accelerator, model):
+    folder, checkpoint = run_folder(args, repetition), trained_folder(args, repetition) / "checkpoint"
+    resumes = bool(args.resume) and (folder / "last").is_file()
+    if args.is_training and args.auto_batch_size:
+        if resumes:
+            args.batch_size, args.grad_accum = resumed_batches(folder / "last")
+            accelerator.gradient_accumulation_steps = args.grad_accum
+        else:
+            fit_batch_size(args, accelerator, model)
         datasets, loaders = provide(accelerator, args)
     describe(accelerator, args, model, datasets)
-    folder, checkpoint = run_folder(args, repetition), trained_folder(args, repetition) / "checkpoint"
     if not args.is_training:
         load_checkpoint(checkpoint, model, args)  # before anything is written
     model = accelerator.prepare(model)
-    if accelerator.is_main_process:
-        open_run_folder(folder, args, repetition, str(accelerator.device))
-    if args.is_training:
-        accelerator.print(f"Run folder: {folder}")
-        Trainer(args, accelerator, model, datasets, loaders, load_series(args), folder).fit()
-        accelerator.wait_for_everyone()
-        load_checkpoint(checkpoint, accelerator.unwrap_model(model), args)
-    test(accelerator, args, model, datasets["test"], loaders["test"], checkpoint, folder)
+    with RunLock(folder) if args.is_training and accelerator.is_main_process else nullcontext():
+        series, state = load_series(args), None
+        if resumes:
+            state = load_last(folder / "last", accelerator.unwrap_model(model), args, series)
+            accelerator.print(f"Resuming at step {state['steps']}, epoch {state['epoch']}")
+        if accelerator.is_main_process:
+            open_run_folder(folder, args, repetition, str(accelerator.device), resumes)
+        if args.is_training:
+            accelerator.print(f"Run folder: {folder}")
+            Trainer(args, accelerator, model, datasets, loaders, series, folder, interrupts, state).fit()
+            accelerator.wait_for_everyone()
+            load_checkpoint(checkpoint, accelerator.unwrap_model(model), args)
+        test(accelerator, args, model, datasets["test"], loaders["test"], checkpoint, folder)
 
 
 def provide(

@@ -79,13 +79,14 @@ def test_a_write_that_fails_leaves_the_checkpoint_whole(saved, monkeypatch):
     before = path.read_bytes()
 
     def cut_off(contents, file):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", cut_off)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"cannot write .*checkpoint: disk full"):
         save_checkpoint(path, model, args, load_series(args), {})
     assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["checkpoint"]
 
 
 class Bomb:

@@ -85,7 +85,7 @@ def test_4bit_weights_are_nf4_close_to_the_original(tiny_llm, family):
 
 def test_4bit_gradients_are_right_after_an_evaluation(tiny_llm):
     prompts = [list(range(30, 50)), list(range(31, 45))]
-    llm = FrozenLLM(load(tiny_llm("qwen2"), "--load_in_4bit").backbone, "left", 0, prompts, 5)
+    llm = FrozenLLM(load(tiny_llm("qwen2"), "--load_in_4bit").backbone, "left", 0, prompts, 5, torch.device("cpu"))
 
     start = torch.linspace(-1, 1, 2 * 5 * 64).reshape(2, 5, 64)
 

@@ -10,10 +10,11 @@ from transformers import AutoModel, Qwen2Config
 
 import utils.batch_size
 import utils.memory
+from base_models.make_tiny_llm import make_tiny_llm
 from layers.FrozenLLM import FrozenLLM
-from models.TimeLLM import Model
 from utils.memory import nearly_full, plan_memory, savings
 from utils.options import get_parser
+from utils.training import Trainer
 
 from .conftest import SHARED, largest_difference, needs_shared
 
@@ -58,24 +59,24 @@ def test_the_plan_of_the_users_command_agrees_with_arithmetic():
     assert whole.llm == pytest.approx(1.43e9, rel=0.01)  # 2.77 billion numbers at 0.516 bytes
     assert whole.embedding == 151936 * 2048 * 4  # float32 on a CPU
     full = plan(*USERS_COMMAND, "--mapping", "full")
-    assert full.trainable + full.gradients + full.optimizer == pytest.approx(2.43e9, rel=0.01)
+    assert full.trainable + full.gradients + full.optimizer == pytest.approx(2.43e9, rel=0.02)
     small = plan(*USERS_COMMAND, "--gradient_checkpointing")
     assert small.activations < whole.activations / 10
     assert small.total < whole.total / 1.5
 
 
-def test_what_is_advised_is_what_it_saves(flags):
-    args = get_parser().parse_args([*flags, "--mapping", "full"])
+@needs_shared("qwen2.5-3b")
+def test_what_is_advised_is_what_it_saves():
+    args = get_parser().parse_args([*USERS_COMMAND, "--mapping", "full"])
     before = plan_memory(args)
     saved = dict(savings(args, before))
     assert list(saved.values()) == sorted(saved.values(), reverse=True)
-    after = plan(*flags, "--mapping", "full", "--gradient_checkpointing")
+    assert {"--mapping compact", "--llm_layers 18", "--batch_size 4 --grad_accum 2"} < set(saved)
+    after = plan(*USERS_COMMAND, "--mapping", "full", "--gradient_checkpointing")
     assert saved["--gradient_checkpointing"] == before.total - after.total > 0
 
 
 def test_further_layers_are_counted_as_if_all_were_tried(flags, tmp_path, monkeypatch):
-    from base_models.make_tiny_llm import make_tiny_llm
-
     flags = [*flags, "--llm_model_path", str(make_tiny_llm("llama", tmp_path / "six", layers=6))]
     by_few = plan(*flags)
     monkeypatch.setattr(utils.memory, "_layers_to_try", lambda choice: (6, 6))
@@ -120,13 +121,13 @@ print(json.dumps([code, planned, 1024 * (getrusage(RUSAGE_SELF).ru_maxrss - befo
 @pytest.mark.parametrize(
     "extra",
     [
-        ["--batch_size", "16", "--load_in_4bit", "--gradient_checkpointing"],
+        ["--batch_size", "16"],
         ["--batch_size", "8", "--load_in_4bit", "--mapping", "full"],
         *(
             pytest.param(extra, marks=pytest.mark.slow)  # twenty seconds each
             for extra in (
                 ["--batch_size", "8", "--load_in_4bit"],
-                ["--batch_size", "16"],
+                ["--batch_size", "16", "--load_in_4bit", "--gradient_checkpointing"],
                 ["--batch_size", "8", "--no_prefix_cache"],
                 ["--batch_size", "24", "--llm_layers", "4"],
             )
@@ -148,13 +149,12 @@ def test_the_plan_is_within_15_percent_of_what_a_run_uses(extra, reduced_qwen, t
     assert planned == pytest.approx(used, rel=0.15)
 
 
-def full_device(*_args, **_kwargs):
+def full_device(*_):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def test_a_full_device_gets_one_line_with_what_helps(run, flags, monkeypatch):
-    monkeypatch.setattr(Model, "forward", full_device)
-    monkeypatch.setattr(utils.memory, "plan_memory", _plan_before(utils.memory.plan_memory))
+    monkeypatch.setattr(Trainer, "fit", full_device)
     done = run(*flags)
     assert done.code == 2
     assert done.err.count("\n") == 1
@@ -162,22 +162,11 @@ def test_a_full_device_gets_one_line_with_what_helps(run, flags, monkeypatch):
     assert "--batch_size 8 --grad_accum 2 (saves " in done.err
 
 
-def _plan_before(plan):
-    """Return a planner that works although the model's forward is broken by the test."""
-    forward = Model.forward
-
-    def planned(args):
-        broken, Model.forward = Model.forward, forward
-        try:
-            return plan(args)
-        finally:
-            Model.forward = broken
-
-    return planned
-
-
 def test_other_errors_of_torch_are_not_taken_for_a_full_device(run, flags, monkeypatch):
-    monkeypatch.setattr(utils.batch_size, "_try_step", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes")))
+    def broken(batch_size, args, model):
+        raise RuntimeError("shapes")
+
+    monkeypatch.setattr(utils.batch_size, "_try_step", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         run(*flags, "--auto_batch_size")
 
@@ -192,7 +181,7 @@ def only_up_to(windows, monkeypatch):
 
 
 def test_auto_batch_size_keeps_the_windows_of_an_optimiser_step(run, flags, monkeypatch):
-    flags = [*flags, "--eval_batch_size", "8"]
+    flags = [*flags, "--eval_batch_size", "4"]
     given = run(*flags, "--batch_size", "4", "--grad_accum", "4")
     only_up_to(4, monkeypatch)
     found = run(*flags, "--auto_batch_size", "--des", "found")

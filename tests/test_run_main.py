@@ -42,7 +42,7 @@ def test_a_run_prints_and_leaves_what_the_contract_says(run, flags, tiny_llm):
         "long_term_forecast_custom_48_8_TimeLLM_custom_ftM_sl48_ll8_pl8_dm8_nh2_el2_dl1_df8_fc1_ebtimeF_test_0-none"
     )
     assert sorted(file.name for file in done.folder.iterdir()) == [
-        *("args.json", "checkpoint", "history.csv", "metrics.json"),
+        *("args.json", "checkpoint", "history.csv", "last", "metrics.json"),
     ]
     args = json.loads((done.folder / "args.json").read_text(encoding="utf-8"))
     assert set(vars(get_parser().parse_args(flags))) < set(args)
@@ -249,7 +249,7 @@ def test_a_second_run_keeps_the_files_of_the_first(run, flags):
     assert names == {
         "args.json",
         "history.csv",
-        *(f"{n}.old" for n in ("args.json", "history.csv", "metrics.json", "checkpoint")),
+        *(f"{n}.old" for n in ("args.json", "history.csv", "last", "metrics.json", "checkpoint")),
     }
     kept = json.loads((done.folder / "metrics.json.old").read_text(encoding="utf-8"))
     assert kept["mse"] == first["mse"]
@@ -336,8 +336,8 @@ def test_the_demo_needs_nothing_and_other_flags_count(run):
 @pytest.mark.parametrize(
     ("where", "hint"),
     [
-        ("utils.training.Trainer.fit", "there is no checkpoint yet"),
-        ("utils.records.write_metrics", "--is_training 0 tests the best checkpoint so far"),
+        ("utils.training.Trainer.fit", "there is no state to resume from yet"),
+        ("utils.records.write_metrics", "the state is saved, the same command with --resume goes on from there"),
     ],
 )
 def test_ctrl_c_leaves_with_130_and_a_line(run, flags, monkeypatch, where, hint):

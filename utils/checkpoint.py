@@ -9,6 +9,7 @@ from torch import nn
 
 from data_provider.series import Series
 from utils.errors import UserError
+from utils.files import write_whole
 from utils.llm import llm_of
 
 FORMAT = 1
@@ -23,9 +24,21 @@ def save_checkpoint(path: Path, model: nn.Module, args: argparse.Namespace, seri
         args: the run's flags.
         series: the run's data, for its channels and scaler.
         progress: where in the run this is, plain numbers.
+
+    Raises:
+        UserError: if the disk is full or cannot be written.
     """
+    _save(path, {**_contents(model, args, series), "progress": progress})
+
+
+def save_last(path: Path, model: nn.Module, args: argparse.Namespace, series: Series, training: dict) -> None:
+    """Write the state to resume from: what `save_checkpoint` writes, and `training`, all of the trainer's own state."""
+    _save(path, {**_contents(model, args, series), "training": training})
+
+
+def _contents(model: nn.Module, args: argparse.Namespace, series: Series) -> dict:
     llm = llm_of(model)
-    contents = {
+    return {
         "format": FORMAT,
         "weights": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
         "llm": llm.as_dict() if llm else None,
@@ -33,16 +46,24 @@ def save_checkpoint(path: Path, model: nn.Module, args: argparse.Namespace, seri
         "channels": list(series.channels),
         "mean": series.scaler.mean_.tolist(),
         "deviation": series.scaler.scale_.tolist(),
-        "progress": progress,
     }
-    unfinished = path.with_name(path.name + ".unfinished")
-    torch.save(contents, unfinished)
-    unfinished.replace(path)
+
+
+def _save(path: Path, contents: dict) -> None:
+    write_whole(path, lambda file: torch.save(contents, file))
 
 
 # Flags that shape what the trained layers see: with others the weights mean nothing, or something else.
 _MUST_AGREE = ("seq_len", "pred_len", "patch_len", "stride")
-_SHOULD_AGREE = ("prompt_padding", "prompt_decimals")
+_SHOULD_AGREE = ("prompt_padding", "prompt_decimals", "prompt_domain", "content", "prompt_file")
+
+# Flags that a run may be resumed with other values of: they change no weight, or say how long to go on.
+_MAY_CHANGE = {
+    *("resume", "save_steps", "train_epochs", "max_steps", "patience", "itr", "is_training", "plan", "demo"),
+    *("root_path", "data_path", "checkpoints", "num_workers", "eval_batch_size", "skip_epoch_test"),
+    *("llm_model", "llm_model_path", "gradient_checkpointing", "no_prefix_cache", "auto_batch_size"),
+    *("save_predictions", "predict", "checkpoint"),
+}
 
 
 def load_checkpoint(path: Path, model: nn.Module, args: argparse.Namespace) -> dict:
@@ -56,13 +77,59 @@ def load_checkpoint(path: Path, model: nn.Module, args: argparse.Namespace) -> d
     Raises:
         UserError: if the file is no checkpoint of ours, or of another model or another LLM.
     """
+    contents = _read(path, {"progress"})
+    _compare_flags(path, contents["flags"], vars(args))
+    _load_weights(path, contents, model)
+    return contents
+
+
+def load_last(path: Path, model: nn.Module, args: argparse.Namespace, series: Series) -> dict:
+    """Load the trained tensors into `model` and return the `training` that was saved with them.
+
+    Args:
+        path: the file.
+        model: unwrapped.
+        args: the flags to go on with.
+        series: the data to go on with.
+
+    Raises:
+        UserError: if the file is none of ours, or a flag, the LLM or the data is not what it was.
+    """
+    contents = _read(path, {"training"})
+    for name, before in contents["flags"].items():
+        now = getattr(args, name, None)
+        if name not in _MAY_CHANGE and before != now:
+            raise UserError(f"{path} is of a run with --{name} {before}, not {now}: resume with the flags of the run")
+    present = _contents(model, args, series)
+    for name in ("channels", "mean", "deviation"):
+        if contents[name] != present[name]:
+            raise UserError(f"{path} is of a run on other data (their {name} differ): leave out --resume to train anew")
+    _load_weights(path, contents, model)
+    return contents["training"]
+
+
+def resumed_batches(path: Path) -> tuple[int, int]:
+    """Return the --batch_size and --grad_accum of the run whose state this is.
+
+    Raises:
+        UserError: as in `load_last`.
+    """
+    flags = _read(path, {"training"})["flags"]
+    return flags["batch_size"], flags["grad_accum"]
+
+
+def _read(path: Path, extra: set[str]) -> dict:
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # a file that is cut off or of another kind can make torch raise anything
         raise UserError(f"{path} is damaged or no checkpoint: train again, or name another --checkpoint") from problem
-    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+    expected = {"format", "weights", "llm", "flags", "channels", "mean", "deviation"} | extra
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT or not expected <= contents.keys():
         raise UserError(f"{path} is not a checkpoint of this program: name another --checkpoint")
-    _compare_flags(path, contents["flags"], vars(args))
+    return contents
+
+
+def _load_weights(path: Path, contents: dict, model: nn.Module) -> None:
     llm = llm_of(model)
     _check_llm(path, contents["llm"] or {}, llm.as_dict() if llm else {})
     try:
@@ -73,7 +140,6 @@ def load_checkpoint(path: Path, model: nn.Module, args: argparse.Namespace) -> d
     present = model.state_dict()
     if any(tensor.shape != present[name].shape for name, tensor in contents["weights"].items()):
         PartialState().print("The full map of the checkpoint was converted to the compact one (exactly)")
-    return contents
 
 
 def _compare_flags(path: Path, saved: dict, present: dict) -> None:

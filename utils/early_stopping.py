@@ -29,6 +29,14 @@ class EarlyStopping:
         self.report(f"EarlyStopping counter: {self.counter} out of {self.patience}")
         return False
 
+    def state_dict(self) -> dict[str, float]:
+        """Return what `load_state_dict` takes."""
+        return {"lowest": self.lowest, "counter": self.counter}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from where another was."""
+        self.lowest, self.counter = state["lowest"], state["counter"]
+
     @property
     def should_stop(self) -> bool:
         """Whether patience is at its end."""

@@ -1,5 +1,6 @@
 """Score forecasts: every window once, each with the same weight."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,7 @@ def evaluate(
     dataset: WindowDataset,
     target: str | None = None,
     title: str = "",
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Scores:
     """Forecast the windows of a loader and score them.
 
@@ -46,11 +48,13 @@ def evaluate(
         dataset: the windows that `loader` is over, all or some of them.
         target: the channel of the headline, None for all channels.
         title: of the progress bar.
+        before_batch: called before each batch; what it raises ends the evaluation.
     """
     was_training = model.training
     model.eval()
     squared, absolute = [], []
     for seq_x, seq_y, *_ in tqdm(loader, desc=title, disable=None, leave=False):
+        before_batch()
         forecast = model(seq_x)
         error = forecast - seq_y[:, -forecast.shape[1] :].to(forecast.device, non_blocking=True)
         both = torch.stack([error.square().mean((1, 2)), error.abs().mean((1, 2))])

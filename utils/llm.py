@@ -294,7 +294,7 @@ def _load_backbone(choice: LLMChoice, dtype: torch.dtype, state: PartialState) -
             f"{choice.source} lacks {len(missing)} weights of its model, {missing[0]} first: fetch it again"
         )
     if choice.in_4bit:
-        _prepare_4bit(backbone, dtype)
+        _prepare_4bit(backbone, dtype, lets_files_go=state.device.type == "cpu" and not choice.is_quantized)
     backbone.requires_grad_(False).eval()
     freeze_linears(backbone)
     return backbone
@@ -320,11 +320,16 @@ def share_keys_on_cpu(device: torch.device) -> None:
         os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
 
 
-def _prepare_4bit(backbone: nn.Module, dtype: torch.dtype) -> None:
+def _prepare_4bit(backbone: nn.Module, dtype: torch.dtype, lets_files_go: bool) -> None:
     """Compute in `dtype`, whatever precision the files were written in, and keep gradients right.
 
     On CPUs with AVX512-BF16 bitsandbytes repacks weights on the first forward without gradient, and from then on
     the gradient to a layer's input is wrong, in silence.
+
+    Args:
+        backbone: the model.
+        dtype: to compute in.
+        lets_files_go: copy what is not quantised. On a CPU it is a view of files that are four times as large.
     """
     for module in backbone.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -333,7 +338,7 @@ def _prepare_4bit(backbone: nn.Module, dtype: torch.dtype) -> None:
             module.weight.quant_state.dtype = dtype
     for parameter in backbone.parameters():
         if parameter.is_floating_point():  # not one of 4 bits: those are packed into bytes
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(dtype, copy=lets_files_go)
 
 
 def _padding_token(tokenizer: transformers.PreTrainedTokenizerBase, padding: str, vocab_size: int, source: str) -> int:
@@ -347,19 +352,24 @@ def _padding_token(tokenizer: transformers.PreTrainedTokenizerBase, padding: str
 
 
 def load_pretrained(auto: type, source: str, **options):
-    """Call `from_pretrained`: files on this disk first, then, for a Hub id, the Hub."""
+    """Call `from_pretrained`: files on this disk first, then, for a Hub id, the Hub.
+
+    Raises:
+        UserError: if the source is not there, is damaged or foreign.
+    """
     with quiet_transformers():
         if looks_like_a_path(source):
-            return _explained(auto.from_pretrained, source, local_files_only=True, **options)
+            return explained(source, lambda: auto.from_pretrained(source, local_files_only=True, **options))
         try:
             return auto.from_pretrained(source, local_files_only=True, **options)
         except OSError:
-            return _explained(auto.from_pretrained, source, **options)
+            return explained(source, lambda: auto.from_pretrained(source, **options))
 
 
-def _explained(load: Callable, source: str, **options):
+def explained(source: str, load: Callable[[], object]):
+    """Return `load()`, what it raises in one line that names the LLM."""
     try:
-        return load(source, **options)
+        return load()
     except Exception as problem:  # a damaged or foreign folder can make transformers raise anything
         reason = str(problem).strip().splitlines() or [type(problem).__name__]
         raise UserError(

@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 
 from models.TimeLLM import Model
 from utils.errors import UserError
-from utils.llm import LLMChoice, LLMIdentity, LoadedLLM, choose_dtype, choose_llm, share_keys_on_cpu
+from utils.llm import LLMChoice, LLMIdentity, LoadedLLM, choose_dtype, choose_llm, explained, share_keys_on_cpu
 
 # Of NF4 with double quantisation: half a byte, a byte a block of 64, four bytes a block of 256 such blocks.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -377,8 +377,9 @@ def _shapes_of(choice: LLMChoice, layers: int, dtype: torch.dtype) -> LoadedLLM:
         text_config.layer_types = text_config.layer_types[:layers]
     if choice.is_quantized:
         del config.quantization_config
+    options = {"dtype": dtype, "attn_implementation": "memory_plan"}
     with torch.device("meta"):
-        backbone = AutoModel.from_config(config, dtype=dtype, attn_implementation="memory_plan")
+        backbone = explained(choice.source, lambda: AutoModel.from_config(config, **options))
     identity = LLMIdentity(config.model_type, text_config.hidden_size, text_config.vocab_size, layers, "", "", "")
     return LoadedLLM(
         backbone=backbone.requires_grad_(False).eval(),

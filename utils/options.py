@@ -236,6 +236,20 @@ def get_parser() -> argparse.ArgumentParser:
     train.add_argument("--grad_accum", type=int, default=1, help="batches an optimiser step")
     train.add_argument("--grad_clip", type=float, default=0.0, help="largest gradient norm; 0: off")
     train.add_argument("--max_steps", type=int, default=0, help="stop training after N optimiser steps; 0: off")
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        choices=("yes", "auto"),
+        const="yes",
+        default="",
+        help="go on from the run's last state; an error if there is none, auto starts fresh then",
+    )
+    train.add_argument(
+        "--save_steps", type=int, default=0, help="save the state to resume from every N steps, too; 0: every epoch"
+    )
+    train.add_argument(
+        "--deterministic", action="store_true", help="the same bits at every run on CUDA, too, where kernels allow"
+    )
 
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument("--eval_windows", type=int, default=0, help="at most N evenly spaced windows; 0: all")
@@ -248,7 +262,16 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 _AT_LEAST = {
-    0: ("eval_batch_size", "max_steps", "eval_windows", "eval_steps", "num_workers", "llm_dim", "label_len"),
+    0: (
+        "eval_batch_size",
+        "max_steps",
+        "eval_windows",
+        "eval_steps",
+        "num_workers",
+        "llm_dim",
+        "label_len",
+        "save_steps",
+    ),
     1: (
         *("seq_len", "pred_len", "patch_len", "stride", "d_model", "n_heads", "d_ff", "itr", "train_epochs"),
         *("batch_size", "patience", "grad_accum", "percent"),
@@ -305,6 +328,10 @@ def _requirements(args: argparse.Namespace) -> tuple[tuple[bool, str], ...]:
             "--content and --prompt_file both describe the data set: give one of them",
         ),
         (
+            not args.resume or bool(args.is_training),
+            "--resume goes on with training: leave it out with --is_training 0",
+        ),
+        (
             not (args.checkpoint and args.is_training),
             "--checkpoint names a run to test: it goes with --is_training 0",
         ),
@@ -331,6 +358,9 @@ def check_paths(args: argparse.Namespace) -> None:
     longest = len(run_folder(args, args.itr).name.encode())
     if longest > MAX_FILE_NAME:
         raise UserError(f"the run folder's name has {longest} bytes: shorten --model_id, --model_comment or --des")
+    first = run_folder(args, 0)
+    if args.resume == "yes" and not (first / "last").is_file():
+        raise UserError(f"no state to resume from in {first}: leave out --resume, or give --resume auto to start fresh")
     if not args.is_training:
         for repetition in range(args.itr):
             folder = trained_folder(args, repetition)

@@ -36,6 +36,10 @@ def start_processes(args: argparse.Namespace, seed: int) -> Accelerator:
             " launch, or, on the CPU, set ACCELERATE_USE_CPU=1"
         )
     set_seed(seed)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first product is made
+    # Where a kernel has no deterministic form, torch warns and names it.
+    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     return accelerator
 
 

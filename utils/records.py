@@ -2,13 +2,17 @@
 
 import argparse
 import csv
+import io
+import itertools
 import json
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from utils.errors import UserError
 from utils.evaluation import Scores
+from utils.files import UNFINISHED, write_text
 from utils.llm import LoadedLLM
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "numpy", "pandas", "scikit-learn", "tqdm")
@@ -18,11 +22,22 @@ HISTORY_COLUMNS = (
 )
 
 
-def open_run_folder(folder: Path, args: argparse.Namespace, repetition: int, device: str) -> None:
+# What training writes. Of an earlier run of the same name they are kept, under names with an `.old` behind.
+_FILES = ("checkpoint", "last", "args.json", "metrics.json", "history.csv")
+
+
+def open_run_folder(folder: Path, args: argparse.Namespace, repetition: int, device: str, resumes: bool) -> None:
     """Make the run folder and write args.json: every flag, the versions of the packages, the device.
 
-    Training starts with a clean set of files: those of an earlier run of the same name are kept as *.old. A test
-    of the run's own checkpoint leaves its args.json as it is.
+    Training starts with a clean set of files: those of an earlier run of the same name are kept as *.old, *.old2
+    and so on. A test of the run's own checkpoint leaves its args.json as it is.
+
+    Args:
+        folder: the run folder.
+        args: the run's flags.
+        repetition: which of them this is.
+        device: that it runs on.
+        resumes: whether training goes on with the files that are there.
 
     Raises:
         UserError: if the folder cannot be written.
@@ -30,17 +45,26 @@ def open_run_folder(folder: Path, args: argparse.Namespace, repetition: int, dev
     tests_itself = not args.checkpoint or Path(args.checkpoint).resolve() == folder.resolve()
     if not args.is_training and tests_itself:
         return
-    versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
-    flags = {**vars(args), "seed": args.seed + repetition}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if args.is_training:
-            for name in ("checkpoint", "args.json", "metrics.json", "history.csv"):
-                if (folder / name).is_file():
-                    (folder / name).replace(folder / f"{name}.old")
-        _write_json(folder / "args.json", {**flags, "versions": versions, "device": device})
+            for leftover in folder.glob(f"*{UNFINISHED}"):
+                leftover.unlink()
+            if not resumes:
+                _keep_earlier_files(folder)
     except OSError as problem:
         raise UserError(f"cannot write to {folder}: {problem.strerror or problem} (--checkpoints)") from problem
+    versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    flags = {**vars(args), "seed": args.seed + repetition}
+    _write_json(folder / "args.json", {**flags, "versions": versions, "device": device})
+
+
+def _keep_earlier_files(folder: Path) -> None:
+    present = [folder / name for name in _FILES if (folder / name).is_file()]
+    endings = itertools.chain([".old"], (f".old{number}" for number in itertools.count(2)))
+    ending = next(ending for ending in endings if not any(folder.glob(f"*{ending}")))
+    for file in present:
+        file.replace(file.with_name(file.name + ending))
 
 
 def write_metrics(
@@ -62,24 +86,28 @@ def write_metrics(
 
 
 def _write_json(path: Path, contents: dict) -> None:
-    path.write_text(json.dumps(contents, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(contents, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 class History:
     """history.csv: a row a validation, written as soon as it is known.
 
     Args:
-        path: the file; not there yet.
+        path: the file.
+        rows: of the run so far, if it is resumed: lists of cells.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, rows: Sequence[list[str]] = ()):
         self.path = path
-        self._append(HISTORY_COLUMNS, mode="w")
+        self.rows = [list(row) for row in rows]
+        self._write()
 
     def add(self, **row: float | None) -> None:
         """Append a row; a column that is None stays empty."""
-        self._append([row[name] for name in HISTORY_COLUMNS], mode="a")
+        self.rows.append(["" if row[name] is None else str(row[name]) for name in HISTORY_COLUMNS])
+        self._write()
 
-    def _append(self, cells, mode: str) -> None:
-        with self.path.open(mode, newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(cells)
+    def _write(self) -> None:
+        text = io.StringIO()
+        csv.writer(text).writerows([HISTORY_COLUMNS, *self.rows])
+        write_text(self.path, text.getvalue())

@@ -66,6 +66,14 @@ class Schedule:
         if not self.is_per_step:
             self.scheduler.step()
 
+    def state_dict(self) -> dict:
+        """Return what `load_state_dict` takes."""
+        return self.scheduler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from where another was."""
+        self.scheduler.load_state_dict(state)
+
     @property
     def rate(self) -> float:
         """The rate of the next step."""

@@ -3,20 +3,23 @@
 import argparse
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data_provider.series import Series
 from data_provider.windows import WindowDataset
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import save_checkpoint, save_last
 from utils.early_stopping import EarlyStopping
 from utils.errors import UserError
 from utils.evaluation import Scores, evaluate
+from utils.interrupts import Interrupts
 from utils.memory import nearly_full
 from utils.optimizers import build_optimizer
 from utils.options import headline_target
@@ -40,6 +43,8 @@ class Trainer:
         loaders: a loader for each split.
         series: the data the windows are of.
         folder: the run folder; it exists.
+        interrupts: says when to stop early.
+        state: what `load_last` returned, to go on from there; the model has its weights already.
     """
 
     def __init__(
@@ -51,6 +56,8 @@ class Trainer:
         loaders: dict[str, DataLoader],
         series: Series,
         folder: Path,
+        interrupts: Interrupts,
+        state: dict | None = None,
     ):
         self.args = args
         self.accelerator = accelerator
@@ -59,57 +66,110 @@ class Trainer:
         self.loaders = loaders
         self.series = series
         self.folder = folder
+        self.interrupts = interrupts
         self.loss = LOSSES[args.loss]()
         optimizer = build_optimizer(args.optimizer, model.parameters(), args.learning_rate)
         self.schedule = Schedule(optimizer, args.lradj, self._total_steps(), args.pct_start)
         self.optimizer = accelerator.prepare(optimizer)
         self.stopping = EarlyStopping(args.patience, accelerator.print)
-        self.history = History(folder / "history.csv") if accelerator.is_main_process else None
-        self.epoch = 0
+        self.epoch = 1  # in hand
+        self.batch = 0  # of the epoch, the last one learnt from
         self.steps = 0  # of the optimiser
         self.validated_at = 0
+        self.asked = 0  # how often all processes have asked whether to stop
         self.memory_is_watched = True
         self.started = time.perf_counter()
         self._forget_losses()
+        self._random_to_restore: dict | None = None
+        rows = self._load_state(state) if state else []
+        self.history = History(folder / "history.csv", rows) if accelerator.is_main_process else None
 
     def fit(self) -> None:
         """Train until the epochs, the steps or the patience are at their end.
 
         Raises:
             UserError: if the loss is no longer finite; the best checkpoint so far stays.
+            KeyboardInterrupt: on a signal, when the state to resume from is saved.
         """
-        while self.epoch < self.args.train_epochs and not self._is_finished():
-            self.epoch += 1
-            self._train_epoch()
+        with self.interrupts.deferred():
+            # A run that was interrupted in an epoch's validation has that before it, even if it is its last.
+            while not self._is_finished() or (self.batch and self.validated_at < self.steps):
+                self._train_epoch()
         if self.stopping.should_stop:
             self.accelerator.print("Early stopping")
 
     def _train_epoch(self) -> None:
         started = time.perf_counter()
         since = started
-        batches = tqdm(self.loaders["train"], desc=f"Epoch {self.epoch}", disable=None, leave=False)
-        for number, batch in enumerate(batches, start=1):
+        for number, batch in self._batches():
             loss = self._train_batch(batch, number)
             if number % REPORT_EVERY == 0:
                 self._report_progress(number, loss, (time.perf_counter() - since) / REPORT_EVERY)
                 since = time.perf_counter()
             if not self.accelerator.sync_gradients:
                 continue
-            self.steps += 1
-            self.schedule.after_step()
-            if self.steps == 1:
-                self._watch_memory()
-            if self.args.eval_steps and self.steps % self.args.eval_steps == 0:
+            self._after_step(number)
+            if self._validation_is_due():
                 before = time.perf_counter()
                 self._validate()
                 since += time.perf_counter() - before  # not part of the training's speed
             if self._is_finished():
                 break
+            self._save_or_stop()
         self.accelerator.print(f"Epoch: {self.epoch} cost time: {time.perf_counter() - started:.2f}")
-        is_last = self.epoch == self.args.train_epochs or self._is_finished()
+        is_last = self.epoch >= self.args.train_epochs or self._is_finished()
         if self.validated_at < self.steps and (is_last or not self.args.eval_steps):
             self._validate()
         self.schedule.after_epoch()
+        self.epoch += 1
+        self.batch = 0
+        self._save_state(self._random_states())
+        self._stop_if_asked()
+
+    def _batches(self) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
+        """Yield the epoch's batches with their numbers, 1, 2, ...; those that were learnt from are left out."""
+        loader = self.loaders["train"]
+        loader.set_epoch(self.epoch - 1)
+        if self.batch == 0:
+            self._restore_random()  # saved between two epochs
+        else:
+            loader = self.accelerator.skip_first_batches(loader, self.batch)
+        bar = tqdm(loader, desc=f"Epoch {self.epoch}", disable=None, leave=False, initial=self.batch)
+        for number, batch in enumerate(bar, start=self.batch + 1):
+            self._restore_random()  # saved within an epoch: its loader had drawn its numbers before
+            if self._validation_is_due():
+                self._validate()
+            if self._is_finished():
+                return
+            yield number, batch
+        self._restore_random()
+
+    def _after_step(self, number: int) -> None:
+        """Count an optimiser step, which the epoch's batch of this number has completed."""
+        self.batch = number
+        self.steps += 1
+        self.schedule.after_step()
+        if self.steps == 1:
+            self._watch_memory()
+
+    def _validation_is_due(self) -> bool:
+        every = self.args.eval_steps
+        return bool(every) and self.steps % every == 0 and self.validated_at < self.steps
+
+    def _save_or_stop(self) -> None:
+        """Save the state to resume from when it is time, or when this is to be the last step."""
+        if self.args.save_steps and self.steps % self.args.save_steps == 0:
+            self._save_state(self._random_states())
+        self._stop_if_asked()
+
+    def _asked_to_stop(self) -> bool:
+        self.asked += 1
+        return self.interrupts.requested(self.accelerator, self.asked)
+
+    def _stop_if_asked(self) -> None:
+        if self._asked_to_stop():
+            self._save_state(self._random_states())
+            raise KeyboardInterrupt
 
     def _train_batch(self, batch: tuple[torch.Tensor, ...], number: int) -> torch.Tensor:
         """Learn from the epoch's batch of this number, 1, 2, ...; return its loss, left on the device."""
@@ -135,9 +195,14 @@ class Trainer:
         """Score, report, and keep the weights if they are the best so far."""
         train_loss = self.accelerator.reduce(self.loss_sum / max(self.loss_count, 1), "mean").item()
         self._check_finite(train_loss, "training")
-        vali = self._scores("val")
-        self._check_finite(vali.mse, "validation")
-        test = None if self.args.skip_epoch_test else self._scores("test")
+        before = self._random_states()
+        try:
+            vali = self._scores("val")
+            self._check_finite(vali.mse, "validation")
+            test = None if self.args.skip_epoch_test else self._scores("test")
+        except KeyboardInterrupt:
+            self._save_state(before)  # it is validated again, from the start
+            raise
         self._report(train_loss, vali, test)
         if self.stopping.update(vali.mse) and self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.model)
@@ -156,7 +221,12 @@ class Trainer:
 
     def _scores(self, split: str) -> Scores:
         target = headline_target(self.args)
-        return evaluate(self.accelerator, self.model, self.loaders[split], self.datasets[split], target, split)
+        loader, dataset = self.loaders[split], self.datasets[split]
+        return evaluate(self.accelerator, self.model, loader, dataset, target, split, self._leave_if_asked)
+
+    def _leave_if_asked(self) -> None:
+        if self._asked_to_stop():
+            raise KeyboardInterrupt
 
     def _report_progress(self, batches: int, batch_loss: torch.Tensor, seconds: float) -> None:
         """Print the lines in the middle of an epoch; `seconds` are those of one batch."""
@@ -204,8 +274,67 @@ class Trainer:
 
     def _is_finished(self) -> bool:
         reached = bool(self.args.max_steps) and self.steps >= self.args.max_steps
-        return reached or self.stopping.should_stop
+        return reached or self.stopping.should_stop or self.epoch > self.args.train_epochs
 
     def _forget_losses(self) -> None:
         self.loss_sum = torch.zeros((), device=self.accelerator.device)
         self.loss_count = 0
+
+    def _random_states(self) -> dict[str, torch.Tensor]:
+        """Return the states of torch's generators; training draws from no others."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.accelerator.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
+        return states
+
+    def _restore_random(self) -> None:
+        """Put the generators where the saved state had them; once."""
+        if self._random_to_restore is None:
+            return
+        torch.set_rng_state(self._random_to_restore["cpu"])
+        if "cuda" in self._random_to_restore and self.accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(self._random_to_restore["cuda"], self.accelerator.device)
+        self._random_to_restore = None
+
+    def _save_state(self, random_states: dict[str, torch.Tensor]) -> None:
+        """Write `last`: all that `_load_state` needs."""
+        random_of_processes = gather_object([random_states])
+        if not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        training = {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "steps": self.steps,
+            "validated_at": self.validated_at,
+            "loss_sum": self.loss_sum.cpu(),
+            "loss_count": self.loss_count,
+            "seconds": time.perf_counter() - self.started,
+            "stopping": self.stopping.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "random": random_of_processes,
+            "history": self.history.rows,
+        }
+        model = self.accelerator.unwrap_model(self.model)
+        save_last(self.folder / "last", model, self.args, self.series, training)
+
+    def _load_state(self, state: dict) -> list[list[str]]:
+        """Take over a saved state; return the rows of its history."""
+        for name in ("epoch", "batch", "steps", "validated_at", "loss_count"):
+            setattr(self, name, state[name])
+        self.loss_sum = state["loss_sum"].to(self.accelerator.device)
+        self.started -= state["seconds"]
+        self.stopping.load_state_dict(state["stopping"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if state["scaler"] and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if len(state["random"]) != self.accelerator.num_processes:
+            raise UserError(
+                f"{self.folder / 'last'} is of {len(state['random'])} processes, here are"
+                f" {self.accelerator.num_processes}: resume with as many"
+            )
+        self._random_to_restore = state["random"][self.accelerator.process_index]
+        return state["history"]

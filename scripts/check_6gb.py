@@ -1,0 +1,165 @@
+"""Check on a CUDA device that the LLM of 3 billion weights trains on a card of 6 GB.
+
+    python scripts/check_6gb.py --llm_model_path base_models/Qwen2.5-3B --root_path dataset
+
+Runs the README's command (NF4, batch 8, 512 -> 96, ETTm1) under a limit of 5 GiB, then with recomputed activations
+under 3 GiB: 50 training steps and an evaluation each. Then Time-LLM's way with as much memory as it wants. Prints,
+for each, the peak, the plan's estimate and the steps a second. Other flags of run_main.py may be added; without
+--llm_model_path, an LLM of that size with random weights is made.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch.nn import functional
+
+from data_provider.data_factory import data_provider
+from models.TimeLLM import Model
+from utils.errors import UserError
+from utils.memory import plan_memory
+from utils.optimizers import build_optimizer
+from utils.options import check_options, csv_path, get_parser
+
+USERS_FLAGS = [
+    *("--data", "ETTm1", "--seq_len", "512", "--pred_len", "96", "--d_model", "32", "--d_ff", "32"),
+    *("--batch_size", "8", "--load_in_4bit"),
+]
+GIB = 2**30
+# name, flags, the limit in GiB
+CASES = (
+    ("ours", [], 5.0),
+    ("ours, recomputed", ["--gradient_checkpointing"], 3.0),
+    ("Time-LLM's way", ["--prompt_padding", "right", "--no_prefix_cache", "--mapping", "full"], None),
+)
+STEPS, EVALUATED = 50, 40
+
+
+@dataclass
+class Outcome:
+    """What one way of training took; GiB and seconds."""
+
+    name: str
+    limit: float | None
+    planned: float
+    peak: float
+    reserved: float
+    steps_per_second: float
+    evaluation_windows_per_second: float
+    last_loss: float
+
+
+def check(name: str, args: argparse.Namespace, limit: float | None) -> Outcome:
+    """Train `STEPS` steps and evaluate `EVALUATED` batches with at most `limit` GiB.
+
+    Raises:
+        torch.OutOfMemoryError: if the limit is too low.
+    """
+    gc.collect()  # the case before
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    there = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(limit * GIB / there, 1.0) if limit else 1.0)
+    planned = plan_memory(args).total
+    model = Model(args)
+    model.train()
+    optimizer = build_optimizer(args.optimizer, model.parameters(), args.learning_rate)
+    batches = iter(data_provider(args, "train")[1])
+    loss = torch.zeros(())
+    for step in range(STEPS):
+        if step == 5:  # the first steps warm up
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+        seen, truth, *_ = next(batches)
+        loss = functional.mse_loss(model(seen), truth[:, -args.pred_len :].to(model.device))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.cuda.synchronize()
+    steps_per_second = (STEPS - 5) / (time.perf_counter() - started)
+    return Outcome(
+        name=name,
+        limit=limit,
+        planned=planned / GIB,
+        evaluation_windows_per_second=_evaluate(model, args),
+        peak=torch.cuda.max_memory_allocated() / GIB,
+        reserved=torch.cuda.max_memory_reserved() / GIB,
+        steps_per_second=steps_per_second,
+        last_loss=loss.item(),
+    )
+
+
+@torch.inference_mode()
+def _evaluate(model: Model, args: argparse.Namespace) -> float:
+    """Return the windows a second of an evaluation."""
+    model.eval()
+    batches = iter(data_provider(args, "val")[1])
+    started = time.perf_counter()
+    for _ in range(EVALUATED):
+        model(next(batches)[0])
+    torch.cuda.synchronize()
+    return EVALUATED * args.batch_size / (time.perf_counter() - started)
+
+
+def make_random_llm(folder: Path) -> None:
+    """Write an LLM of Qwen2.5-3B's shape with random weights and a small tokenizer."""
+    from transformers import AutoModel, AutoTokenizer, Qwen2Config
+
+    from base_models.make_tiny_llm import make_tiny_llm
+
+    config = Qwen2Config(
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    )
+    with torch.device("cuda"):
+        AutoModel.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(make_tiny_llm("qwen2", folder / "tokenizer")).save_pretrained(folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0 if all cases kept their limits, 1 if not, 2 if the input is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    own, rest = parser.parse_known_args(argv)
+    if not torch.cuda.is_available():
+        print("error: there is no CUDA device: this check is about one", file=sys.stderr)
+        return 2
+    outcomes = []
+    with tempfile.TemporaryDirectory() as folder:
+        if "--llm_model_path" not in rest:
+            make_random_llm(Path(folder))
+            rest = [*rest, "--llm_model_path", folder]
+        try:
+            for name, flags, limit in CASES:
+                args = get_parser().parse_args([*USERS_FLAGS, *rest, *flags])
+                check_options(args)
+                if not csv_path(args).is_file():
+                    raise UserError(f"no CSV at {csv_path(args)}: check --root_path")
+                outcomes.append(check(name, args, limit))
+                print(json.dumps(asdict(outcomes[-1])), flush=True)
+        except UserError as problem:
+            print(f"error: {problem}", file=sys.stderr)
+            return 2
+        except torch.OutOfMemoryError as problem:
+            print(f"{name} needs more than {limit} GiB: {problem}", file=sys.stderr)
+            return 1
+    if own.json:
+        own.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Files that are never half-written."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from utils.errors import UserError
+
+UNFINISHED = ".unfinished"
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file under another name, make sure that it is on the disk, then give it its name.
+
+    Whatever happens on the way, a power cut too, `path` holds either what it held before or all of the new.
+
+    Args:
+        path: the file; it is replaced if it is there.
+        write: writes the contents to the open file that it is given.
+
+    Raises:
+        UserError: if the disk is full, cannot be written or fails.
+    """
+    unfinished = path.with_name(path.name + UNFINISHED)
+    try:
+        with unfinished.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        _sync_folder(path.parent)
+    except BaseException as problem:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        if cause := _failed_write(problem):
+            raise UserError(f"cannot write {path}: {cause.strerror or cause}: what it held before is kept") from problem
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as UTF-8, whole or not at all."""
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def _failed_write(problem: BaseException | None) -> OSError | None:
+    """Return the error of the operating system behind an exception; torch.save puts others on top of it."""
+    while problem is not None and not isinstance(problem, OSError):
+        problem = problem.__cause__ or problem.__context__
+    return problem
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name last, where a folder can be opened for that."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
