@@ -133,6 +133,8 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
     accelerator = start_processes(args, args.seed + repetition)
     check_optimizer(args.optimizer, accelerator.device)
     datasets, loaders = provide(accelerator, args)
+    for note in load_series(args).notes:
+        accelerator.print(f"Warning: {note}")
     memory = plan_memory(args)
     accelerator.print(describe_plan(memory))
     if not memory.fits:

@@ -72,6 +72,7 @@ class Series:
         channels: the channels' names.
         scaler: the fitted scaler; `scaler.mean_` and `scaler.scale_` are in the CSV's units.
         ends: the first row after the training, validation and test rows.
+        notes: what the user should know of the data, a line each.
     """
 
     values: np.ndarray
@@ -79,6 +80,7 @@ class Series:
     channels: tuple[str, ...]
     scaler: StandardScaler
     ends: tuple[int, int, int]
+    notes: tuple[str, ...]
 
 
 def load_series(args: argparse.Namespace) -> Series:
@@ -116,6 +118,7 @@ def _load_series(path: Path, _changed: int, data: str, features: str, target: st
         channels=tuple(channels),
         scaler=scaler,
         ends=(rows[0], rows[0] + rows[1], sum(rows)),
+        notes=(*_notes_on_dates(path, dates), *_notes_on_channels(path, raw[: rows[0]], channels)),
     )
 
 
@@ -123,15 +126,32 @@ def _read_csv(path: Path) -> pd.DataFrame:
     try:
         frame = pd.read_csv(path, encoding="utf-8-sig")
     except UnicodeDecodeError as problem:
-        raise UserError(f"{path} is not UTF-8 ({problem.reason}): save it as UTF-8") from problem
+        raise UserError(f"{path} is not UTF-8 but {_guess_encoding(path)}: save it as UTF-8") from problem
     except Exception as problem:  # of whatever kind: empty, ragged, a broken archive, a folder without permission
         reason = str(problem).strip().splitlines() or [type(problem).__name__]
         raise UserError(f"{path} is not a CSV with a header line: {reason[0]}") from problem
     if not isinstance(frame.index, pd.RangeIndex):
         raise UserError(f"{path} has rows with more cells than its header: give every column a name")
+    if "date" not in frame.columns and len(frame.columns) == 1:
+        for delimiter, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+            if delimiter in frame.columns[0]:
+                raise UserError(f"{path} has its columns separated by {name}: save it with commas")
     if "date" not in frame.columns:
         raise UserError(f"{path} has no column 'date', but {list(frame.columns)}: name the timestamps' column 'date'")
     return frame
+
+
+def _guess_encoding(path: Path) -> str:
+    """Name the encoding of a text that is not UTF-8."""
+    start = path.read_bytes()[:100_000]
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in start:
+        return "UTF-16"
+    try:
+        start[: len(start) // 2 * 2].decode("gbk")
+    except UnicodeDecodeError as problem:
+        # Cut in the middle of a character at the very end is no sign against it.
+        return "GBK" if problem.end >= len(start) - 1 else "of another encoding"
+    return "GBK"
 
 
 def _choose_channels(path: Path, columns: list[str], layout: Layout, features: str, target: str) -> list[str]:
@@ -174,9 +194,43 @@ def _dates(path: Path, column: pd.Series) -> pd.DatetimeIndex:
         except ValueError as problem:  # offsets from UTC that change
             raise UserError(f"{path}, column 'date': {str(problem).splitlines()[0]}") from problem
         if not dates.isna().any():
-            return pd.DatetimeIndex(dates)
+            return _in_order(path, column, pd.DatetimeIndex(dates))
     row = int(dates.isna().to_numpy().argmax())
     raise UserError(f"{path} data row {row + 1}, column 'date': {str(column.iloc[row])!r} is not a date")
+
+
+def _in_order(path: Path, column: pd.Series, dates: pd.DatetimeIndex) -> pd.DatetimeIndex:
+    """Return the dates if none is before the one above it."""
+    back = np.flatnonzero(np.diff(dates.asi8) < 0)
+    if len(back):
+        row = back[0] + 1
+        raise UserError(
+            f"{path} data row {row + 1}, column 'date': {str(column.iloc[row])!r} is before the row above it: sort the"
+            f" rows by date ({len(back)} such rows)"
+        )
+    return dates
+
+
+def _notes_on_dates(path: Path, dates: pd.DatetimeIndex) -> list[str]:
+    """Return what is odd about the steps from date to date."""
+    steps = np.diff(dates.asi8)
+    notes = []
+    if not steps.all():
+        row = np.flatnonzero(steps == 0)[0] + 2
+        notes.append(f"{path}: {(steps == 0).sum()} rows have the date of the row above them, data row {row} first")
+    usual = np.median(steps) if len(steps) else 0
+    # Half as long again: months and years are not all of one length.
+    gaps = np.flatnonzero(steps > 1.5 * usual) if usual else []
+    if len(gaps) and len(gaps) < len(steps) / 2:
+        row = gaps[0] + 2
+        notes.append(f"{path}: {len(gaps)} gaps in the dates, before data row {row} first: windows run across them")
+    return notes
+
+
+def _notes_on_channels(path: Path, training: np.ndarray, channels: list[str]) -> list[str]:
+    """Return which channels never change in the rows that they are scaled by."""
+    constant = [name for name, column in zip(channels, training.T, strict=True) if np.ptp(column) == 0]
+    return [f"{path}: constant in the training rows, so not scaled: {', '.join(constant)}"] if constant else []
 
 
 def _scale(path: Path, raw: np.ndarray, channels: list[str], scaler: StandardScaler) -> np.ndarray:

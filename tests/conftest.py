@@ -16,6 +16,11 @@ from dataset.demo import write_demo_csv
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="how often the kill test kills a run")
+    parser.addoption("--fuzz", type=int, default=25, help="examples of each fuzz test")
+
+
 def pytest_configure():
     torch.set_num_threads(min(2, torch.get_num_threads()))
 

@@ -1,5 +1,7 @@
 """Time-LLM's learning rate schedules, on torch's schedulers."""
 
+import warnings
+
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
@@ -64,7 +66,10 @@ class Schedule:
     def after_epoch(self) -> None:
         """Go on after an epoch."""
         if not self.is_per_step:
-            self.scheduler.step()
+            with warnings.catch_warnings():
+                # A run that is resumed at an epoch's end has no step before this; torch takes that for a mistake.
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                self.scheduler.step()
 
     def state_dict(self) -> dict:
         """Return what `load_state_dict` takes."""

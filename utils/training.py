@@ -143,6 +143,8 @@ class Trainer:
                 return
             yield number, batch
         self._restore_random()
+        if self._validation_is_due():  # of the epoch's last batch, and was interrupted
+            self._validate()
 
     def _after_step(self, number: int) -> None:
         """Count an optimiser step, which the epoch's batch of this number has completed."""

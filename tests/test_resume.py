@@ -1,0 +1,329 @@
+"""Runs that are stopped and go on: the same bits as if nothing had happened."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import run_main
+from utils.training import Trainer
+
+# Two epochs of 12 batches.
+LONGER = [
+    *("--train_epochs", "2", "--max_steps", "0", "--percent", "10", "--batch_size", "9"),
+    *("--eval_windows", "14", "--patience", "9"),
+]
+
+
+def weights(folder, name="checkpoint"):
+    return torch.load(folder / name, weights_only=True)["weights"]
+
+
+def history(folder):
+    lines = (folder / "history.csv").read_text(encoding="utf-8").splitlines()
+    return [line.rsplit(",", 1)[0] for line in lines]  # all but the seconds
+
+
+def outcome(folder):
+    """Everything of a run that must not depend on whether it was interrupted, as one comparable value."""
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    last = torch.load(folder / "last", weights_only=True)["training"]
+    return {
+        "weights": {name: tensor.tolist() for name, tensor in weights(folder).items()},
+        "last weights": {name: tensor.tolist() for name, tensor in weights(folder, "last").items()},
+        "history": history(folder),
+        "metrics": {name: metrics[name] for name in ("mse", "mae", "windows", "per_channel")},
+        "state": {name: last[name] for name in ("epoch", "batch", "steps", "validated_at", "stopping", "loss_count")},
+        "files": sorted(file.name for file in folder.iterdir()),
+    }
+
+
+class Stop:
+    """Press Ctrl-C (or send another signal) at a moment of the training."""
+
+    def __init__(self, monkeypatch, method, count, number=signal.SIGINT):
+        original = getattr(Trainer, method)
+        self.calls = 0
+
+        def counted(trainer, *arguments):
+            self.calls += 1
+            if self.calls == count:
+                signal.raise_signal(number)
+            return original(trainer, *arguments)
+
+        monkeypatch.setattr(Trainer, method, counted)
+
+
+def run_with_stop(run, monkeypatch, argv, method, count, number=signal.SIGINT):
+    with monkeypatch.context() as patch:
+        Stop(patch, method, count, number)
+        stopped = run(*argv)
+    assert stopped.code == 130, stopped.err
+    assert "stopping after this step" in stopped.err
+    assert stopped.err.splitlines()[-1] == (
+        "interrupted: the state is saved, the same command with --resume goes on from there"
+    )
+    return stopped
+
+
+@pytest.fixture
+def undisturbed(run):
+    """Return a function from flags to what an undisturbed run of them leaves; the folder is moved away."""
+
+    def finish(*argv):
+        done = run(*argv)
+        assert done.code == 0, done.err
+        left = outcome(done.folder)
+        shutil.move(done.folder, Path("undisturbed"))
+        return left
+
+    return finish
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--lradj", "TST"],
+        ["--lradj", "COS", "--eval_steps", "5"],
+        ["--grad_accum", "5", "--lradj", "type3", "--eval_steps", "2"],
+        ["--patience", "1", "--eval_steps", "3", "--learning_rate", "0.5", "--lradj", "constant"],
+        ["--mapping", "full", "--optimizer", "adamw", "--lradj", "PEMS"],
+        ["--max_steps", "17", "--no_prefix_cache", "--prompt_padding", "right"],
+        ["--gradient_checkpointing", "--grad_clip", "0.1", "--llm_dtype", "bfloat16"],
+    ],
+    ids=" ".join,
+)
+def test_a_run_that_was_stopped_ends_with_the_same_bits(run, flags, undisturbed, monkeypatch, more):
+    argv = [*flags, *LONGER, *more]
+    expected = undisturbed(*argv)
+    run_with_stop(run, monkeypatch, argv, "_train_batch", 7)
+    resumed = run(*argv, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert "Resuming at step " in resumed.out
+    assert outcome(resumed.folder) == expected
+
+
+@pytest.mark.parametrize(
+    ("every", "method", "count"),
+    [
+        *(("0", "_train_batch", count) for count in (12, 24)),
+        *(("0", "_scores", count) for count in (2, 4)),
+        *(("4", "_train_batch", count) for count in (4, 12)),
+        *(("4", "_scores", count) for count in (6, 12)),
+    ],
+)
+def test_wherever_it_is_stopped(run, flags, undisturbed, monkeypatch, method, count, every):
+    argv = [*flags, *LONGER, "--eval_steps", every]
+    expected = undisturbed(*argv)
+    run_with_stop(run, monkeypatch, argv, method, count)
+    # And once more on the way.
+    with monkeypatch.context() as patch:
+        Stop(patch, "_train_batch", 3)
+        run(*argv, "--resume")
+    resumed = run(*argv, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert outcome(resumed.folder) == expected
+
+
+def test_sigterm_stops_like_ctrl_c(run, flags, monkeypatch):
+    stopped = run_with_stop(run, monkeypatch, [*flags, *LONGER], "_train_batch", 5, signal.SIGTERM)
+    assert torch.load(stopped.folder / "last", weights_only=True)["training"]["steps"] == 5
+
+
+def test_a_second_ctrl_c_leaves_at_once(run, flags, monkeypatch):
+    def impatient(*_):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_train_batch", impatient)
+    stopped = run(*flags)
+    assert stopped.code == 130
+    assert stopped.err.splitlines()[-1] == "interrupted: there is no state to resume from yet"
+    assert not (stopped.folder / "last").exists()
+
+
+def test_handlers_are_put_back(run, flags):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    run(*flags)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_save_steps_keeps_a_state_in_between(run, flags, monkeypatch):
+    saved = []
+    save_state = Trainer._save_state
+
+    def noted(trainer, *arguments):
+        saved.append((trainer.epoch, trainer.steps))
+        save_state(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "_save_state", noted)
+    assert run(*flags, *LONGER, "--save_steps", "5").code == 0
+    assert saved == [(1, 5), (1, 10), (2, 12), (2, 15), (2, 20), (3, 24)]
+
+
+def test_nothing_to_resume(assert_refused, run, flags):
+    assert_refused([*flags, "--resume"], "no state to resume from", "--resume auto")
+    assert_refused([*flags, "--resume", "--is_training", "0"], "--resume goes on with training")
+    assert run(*flags, "--resume", "auto").code == 0
+
+
+def test_a_finished_run_is_only_tested_again(run, flags):
+    first = run(*flags)
+    metrics, before = first.metrics(), weights(first.folder)
+    again = run(*flags, "--resume")
+    assert again.code == 0
+    assert "Epoch: 1 cost time" not in again.out
+    assert again.metrics()["mse"] == metrics["mse"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(again.folder).items())
+    assert not list(again.folder.glob("*.old"))
+
+
+def test_more_epochs_can_be_asked_for(run, flags):
+    longer = [*flags, *LONGER, "--lradj", "constant"]
+    whole = outcome(run(*longer, "--des", "whole").folders[0])
+    for epochs in ("1", "2"):
+        done = run(*longer, "--train_epochs", epochs, "--resume", "auto", "--des", "two")
+    folder = next(folder for folder in done.folders if "_two_" in folder.name)
+    assert outcome(folder)["last weights"] == whole["last weights"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--learning_rate", "0.02"], "--learning_rate 0.01, not 0.02"),
+        (["--batch_size", "8"], "--batch_size 16, not 8"),
+        (["--seed", "7"], "--seed 2021, not 7"),
+        (["--content", "Other."], "--content"),
+        (["--mapping", "full"], "--mapping compact, not full"),
+    ],
+)
+def test_a_state_of_other_flags_is_refused_and_kept(run, flags, more, words):
+    done = run(*flags)
+    before = {file.name: file.read_bytes() for file in done.folder.iterdir()}
+    refused = run(*flags, *more, "--resume")
+    assert refused.code == 2
+    assert refused.err.count("\n") == 1 and words in refused.err
+    assert {file.name: file.read_bytes() for file in done.folder.iterdir()} == before
+
+
+def test_a_state_of_other_data_is_refused(run, flags, csv_folder, tmp_path):
+    lines = (csv_folder / "small.csv").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "small.csv").write_text("\n".join([lines[0], *lines[2:], lines[-1]]) + "\n", encoding="utf-8")
+    run(*flags)
+    refused = run(*flags, "--root_path", tmp_path, "--resume")
+    assert refused.code == 2 and "other data" in refused.err
+
+
+def test_a_damaged_state_is_refused(run, flags):
+    done = run(*flags)
+    whole = (done.folder / "last").read_bytes()
+    for damaged in (whole[:-100], b"", b"text"):
+        (done.folder / "last").write_bytes(damaged)
+        refused = run(*flags, "--resume")
+        assert refused.code == 2 and refused.err.count("\n") == 1 and "damaged" in refused.err
+
+
+def test_a_found_batch_size_is_that_of_the_resumed_run(run, flags, monkeypatch):
+    import utils.batch_size
+
+    argv = [*flags, *LONGER, "--auto_batch_size"]
+    monkeypatch.setattr(utils.batch_size, "_sizes", lambda size: iter([size // 2]))
+    run_with_stop(run, monkeypatch, argv, "_train_batch", 5)
+    monkeypatch.setattr(utils.batch_size, "fit_batch_size", lambda *_: pytest.fail("searched again"))
+    resumed = run(*argv, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert json.loads((resumed.folder / "args.json").read_text())["batch_size"] == 4
+
+
+# --- other processes ----------------------------------------------------------------------------------------------
+
+# A server that has imported everything is forked for each process: a start takes no time.
+FORKS = multiprocessing.get_context("forkserver") if sys.platform != "win32" else None
+needs_forks = pytest.mark.skipif(FORKS is None, reason="Windows has no fork server")
+PRELOADED = ("run_main", "models.TimeLLM", "utils.training", "utils.batch_size", "utils.memory")
+
+
+def run_in_process(argv, log):
+    with log.open("w", encoding="utf-8", buffering=1) as file:
+        sys.stdout = sys.stderr = file
+        torch.set_num_threads(1)
+        os._exit(run_main.main(argv))
+
+
+def start(argv, log):
+    FORKS.set_forkserver_preload([*PRELOADED, "transformers.models.qwen2.modeling_qwen2", "tests.test_resume"])
+    process = FORKS.Process(target=run_in_process, args=([str(word) for word in argv], log))
+    process.start()
+    return process
+
+
+def wait_for(process, log, words, seconds=0.0):
+    """Wait until a process has printed the words, and some seconds more, or until it ends."""
+    while process.is_alive() and words not in (log.read_text(encoding="utf-8") if log.exists() else ""):
+        time.sleep(0.005)
+    process.join(seconds)
+
+
+@needs_forks
+def test_random_kills_lose_nothing(run, flags, undisturbed, request, monkeypatch):
+    """SIGKILL at random moments, each followed by --resume, until the run is through."""
+    kills = request.config.getoption("--kills")
+    argv = [*flags, *LONGER, "--save_steps", "1", "--eval_steps", "3", "--resume", "auto"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = undisturbed(*argv)
+    torch.set_num_threads(threads)
+    generator = random.Random(kills)
+    killed = rounds = 0
+    log = Path("log")
+    while killed < kills:
+        rounds += 1
+        while True:
+            log.unlink(missing_ok=True)
+            process = start(argv, log)
+            wait_for(process, log, "Run folder", generator.uniform(0, 1.0) if killed < kills else 600)
+            process.kill()
+            process.join()
+            if process.exitcode == 0:
+                break
+            assert process.exitcode == -signal.SIGKILL, log.read_text(encoding="utf-8")
+            killed += 1
+        (finished,) = Path("checkpoints").iterdir()
+        assert outcome(finished) == expected
+        shutil.rmtree("checkpoints")
+    print(f"{killed} kills in {rounds} runs")
+
+
+@needs_forks
+def test_two_runs_cannot_share_a_folder(run, flags):
+    first = start([*flags, *LONGER, "--train_epochs", "1000"], Path("log"))
+    wait_for(first, Path("log"), "Validation loss decreased")
+    second = run(*flags, *LONGER)
+    os.kill(first.pid, signal.SIGTERM)
+    first.join(60)
+    assert first.exitcode == 130
+    assert second.code == 2
+    assert second.err.count("\n") == 1
+    assert f"in use by process {first.pid} on " in second.err
+    assert not list(second.folder.glob("*.old"))
+    assert not list(second.folder.glob(".*"))
+
+
+@needs_forks
+def test_the_lock_of_a_dead_owner_is_taken_over(run, flags):
+    first = start([*flags, *LONGER, "--train_epochs", "1000"], Path("log"))
+    wait_for(first, Path("log"), "Run folder")
+    first.kill()
+    first.join()
+    second = run(*flags)
+    assert second.code == 0, second.err
+    assert not list(second.folder.glob(".*"))
