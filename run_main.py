@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.plan:
             plan(args)
         else:
-            run_all(args)
+            run_all(args, sys.argv[1:] if argv is None else argv)
     except UserError as problem:
         if os.environ.get("RANK", "0") == "0":  # one line, however many processes
             print(f"error: {problem}", file=sys.stderr)
@@ -98,14 +98,15 @@ def plan(args: argparse.Namespace) -> None:
     print("It fits." if memory.fits else f"It does not fit: {advice(args, memory)}")
 
 
-def run_all(args: argparse.Namespace) -> None:
+def run_all(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """Run every repetition; if the device is full, say in one line what helps."""
     from accelerate.utils.memory import should_reduce_batch_size
 
     from utils.interrupts import Interrupts
+    from utils.processes import missing_processes
 
     try:
-        with Interrupts() as interrupts:
+        with missing_processes(Path(__file__), argv), Interrupts() as interrupts:
             for repetition in range(args.itr):
                 run(args, repetition, interrupts)
     except RuntimeError as problem:

@@ -1,8 +1,14 @@
 """Device, precision, processes and random seeds, through accelerate."""
 
 import argparse
+import contextlib
 import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -46,3 +52,49 @@ def start_processes(args: argparse.Namespace, seed: int) -> Accelerator:
 def _half_precision() -> str:
     has_bfloat16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if has_bfloat16 else "fp16"
+
+
+@contextlib.contextmanager
+def missing_processes(script: Path, argv: Sequence[str]) -> Iterator[None]:
+    """Start the processes that `accelerate launch --cpu --num_processes N` promises and does not start.
+
+    It starts one, and tells it where the others would meet. This process becomes the first of the N; the others
+    run the same command line and end with it.
+
+    Args:
+        script: that was launched.
+        argv: its command line.
+    """
+    count = _promised_processes()
+    if count == 1:
+        yield
+        return
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), **ranks[0]}
+    command = [sys.executable, str(script), *argv]
+    others = [subprocess.Popen(command, env={**os.environ, **rank}) for rank in ranks[1:]]
+    try:
+        yield
+    except BaseException:
+        for other in others:
+            other.terminate()
+        raise
+    finally:
+        for other in others:
+            other.wait()
+
+
+def _promised_processes() -> int:
+    """Return how many processes `accelerate launch` was told to start, 1 if it has started them or is not there."""
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    if not on_cpu or "MASTER_ADDR" not in os.environ or "WORLD_SIZE" in os.environ:
+        return 1
+    from accelerate.commands.launch import launch_command_parser
+
+    words = psutil.Process(os.getppid()).cmdline()
+    # `accelerate launch`, `accelerate-launch`, `python -m accelerate.commands.launch`
+    launcher = next((place for place, word in enumerate(words) if word.endswith(("launch", "launch.py"))), None)
+    if launcher is None:
+        return 1
+    told, _ = launch_command_parser().parse_known_args(words[launcher + 1 :])
+    return told.num_processes or 1
