@@ -152,7 +152,7 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
         datasets, loaders = provide(accelerator, args)
     describe(accelerator, args, model, datasets)
     if not args.is_training:
-        load_checkpoint(checkpoint, model, args)  # before anything is written
+        load_checkpoint(checkpoint, model, args, load_series(args))  # before anything is written
     model = accelerator.prepare(model)
     with RunLock(folder) if args.is_training and accelerator.is_main_process else nullcontext():
         series, state = load_series(args), None
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
             accelerator.print(f"Run folder: {folder}")
             Trainer(args, accelerator, model, datasets, loaders, series, folder, interrupts, state).fit()
             accelerator.wait_for_everyone()
-            load_checkpoint(checkpoint, accelerator.unwrap_model(model), args)
+            load_checkpoint(checkpoint, accelerator.unwrap_model(model), args, series)
         test(accelerator, args, model, datasets["test"], loaders["test"], checkpoint, folder)
 
 

@@ -37,7 +37,11 @@ def test_loading_brings_the_weights_back(saved):
     torch.manual_seed(99)
     other = build_model(args)
     assert not torch.equal(other.mapping_layer.weight, model.mapping_layer.weight)
-    assert load_checkpoint(path, other, args)["progress"] == {"epoch": 1, "steps": 3, "vali_loss": 0.5}
+    assert load_checkpoint(path, other, args, load_series(args))["progress"] == {
+        "epoch": 1,
+        "steps": 3,
+        "vali_loss": 0.5,
+    }
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
 
@@ -57,7 +61,7 @@ def test_a_checkpoint_of_another_model_is_refused(saved, flags, more, words):
     _, _, path = saved
     args = get_parser().parse_args([*flags, *more])
     with pytest.raises(UserError, match=words):
-        load_checkpoint(path, build_model(args), args)
+        load_checkpoint(path, build_model(args), args, load_series(args))
 
 
 def test_a_checkpoint_of_another_llm_of_the_same_shape_is_refused(saved, flags, tmp_path):
@@ -65,13 +69,27 @@ def test_a_checkpoint_of_another_llm_of_the_same_shape_is_refused(saved, flags, 
     other = make_tiny_llm("qwen2", tmp_path / "other", seed=1)
     args = get_parser().parse_args([*flags, "--llm_model_path", str(other)])
     with pytest.raises(UserError, match="words_hash"):
-        load_checkpoint(path, build_model(args), args)
+        load_checkpoint(path, build_model(args), args, load_series(args))
 
 
 def test_flags_that_change_forecasts_are_said(saved, flags, capsys):
     model, _, path = saved
-    load_checkpoint(path, model, get_parser().parse_args([*flags, "--prompt_padding", "right"]))
-    assert "trained with --prompt_padding left, not right" in capsys.readouterr().out
+    args = get_parser().parse_args([*flags, "--prompt_padding", "right", "--content", "Other."])
+    load_checkpoint(path, model, args, load_series(args))
+    said = capsys.readouterr().out
+    assert "trained with --prompt_padding left, not right" in said
+    assert "trained with --content Demo.  , not Other." in said
+
+
+def test_other_data_is_said_unless_asked_for(saved, flags, csv_folder, tmp_path, capsys):
+    model, args, path = saved
+    rows = (csv_folder / "small.csv").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "other.csv").write_text("\n".join(rows[:-9]) + "\n", encoding="utf-8")
+    other = get_parser().parse_args([*flags, "--root_path", str(tmp_path), "--data_path", "other.csv"])
+    for args.checkpoint, said in (("", True), (str(tmp_path), False)):
+        other.checkpoint = args.checkpoint
+        load_checkpoint(path, model, other, load_series(other))
+        assert ("trained on other data: the mean" in capsys.readouterr().out) == said
 
 
 def test_a_write_that_fails_leaves_the_checkpoint_whole(saved, monkeypatch):
@@ -110,5 +128,5 @@ def test_foreign_files_are_refused_and_never_run(saved, tmp_path):
     (tmp_path / "empty").write_bytes(b"")
     for name in ("bomb", "other", "list", "cut", "text", "empty"):
         with pytest.raises(UserError, match=name):
-            load_checkpoint(tmp_path / name, model, args)
+            load_checkpoint(tmp_path / name, model, args, load_series(args))
     assert not (tmp_path / "ran").exists()

@@ -122,10 +122,10 @@ print(json.dumps([code, planned, 1024 * (getrusage(RUSAGE_SELF).ru_maxrss - befo
     "extra",
     [
         ["--batch_size", "16"],
-        ["--batch_size", "8", "--load_in_4bit"],
         *(
             pytest.param(extra, marks=pytest.mark.slow)  # twenty seconds each
             for extra in (
+                ["--batch_size", "8", "--load_in_4bit"],
                 ["--batch_size", "8", "--load_in_4bit", "--mapping", "full"],
                 ["--batch_size", "16", "--load_in_4bit", "--gradient_checkpointing"],
                 ["--batch_size", "8", "--no_prefix_cache"],

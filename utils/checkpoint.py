@@ -57,6 +57,8 @@ def _save(path: Path, contents: dict) -> None:
 _MUST_AGREE = ("seq_len", "pred_len", "patch_len", "stride")
 _SHOULD_AGREE = ("prompt_padding", "prompt_decimals", "prompt_domain", "content", "prompt_file")
 
+_OF_THE_DATA = ("channels", "mean", "deviation")
+
 # Flags that a run may be resumed with other values of: they change no weight, or say how long to go on.
 _MAY_CHANGE = {
     *("resume", "save_steps", "train_epochs", "max_steps", "patience", "itr", "is_training", "plan", "demo"),
@@ -66,19 +68,25 @@ _MAY_CHANGE = {
 }
 
 
-def load_checkpoint(path: Path, model: nn.Module, args: argparse.Namespace) -> dict:
+def load_checkpoint(path: Path, model: nn.Module, args: argparse.Namespace, series: Series) -> dict:
     """Load the trained tensors into `model` and return everything the checkpoint says.
 
     Args:
         path: the file.
         model: unwrapped.
         args: the flags it is to be run with; a difference that changes forecasts is printed.
+        series: the data it is to be run on. Other data than the run's own is printed, unless --checkpoint asked for it.
 
     Raises:
         UserError: if the file is no checkpoint of ours, or of another model or another LLM.
     """
     contents = _read(path, {"progress"})
     _compare_flags(path, contents["flags"], vars(args))
+    if not args.checkpoint:
+        present = _contents(model, args, series)
+        for name in _OF_THE_DATA:
+            if contents[name] != present[name]:
+                PartialState().print(f"Note: {path} was trained on other data: the {name} of its training rows differ")
     _load_weights(path, contents, model)
     return contents
 
@@ -101,7 +109,7 @@ def load_last(path: Path, model: nn.Module, args: argparse.Namespace, series: Se
         if name not in _MAY_CHANGE and before != now:
             raise UserError(f"{path} is of a run with --{name} {before}, not {now}: resume with the flags of the run")
     present = _contents(model, args, series)
-    for name in ("channels", "mean", "deviation"):
+    for name in _OF_THE_DATA:
         if contents[name] != present[name]:
             raise UserError(f"{path} is of a run on other data (their {name} differ): leave out --resume to train anew")
     _load_weights(path, contents, model)

@@ -5,6 +5,7 @@ Nothing here imports torch, so that ``--help`` and a typo answer at once.
 
 import argparse
 import difflib
+import math
 import sys
 from pathlib import Path
 
@@ -306,10 +307,13 @@ def _requirements(args: argparse.Namespace) -> tuple[tuple[bool, str], ...]:
             f"--seed {args.seed} must be at least 0 and, with --itr {args.itr}, at most {MAX_SEED - args.itr}",
         ),
         (args.percent <= 100, f"--percent {args.percent} must be at most 100"),
-        (args.learning_rate > 0, f"--learning_rate {args.learning_rate} must be above 0"),
+        (
+            0 < args.learning_rate < math.inf,
+            f"--learning_rate {args.learning_rate} must be above 0 and finite",
+        ),
         (0 <= args.dropout < 1, f"--dropout {args.dropout} must be at least 0 and below 1"),
         (0 < args.pct_start < 1, f"--pct_start {args.pct_start} must be between 0 and 1"),
-        (args.grad_clip >= 0, f"--grad_clip {args.grad_clip} must be at least 0"),
+        (0 <= args.grad_clip < math.inf, f"--grad_clip {args.grad_clip} must be at least 0 and finite"),
         (args.prompt_decimals >= -1, f"--prompt_decimals {args.prompt_decimals} must be at least -1"),
         (
             args.seq_len >= args.patch_len,
