@@ -108,7 +108,10 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> None:
     try:
         with missing_processes(Path(__file__), argv), Interrupts() as interrupts:
             for repetition in range(args.itr):
-                run(args, repetition, interrupts)
+                if args.predict and not args.is_training:
+                    run_prediction(args, repetition)
+                else:
+                    run(args, repetition, interrupts)
     except RuntimeError as problem:
         if not should_reduce_batch_size(problem):
             raise
@@ -167,6 +170,37 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
             accelerator.wait_for_everyone()
             load_checkpoint(checkpoint, accelerator.unwrap_model(model), args, series)
         test(accelerator, args, model, datasets["test"], loaders["test"], checkpoint, folder)
+        if args.predict:
+            predict(accelerator, args, accelerator.unwrap_model(model), checkpoint, folder)
+
+
+def run_prediction(args: argparse.Namespace, repetition: int) -> None:
+    """Forecast beyond the CSV with a trained checkpoint; the CSV needs no more rows than a window has."""
+    from data_provider.series import read_table
+    from models import build_model
+    from utils.processes import start_processes
+    from utils.records import open_run_folder
+
+    accelerator = start_processes(args, args.seed + repetition)
+    read_table(args)  # before the LLM: a wrong CSV is found sooner
+    model, folder = build_model(args), run_folder(args, repetition)
+    if accelerator.is_main_process:
+        open_run_folder(folder, args, repetition, str(accelerator.device), resumes=False)
+    predict(accelerator, args, model, trained_folder(args, repetition) / "checkpoint", folder)
+
+
+def predict(
+    accelerator: "Accelerator", args: argparse.Namespace, model: "Module", checkpoint: Path, folder: Path
+) -> None:
+    """Write forecast.csv and forecast.png with the weights of a checkpoint."""
+    from utils.checkpoint import load_checkpoint
+    from utils.prediction import forecast_beyond, write_forecast
+
+    forecast = forecast_beyond(args, model, load_checkpoint(checkpoint, model, args, None))
+    if accelerator.is_main_process:
+        write_forecast(folder, args, forecast)
+    first, last = forecast.dates[0], forecast.dates[-1]
+    accelerator.print(f"Forecast | {first} to {last}, {len(forecast.channels)} channels: {folder / 'forecast.csv'}")
 
 
 def provide(
@@ -196,12 +230,13 @@ def test(
     folder: Path,
 ) -> None:
     """Score the model on the test windows; print the scores and write metrics.json."""
-    from utils.evaluation import evaluate
+    from utils.evaluation import evaluate, window_numbers
     from utils.llm import llm_of
-    from utils.records import write_metrics
+    from utils.records import write_metrics, write_predictions
 
     started = time.perf_counter()
-    scores = evaluate(accelerator, model, loader, dataset, headline_target(args), "test")
+    kept = [] if args.save_predictions else None
+    scores = evaluate(accelerator, model, loader, dataset, headline_target(args), "test", keep=kept)
     if not math.isfinite(scores.mse):
         raise UserError(f"the test MSE is {scores.mse}: give --llm_dtype float32 or bfloat16, and look at the data")
     whose = "windows" if headline_target(args) is None else f"windows, those of {args.target},"
@@ -212,6 +247,8 @@ def test(
         seconds = time.perf_counter() - started
         llm = llm_of(accelerator.unwrap_model(model))
         write_metrics(folder, scores, seconds, llm, checkpoint, csv_path(args))
+        if kept:
+            write_predictions(folder, kept, dataset, window_numbers(loader))
 
 
 def describe(

@@ -1,6 +1,7 @@
 """A CSV as one scaled array, with the borders of its splits."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -83,24 +84,52 @@ class Series:
     notes: tuple[str, ...]
 
 
-def load_series(args: argparse.Namespace) -> Series:
+@dataclass(frozen=True, eq=False)  # by identity: it is the key of a cache
+class Table:
+    """What a CSV holds of the channels in use.
+
+    Attributes:
+        dates: one a row, none before the one above it.
+        raw: (rows, channels) float64, in the CSV's units.
+        channels: the channels' names.
+    """
+
+    dates: pd.DatetimeIndex
+    raw: np.ndarray
+    channels: tuple[str, ...]
+
+
+def read_table(args: argparse.Namespace) -> Table:
     """Read the run's CSV; a second call for the same file and flags returns the same object.
 
     Raises:
         UserError: names the file, column, row or flag that is wrong.
     """
     path = csv_path(args)
-    changed = path.stat().st_mtime_ns
-    return _load_series(path, changed, args.data, args.features, args.target, args.embed, args.freq)
+    return _read_table(path, path.stat().st_mtime_ns, args.data, args.features, args.target)
 
 
 @lru_cache(maxsize=1)
-def _load_series(path: Path, _changed: int, data: str, features: str, target: str, embed: str, freq: str) -> Series:
-    layout = LAYOUTS[data]
+def _read_table(path: Path, _changed: int, data: str, features: str, target: str) -> Table:
     frame = _read_csv(path)
-    channels = _choose_channels(path, list(frame.columns), layout, features, target)
+    channels = _choose_channels(path, list(frame.columns), LAYOUTS[data], features, target)
     raw = _numbers(path, frame, channels)
-    dates = _dates(path, frame["date"])
+    return Table(_dates(path, frame["date"]), raw, tuple(channels))
+
+
+def load_series(args: argparse.Namespace) -> Series:
+    """Return the run's CSV scaled, with its splits; a second call for the same returns the same object.
+
+    Raises:
+        UserError: names the file, column, row or flag that is wrong.
+    """
+    path = csv_path(args)
+    return _load_series(read_table(args), path, args.data, args.embed, args.freq)
+
+
+@lru_cache(maxsize=1)
+def _load_series(table: Table, path: Path, data: str, embed: str, freq: str) -> Series:
+    layout, raw, dates, channels = LAYOUTS[data], table.raw, table.dates, table.channels
     rows = layout.rows(len(raw))
     if sum(rows) > len(raw):
         raise UserError(
@@ -115,7 +144,7 @@ def _load_series(path: Path, _changed: int, data: str, features: str, target: st
     return Series(
         values=_scale(path, raw, channels, scaler),
         marks=marks,
-        channels=tuple(channels),
+        channels=channels,
         scaler=scaler,
         ends=(rows[0], rows[0] + rows[1], sum(rows)),
         notes=(*_notes_on_dates(path, dates), *_notes_on_channels(path, raw[: rows[0]], channels)),
@@ -227,13 +256,13 @@ def _notes_on_dates(path: Path, dates: pd.DatetimeIndex) -> list[str]:
     return notes
 
 
-def _notes_on_channels(path: Path, training: np.ndarray, channels: list[str]) -> list[str]:
+def _notes_on_channels(path: Path, training: np.ndarray, channels: Sequence[str]) -> list[str]:
     """Return which channels never change in the rows that they are scaled by."""
     constant = [name for name, column in zip(channels, training.T, strict=True) if np.ptp(column) == 0]
     return [f"{path}: constant in the training rows, so not scaled: {', '.join(constant)}"] if constant else []
 
 
-def _scale(path: Path, raw: np.ndarray, channels: list[str], scaler: StandardScaler) -> np.ndarray:
+def _scale(path: Path, raw: np.ndarray, channels: Sequence[str], scaler: StandardScaler) -> np.ndarray:
     """Return the scaled rows as float32."""
     scaled = scaler.transform(raw)
     too_large = np.argwhere(np.abs(scaled) > _LARGEST)

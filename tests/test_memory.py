@@ -79,7 +79,7 @@ def test_what_is_advised_is_what_it_saves():
 def test_further_layers_are_counted_as_if_all_were_tried(flags, tmp_path, monkeypatch):
     flags = [*flags, "--llm_model_path", str(make_tiny_llm("llama", tmp_path / "six", layers=6))]
     by_few = plan(*flags)
-    monkeypatch.setattr(utils.memory, "_layers_to_try", lambda choice: (6, 6))
+    monkeypatch.setattr(utils.memory, "_layers_to_try", lambda choice: (6,))
     assert plan(*flags).total == pytest.approx(by_few.total, rel=0.02)
 
 

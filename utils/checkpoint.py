@@ -68,21 +68,22 @@ _MAY_CHANGE = {
 }
 
 
-def load_checkpoint(path: Path, model: nn.Module, args: argparse.Namespace, series: Series) -> dict:
+def load_checkpoint(path: Path, model: nn.Module, args: argparse.Namespace, series: Series | None) -> dict:
     """Load the trained tensors into `model` and return everything the checkpoint says.
 
     Args:
         path: the file.
         model: unwrapped.
         args: the flags it is to be run with; a difference that changes forecasts is printed.
-        series: the data it is to be run on. Other data than the run's own is printed, unless --checkpoint asked for it.
+        series: the data it is to be tested on, None for none. Other data than the run's own is printed, unless
+            --checkpoint asked for it.
 
     Raises:
         UserError: if the file is no checkpoint of ours, or of another model or another LLM.
     """
     contents = _read(path, {"progress"})
     _compare_flags(path, contents["flags"], vars(args))
-    if not args.checkpoint:
+    if series and not args.checkpoint:
         present = _contents(model, args, series)
         for name in _OF_THE_DATA:
             if contents[name] != present[name]:

@@ -38,6 +38,7 @@ def evaluate(
     target: str | None = None,
     title: str = "",
     before_batch: Callable[[], None] = lambda: None,
+    keep: list[torch.Tensor] | None = None,
 ) -> Scores:
     """Forecast the windows of a loader and score them.
 
@@ -49,6 +50,7 @@ def evaluate(
         target: the channel of the headline, None for all channels.
         title: of the progress bar.
         before_batch: called before each batch; what it raises ends the evaluation.
+        keep: where to put the forecasts and truths of each batch, (batch, 2, pred_len); None to forget them.
     """
     was_training = model.training
     model.eval()
@@ -56,17 +58,25 @@ def evaluate(
     for seq_x, seq_y, *_ in tqdm(loader, desc=title, disable=None, leave=False):
         before_batch()
         forecast = model(seq_x)
-        error = forecast - seq_y[:, -forecast.shape[1] :].to(forecast.device, non_blocking=True)
+        truth = seq_y[:, -forecast.shape[1] :].to(forecast.device, non_blocking=True)
+        error = forecast - truth
         both = torch.stack([error.square().mean((1, 2)), error.abs().mean((1, 2))])
         # Windows that fill up the last batch of some process are cut off again here.
         gathered = accelerator.gather_for_metrics(both.T)
         squared.append(gathered[:, 0])
         absolute.append(gathered[:, 1])
+        if keep is not None:
+            pair = torch.stack([forecast, truth], dim=1)[..., 0].float()  # (batch, 2, pred_len)
+            keep.append(accelerator.gather_for_metrics(pair).cpu())
     model.train(was_training)
     errors = np.stack([torch.cat(part).double().cpu().numpy() for part in (squared, absolute)])
+    return _score(errors, dataset.channel_of(window_numbers(loader)), dataset.channels, target)
+
+
+def window_numbers(loader: DataLoader) -> np.ndarray:
+    """Return which windows of its dataset a loader shows, in order."""
     shown = loader.dataset
-    indices = shown.indices if isinstance(shown, Subset) else np.arange(len(shown))
-    return _score(errors, dataset.channel_of(indices), dataset.channels, target)
+    return np.asarray(shown.indices) if isinstance(shown, Subset) else np.arange(len(shown))
 
 
 def _score(errors: np.ndarray, channel_of: np.ndarray, channels: tuple[str, ...], target: str | None) -> Scores:

@@ -89,7 +89,8 @@ def plan_memory(args: argparse.Namespace) -> MemoryPlan:
     device = PartialState().device
     choice = choose_llm(args)
     share_keys_on_cpu(device)
-    few, more = (_try_step(args, choice, device, layers) for layers in _layers_to_try(choice))
+    steps = [_try_step(args, choice, device, layers) for layers in _layers_to_try(choice)]
+    few, more = steps[0], steps[-1]
     further = choice.text_config.num_hidden_layers - few.layers
     step = {name: _extend(getattr(few, name), getattr(more, name), further) for name in _Step.EXTENSIVE}
     in_host = few.embedding if args.mapping == "compact" and device.type != "cpu" else 0
@@ -234,9 +235,9 @@ class _Step:
     end_moment: int
 
 
-def _layers_to_try(choice: LLMChoice) -> tuple[int, int]:
+def _layers_to_try(choice: LLMChoice) -> tuple[int, ...]:
     there = choice.text_config.num_hidden_layers
-    return (_FEW, _MORE) if there > _MORE else (there, there)
+    return (_FEW, _MORE) if there > _MORE else (there,)
 
 
 def _extend(few: int, more: int, further: int) -> int:

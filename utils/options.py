@@ -258,6 +258,14 @@ def get_parser() -> argparse.ArgumentParser:
         "--eval_steps", type=int, default=0, help="validate every N optimiser steps; 0: once an epoch"
     )
     evaluation.add_argument("--skip_epoch_test", action="store_true", help="no test pass while training")
+    evaluation.add_argument(
+        "--predict", action="store_true", help="write the forecast after the last row of the CSV, as CSV and picture"
+    )
+    evaluation.add_argument(
+        "--save_predictions",
+        action="store_true",
+        help="keep the test forecasts, pred.npy and true.npy, and a picture of three of them",
+    )
     evaluation.add_argument("--checkpoint", default="", help="run folder to test instead of the run's own")
     return parser
 

@@ -10,10 +10,15 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from data_provider.windows import WindowDataset
 from utils.errors import UserError
 from utils.evaluation import Scores
-from utils.files import UNFINISHED, write_text
+from utils.files import UNFINISHED, write_text, write_whole
 from utils.llm import LoadedLLM
+from utils.pictures import draw_windows
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "numpy", "pandas", "scikit-learn", "tqdm")
 
@@ -23,7 +28,10 @@ HISTORY_COLUMNS = (
 
 
 # What training writes. Of an earlier run of the same name they are kept, under names with an `.old` behind.
-_FILES = ("checkpoint", "last", "args.json", "metrics.json", "history.csv")
+_FILES = (
+    *("checkpoint", "last", "args.json", "metrics.json", "history.csv"),
+    *("pred.npy", "true.npy", "test.png", "forecast.csv", "forecast.png"),
+)
 
 
 def open_run_folder(folder: Path, args: argparse.Namespace, repetition: int, device: str, resumes: bool) -> None:
@@ -83,6 +91,30 @@ def write_metrics(
         "data": str(csv),
     }
     _write_json(folder / "metrics.json", contents)
+
+
+def write_predictions(folder: Path, kept: Sequence[torch.Tensor], dataset: WindowDataset, numbers: np.ndarray) -> None:
+    """Write pred.npy and true.npy, (windows, pred_len), and test.png with the best, the median and the worst window.
+
+    Args:
+        folder: the run folder.
+        kept: what `evaluate` kept.
+        dataset: the windows.
+        numbers: which of them were scored, in order.
+    """
+    forecast, truth = torch.cat(list(kept)).unbind(1)
+    for name, values in (("pred.npy", forecast), ("true.npy", truth)):
+        write_whole(folder / name, lambda file, values=values: np.save(file, values.numpy()))
+    errors = (forecast - truth).square().mean(-1)
+    order = errors.argsort()
+    windows = []
+    for title, place in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
+        number = int(numbers[place])
+        seen = dataset.__getitems__([number])[0][0, :, 0].numpy()
+        channel = dataset.channels[dataset.channel_of([number])[0]]
+        name = f"{title} of {len(errors)}: window {number}, {channel}, MSE {errors[place]:.4f}"
+        windows.append((name, seen, truth[place].numpy(), forecast[place].numpy()))
+    draw_windows(folder / "test.png", windows)
 
 
 def _write_json(path: Path, contents: dict) -> None:

@@ -1,0 +1,80 @@
+"""Pictures of forecasts."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from utils.files import write_whole
+
+SEEN, TRUE, FORECAST = "0.45", "tab:green", "tab:orange"
+
+# A picture of more channels could not be read.
+MOST_CHANNELS = 12
+
+
+def draw_forecast(
+    path: Path,
+    seen_dates: pd.DatetimeIndex,
+    seen: np.ndarray,
+    dates: pd.DatetimeIndex,
+    values: np.ndarray,
+    channels: Sequence[str],
+) -> None:
+    """Draw the last window and the forecast behind it, one axis a channel, the first twelve.
+
+    Args:
+        path: of the PNG.
+        seen_dates, seen: the window, (seq_len,) and (seq_len, channels).
+        dates, values: the forecast, (pred_len,) and (pred_len, channels).
+        channels: their names.
+    """
+    shown = min(len(channels), MOST_CHANNELS)
+    figure = Figure(figsize=(10, 1 + 1.7 * shown), layout="constrained")
+    axes = figure.subplots(shown, 1, sharex=True, squeeze=False)[:, 0]
+    for number, axis in enumerate(axes):
+        axis.plot(seen_dates, seen[:, number], color=SEEN, linewidth=1, label="seen")
+        # From the last row that was seen, so that the line has no hole.
+        axis.plot(
+            seen_dates[-1:].append(dates),
+            np.append(seen[-1:, number], values[:, number]),
+            color=FORECAST,
+            label="forecast",
+        )
+        axis.axvline(seen_dates[-1], color="0.8", linewidth=0.8)
+        axis.set_ylabel(channels[number])
+    axes[0].legend(loc="upper left", ncols=2, fontsize="small")
+    left_out = f" (the first {shown} of {len(channels)} channels)" if shown < len(channels) else ""
+    figure.suptitle(f"{len(dates)} steps after {seen_dates[-1]}{left_out}")
+    figure.autofmt_xdate()
+    _save(figure, path)
+
+
+def draw_windows(path: Path, windows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]]) -> None:
+    """Draw test windows one below the other.
+
+    Args:
+        path: of the PNG.
+        windows: title, what was seen (seq_len,), the truth and the forecast (pred_len,), scaled.
+    """
+    figure = Figure(figsize=(10, 2.6 * len(windows)), layout="constrained")
+    axes = figure.subplots(len(windows), 1, squeeze=False)[:, 0]
+    for axis, (title, seen, true, forecast) in zip(axes, windows, strict=True):
+        behind = np.arange(len(seen), len(seen) + len(true))
+        axis.plot(seen, color=SEEN, linewidth=1, label="seen")
+        axis.plot(behind, true, color=TRUE, label="truth")
+        axis.plot(behind, forecast, color=FORECAST, label="forecast")
+        axis.set_title(title, fontsize="medium")
+    axes[0].legend(loc="upper left", ncols=3, fontsize="small")
+    figure.supxlabel("step of the window")
+    figure.supylabel("scaled value")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    write_whole(path, lambda file: file.write(picture.getbuffer()))
