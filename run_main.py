@@ -91,9 +91,12 @@ def prepare_demo(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """Print what the run would need of memory and, if that is not there, what to change."""
-    from utils.memory import advice, plan_memory, plan_table
+    from utils.memory import NoPlan, advice, plan_memory, plan_table
 
-    memory = plan_memory(args)
+    try:
+        memory = plan_memory(args)
+    except NoPlan as problem:
+        raise UserError(f"there is no plan for this LLM ({problem}): run without --plan") from problem
     print(plan_table(memory))
     print("It fits." if memory.fits else f"It does not fit: {advice(args, memory)}")
 
@@ -127,9 +130,9 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
     from models import build_model
     from utils.batch_size import fit_batch_size
     from utils.checkpoint import load_checkpoint, load_last, resumed_batches
-    from utils.memory import advice, describe_plan, plan_memory
+    from utils.memory import memory_in_short
     from utils.optimizers import check_optimizer
-    from utils.processes import start_processes
+    from utils.processes import is_there_for_all, start_processes
     from utils.records import open_run_folder
     from utils.run_lock import RunLock
     from utils.training import Trainer
@@ -139,13 +142,10 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
     datasets, loaders = provide(accelerator, args)
     for note in load_series(args).notes:
         accelerator.print(f"Warning: {note}")
-    memory = plan_memory(args)
-    accelerator.print(describe_plan(memory))
-    if not memory.fits:
-        accelerator.print(f"Warning: that may be too much: {advice(args, memory)}")
+    accelerator.print(memory_in_short(args))
     model = build_model(args)
     folder, checkpoint = run_folder(args, repetition), trained_folder(args, repetition) / "checkpoint"
-    resumes = bool(args.resume) and (folder / "last").is_file()
+    resumes = bool(args.resume) and is_there_for_all(folder / "last")
     if args.is_training and args.auto_batch_size:
         if resumes:
             args.batch_size, args.grad_accum = resumed_batches(folder / "last")
@@ -168,6 +168,7 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
             accelerator.print(f"Run folder: {folder}")
             Trainer(args, accelerator, model, datasets, loaders, series, folder, interrupts, state).fit()
             accelerator.wait_for_everyone()
+            is_there_for_all(checkpoint)
             load_checkpoint(checkpoint, accelerator.unwrap_model(model), args, series)
         test(accelerator, args, model, datasets["test"], loaders["test"], checkpoint, folder)
         if args.predict:

@@ -1,6 +1,7 @@
 """From flags to datasets and loaders."""
 
 import argparse
+import signal
 
 import torch
 from torch.utils.data import DataLoader, Subset
@@ -40,6 +41,7 @@ def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, D
         drop_last=flag == "train" and len(shown) >= batch,
         num_workers=args.num_workers,
         collate_fn=_as_gathered,
+        worker_init_fn=_leave_signals_to_the_main_process,
         pin_memory=torch.cuda.is_available(),
     )
     return dataset, loader
@@ -54,6 +56,14 @@ def _check_target_is_shown(dataset: WindowDataset, shown: Subset, target: str) -
 def _as_gathered(batch):
     """The dataset has gathered the batch already; a named function, since Windows pickles it for workers."""
     return batch
+
+
+def _leave_signals_to_the_main_process(_worker: int) -> None:
+    """Let a loader's process go on at Ctrl-C: the main one finishes its step, and then ends it."""
+    for name in ("SIGINT", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _windows_of(args: argparse.Namespace, flag: str) -> WindowDataset:

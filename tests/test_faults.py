@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import torch
@@ -57,6 +58,18 @@ def run_with_small_files(argv, log):
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
     run_in_process(argv, log)
+
+
+def test_a_file_system_that_does_not_sync_folders_will_do(run, flags, monkeypatch):
+    original = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert run(*flags).code == 0
 
 
 @needs_forks

@@ -49,6 +49,26 @@ def test_a_plan_that_does_not_fit_says_what_helps(run, flags, monkeypatch):
     assert "Warning: that may be too much: try " in run(*flags).out
 
 
+def test_an_llm_without_a_plan_runs_all_the_same(run, flags, monkeypatch):
+    def looks_at_values(*_):
+        raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+
+    monkeypatch.setattr(utils.memory, "_try_step", looks_at_values)
+    done = run(*flags)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("Memory: no plan for this LLM (qwen2: Tensor.item() cannot be called")
+    refused = run(*flags, "--plan")
+    assert refused.code == 2 and "run without --plan" in refused.err
+    monkeypatch.setattr(Trainer, "fit", full_device)
+    assert run(*flags).err.startswith("error: out of memory: try --gradient_checkpointing")
+
+
+def test_planning_draws_no_random_numbers(flags):
+    before = torch.get_rng_state()
+    plan(*flags)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_run_says_at_its_start_what_it_needs(run, flags):
     assert "Memory: about 0.1" in run(*flags).out.splitlines()[0]
 

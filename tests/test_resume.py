@@ -196,6 +196,21 @@ def test_more_epochs_can_be_asked_for(run, flags):
     assert outcome(folder)["last weights"] == whole["last weights"]
 
 
+def test_more_steps_in_the_middle_of_an_epoch_can_be_asked_for(run, flags):
+    steps = ["--eval_steps", "5", "--lradj", "type3"]
+    whole = outcome(run(*flags, *LONGER, *steps, "--max_steps", "15", "--des", "whole").folders[0])
+    for number in ("5", "15"):
+        done = run(*flags, *LONGER, *steps, "--max_steps", number, "--resume", "auto", "--des", "two")
+    folder = next(folder for folder in done.folders if "_two_" in folder.name)
+    assert outcome(folder) == whole
+
+
+def test_a_schedule_over_all_steps_cannot_be_made_longer(run, flags):
+    run(*flags, *LONGER, "--lradj", "TST")
+    refused = run(*flags, *LONGER, "--lradj", "TST", "--train_epochs", "3", "--resume")
+    assert refused.code == 2 and "--lradj TST" in refused.err
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import nn
@@ -86,7 +87,7 @@ def load_checkpoint(path: Path, model: nn.Module, args: argparse.Namespace, seri
     if series and not args.checkpoint:
         present = _contents(model, args, series)
         for name in _OF_THE_DATA:
-            if contents[name] != present[name]:
+            if not _same(contents[name], present[name]):
                 PartialState().print(f"Note: {path} was trained on other data: the {name} of its training rows differ")
     _load_weights(path, contents, model)
     return contents
@@ -111,7 +112,7 @@ def load_last(path: Path, model: nn.Module, args: argparse.Namespace, series: Se
             raise UserError(f"{path} is of a run with --{name} {before}, not {now}: resume with the flags of the run")
     present = _contents(model, args, series)
     for name in _OF_THE_DATA:
-        if contents[name] != present[name]:
+        if not _same(contents[name], present[name]):
             raise UserError(f"{path} is of a run on other data (their {name} differ): leave out --resume to train anew")
     _load_weights(path, contents, model)
     return contents["training"]
@@ -125,6 +126,13 @@ def resumed_batches(path: Path) -> tuple[int, int]:
     """
     flags = _read(path, {"training"})["flags"]
     return flags["batch_size"], flags["grad_accum"]
+
+
+def _same(before: list, now: list) -> bool:
+    """Compare names, or numbers but for the rounding of another machine."""
+    if before == now or len(before) != len(now) or isinstance(now[0], str):
+        return before == now
+    return np.allclose(before, now, rtol=1e-9, atol=0)
 
 
 def _read(path: Path, extra: set[str]) -> dict:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -29,7 +30,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(path)
+        _rename(unfinished, path)
         _sync_folder(path.parent)
     except BaseException as problem:
         with contextlib.suppress(OSError):
@@ -44,6 +45,17 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
+def _rename(unfinished: Path, path: Path) -> None:
+    """Give a file its name; under Windows, wait for a virus scanner or a viewer that has the old one open."""
+    for seconds in (0.1, 0.3, 1, 3) if os.name == "nt" else ():
+        try:
+            unfinished.replace(path)
+            return
+        except PermissionError:
+            time.sleep(seconds)
+    unfinished.replace(path)
+
+
 def _failed_write(problem: BaseException | None) -> OSError | None:
     """Return the error of the operating system behind an exception; torch.save puts others on top of it."""
     while problem is not None and not isinstance(problem, OSError):
@@ -53,7 +65,9 @@ def _failed_write(problem: BaseException | None) -> OSError | None:
 
 def _sync_folder(folder: Path) -> None:
     """Make a new name last, where a folder can be opened for that."""
-    if os.name == "posix":
+    if os.name != "posix":
+        return
+    with contextlib.suppress(OSError):  # some network file systems refuse; the file is in its place already
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

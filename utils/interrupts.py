@@ -4,12 +4,13 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
 
-# Several processes agree on stopping only now and then: to ask is to wait for each other.
+# Several processes agree on stopping about once a second, but at least every so many steps: to ask is to wait.
 AGREE_EVERY = 10
 
 
@@ -21,6 +22,8 @@ class Interrupts:
 
     def __init__(self):
         self._requested = self._deferring = False
+        self._next = 1
+        self._agreed = (0, time.monotonic())  # when the processes last agreed, by count and by the clock
         self._before = {}
 
     def __enter__(self) -> "Interrupts":
@@ -58,7 +61,12 @@ class Interrupts:
         """
         if accelerator.num_processes == 1:
             return self._requested
-        if count % AGREE_EVERY:
+        if count < self._next:
             return False
-        votes = torch.tensor(float(self._requested), device=accelerator.device)
-        return accelerator.reduce(votes, "sum").item() > 0
+        before, since = self._agreed
+        seconds = (time.monotonic() - since) / max(count - before, 1)
+        votes = torch.tensor([float(self._requested), seconds], device=accelerator.device)
+        requests, seconds_each = accelerator.reduce(votes, "mean").tolist()
+        self._next = count + min(max(round(1 / max(seconds_each, 1e-3)), 1), AGREE_EVERY)
+        self._agreed = (count, time.monotonic())
+        return requests > 0

@@ -371,6 +371,8 @@ def explained(source: str, load: Callable[[], object]):
     try:
         return load()
     except Exception as problem:  # a damaged or foreign folder can make transformers raise anything
+        if "out of memory" in str(problem):  # transformers may put another error on top of torch's
+            raise torch.OutOfMemoryError("CUDA out of memory.") from problem
         reason = str(problem).strip().splitlines() or [type(problem).__name__]
         raise UserError(
             f"cannot load the LLM {source}: {reason[0]} (--llm_model_path takes a folder with config.json,"

@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 
 from models.TimeLLM import Model
 from utils.errors import UserError
-from utils.llm import LLMChoice, LLMIdentity, LoadedLLM, choose_dtype, choose_llm, explained, share_keys_on_cpu
+from utils.llm import LLMChoice, LLMIdentity, LoadedLLM, choose_dtype, choose_llm, share_keys_on_cpu
 
 # Of NF4 with double quantisation: half a byte, a byte a block of 64, four bytes a block of 256 such blocks.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -80,16 +80,28 @@ class MemoryPlan:
         return self.total <= self.free
 
 
+class NoPlan(Exception):  # noqa: N818 - the run may go well without
+    """The step of this LLM cannot be run on tensors without contents."""
+
+
 def plan_memory(args: argparse.Namespace) -> MemoryPlan:
     """Return what the run that the flags describe will need.
 
     Raises:
         UserError: if the LLM's config is not there or does not fit the flags.
+        NoPlan: if the LLM's code looks at values.
     """
     device = PartialState().device
     choice = choose_llm(args)
     share_keys_on_cpu(device)
-    steps = [_try_step(args, choice, device, layers) for layers in _layers_to_try(choice)]
+    try:
+        with torch.random.fork_rng(devices=[]):  # the weights to come must not depend on what is planned
+            steps = [_try_step(args, choice, device, layers) for layers in _layers_to_try(choice)]
+    except UserError:
+        raise
+    except Exception as problem:  # of whatever kind: it is the LLM's code that runs
+        reason = str(problem).strip().splitlines() or [type(problem).__name__]
+        raise NoPlan(f"{choice.config.model_type}: {reason[0]}") from problem
     few, more = steps[0], steps[-1]
     further = choice.text_config.num_hidden_layers - few.layers
     step = {name: _extend(getattr(few, name), getattr(more, name), further) for name in _Step.EXTENSIVE}
@@ -123,6 +135,17 @@ def describe_plan(plan: MemoryPlan) -> str:
     parts["rest"] = max(plan.total - sum(parts.values()), 0)
     named = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
     return f"Memory: about {_gib(plan.total)} GiB of {_gib(plan.free)} free on {plan.device} ({named}; see --plan)"
+
+
+def memory_in_short(args: argparse.Namespace) -> str:
+    """Return what the run needs in one line, and one more if that is not there."""
+    try:
+        plan = plan_memory(args)
+        if plan.fits:
+            return describe_plan(plan)
+        return f"{describe_plan(plan)}\nWarning: that may be too much: {advice(args, plan)}"
+    except NoPlan as problem:
+        return f"Memory: no plan for this LLM ({problem})"
 
 
 def plan_table(plan: MemoryPlan) -> str:
@@ -181,10 +204,14 @@ def advice(args: argparse.Namespace, plan: MemoryPlan) -> str:
 
 def memory_error(args: argparse.Namespace) -> UserError:
     """Return the one line for a device that is full."""
-    plan = plan_memory(args)
+    try:
+        plan = plan_memory(args)
+        what_helps = advice(args, plan)
+    except NoPlan:
+        return UserError("out of memory: try --gradient_checkpointing, --load_in_4bit, --llm_layers or --batch_size 1")
     return UserError(
         f"out of memory on {plan.device}: a training step needs about {_gib(plan.total)} GiB,"
-        f" {_gib(plan.free)} are free: {advice(args, plan)}"
+        f" {_gib(plan.free)} are free: {what_helps}"
     )
 
 
@@ -378,9 +405,8 @@ def _shapes_of(choice: LLMChoice, layers: int, dtype: torch.dtype) -> LoadedLLM:
         text_config.layer_types = text_config.layer_types[:layers]
     if choice.is_quantized:
         del config.quantization_config
-    options = {"dtype": dtype, "attn_implementation": "memory_plan"}
     with torch.device("meta"):
-        backbone = explained(choice.source, lambda: AutoModel.from_config(config, **options))
+        backbone = AutoModel.from_config(config, dtype=dtype, attn_implementation="memory_plan")
     identity = LLMIdentity(config.model_type, text_config.hidden_size, text_config.vocab_size, layers, "", "", "")
     return LoadedLLM(
         backbone=backbone.requires_grad_(False).eval(),

@@ -12,7 +12,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, gather_object, set_seed
 
 from utils.errors import UserError
 
@@ -49,6 +49,20 @@ def start_processes(args: argparse.Namespace, seed: int) -> Accelerator:
     return accelerator
 
 
+def is_there_for_all(path: Path) -> bool:
+    """Return whether a file is there.
+
+    Raises:
+        UserError: if it is for some processes and not for others.
+    """
+    seen = gather_object([path.is_file()])
+    if len(set(seen)) > 1:
+        raise UserError(
+            f"{path} is there for some processes only: --checkpoints names a folder that all machines share"
+        )
+    return seen[0]
+
+
 def _half_precision() -> str:
     has_bfloat16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if has_bfloat16 else "fp16"
@@ -81,6 +95,10 @@ def missing_processes(script: Path, argv: Sequence[str]) -> Iterator[None]:
         raise
     finally:
         for other in others:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                # One that waits for this process in torch's own code does not hear a signal.
+                other.wait(None if sys.exception() is None else 10)
+            other.kill()
             other.wait()
 
 

@@ -80,6 +80,11 @@ class Schedule:
         self.scheduler.load_state_dict(state)
 
     @property
+    def total_steps(self) -> int | None:
+        """The steps that the rates are laid out over, None if they are not."""
+        return getattr(self.scheduler, "total_steps", None)
+
+    @property
     def rate(self) -> float:
         """The rate of the next step."""
         return self.scheduler.get_last_lr()[0]

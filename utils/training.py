@@ -120,9 +120,10 @@ class Trainer:
         is_last = self.epoch >= self.args.train_epochs or self._is_finished()
         if self.validated_at < self.steps and (is_last or not self.args.eval_steps):
             self._validate()
-        self.schedule.after_epoch()
-        self.epoch += 1
-        self.batch = 0
+        if self.batch >= len(self.loaders["train"]):  # else --max_steps or patience ended it, and more may be given
+            self.schedule.after_epoch()
+            self.epoch += 1
+            self.batch = 0
         self._save_state(self._random_states())
         self._stop_if_asked()
 
@@ -329,6 +330,11 @@ class Trainer:
         self.loss_sum = state["loss_sum"].to(self.accelerator.device)
         self.started -= state["seconds"]
         self.stopping.load_state_dict(state["stopping"])
+        if self.schedule.total_steps != state["schedule"].get("total_steps"):
+            raise UserError(
+                f"--lradj {self.args.lradj} lays its rates out over all steps: resume with the --train_epochs and"
+                " --max_steps of the run"
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"] and self.accelerator.scaler:
