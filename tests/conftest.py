@@ -18,7 +18,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="how often the kill test kills a run")
-    parser.addoption("--fuzz", type=int, default=25, help="examples of each fuzz test")
+    parser.addoption("--fuzz", type=int, default=15, help="examples of each fuzz test")
 
 
 def pytest_configure():

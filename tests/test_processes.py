@@ -41,6 +41,7 @@ def test_two_processes_do_what_one_does(run, flags, tmp_path):
     assert sorted(file.name for file in two.iterdir()) == sorted(file.name for file in one.iterdir())
 
 
+@pytest.mark.slow
 def test_wrong_input_is_said_once(flags, tmp_path):
     done = launch([*flags, "--llm_layers", "9"], tmp_path, "--num_processes", "2", "--cpu")
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
