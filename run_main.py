@@ -128,8 +128,7 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
     # torch and transformers take seconds to import: not before the command line is known to be sound.
     from data_provider.series import load_series
     from models import build_model
-    from utils.batch_size import fit_batch_size
-    from utils.checkpoint import load_checkpoint, load_last, resumed_batches
+    from utils.checkpoint import load_checkpoint, load_last
     from utils.memory import memory_in_short
     from utils.optimizers import check_optimizer
     from utils.processes import is_there_for_all, start_processes
@@ -147,11 +146,7 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
     folder, checkpoint = run_folder(args, repetition), trained_folder(args, repetition) / "checkpoint"
     resumes = bool(args.resume) and is_there_for_all(folder / "last")
     if args.is_training and args.auto_batch_size:
-        if resumes:
-            args.batch_size, args.grad_accum = resumed_batches(folder / "last")
-            accelerator.gradient_accumulation_steps = args.grad_accum
-        else:
-            fit_batch_size(args, accelerator, model)
+        settle_batch_size(accelerator, args, model, folder / "last" if resumes else None)
         datasets, loaders = provide(accelerator, args)
     describe(accelerator, args, model, datasets)
     if not args.is_training:
@@ -173,6 +168,18 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
         test(accelerator, args, model, datasets["test"], loaders["test"], checkpoint, folder)
         if args.predict:
             predict(accelerator, args, accelerator.unwrap_model(model), checkpoint, folder)
+
+
+def settle_batch_size(accelerator: "Accelerator", args: argparse.Namespace, model: "Module", last: Path | None) -> None:
+    """Set the batch size to what fits into memory, or to that of the state `last` that the run goes on from."""
+    from utils.batch_size import fit_batch_size
+    from utils.checkpoint import resumed_batches
+
+    if last is None:
+        fit_batch_size(args, accelerator, model)
+        return
+    args.batch_size, args.grad_accum = resumed_batches(last)
+    accelerator.gradient_accumulation_steps = args.grad_accum
 
 
 def run_prediction(args: argparse.Namespace, repetition: int) -> None:

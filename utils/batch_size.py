@@ -12,7 +12,7 @@ from torch.nn import functional
 from utils.memory import STATE_BYTES, memory_error
 
 
-def fit_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> bool:
+def fit_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> None:
     """Halve `args.batch_size`, and raise `args.grad_accum` as much, until a training step fits into memory.
 
     A step is tried with random windows, beside what the optimiser will need. The weights, and the random numbers
@@ -22,9 +22,6 @@ def fit_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: nn
         args: the parsed flags; changed.
         accelerator: of the run; told of the change.
         model: not prepared yet.
-
-    Returns:
-        Whether `args` were changed.
 
     Raises:
         UserError: if not even the smallest batch fits.
@@ -41,13 +38,12 @@ def fit_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: nn
     # All processes take as many steps.
     fitting = int(accelerator.gather(torch.tensor([fitting], device=accelerator.device)).min())
     if fitting == args.batch_size:
-        return False
+        return
     args.grad_accum *= args.batch_size // fitting
     args.batch_size = fitting
     args.eval_batch_size = min(args.eval_batch_size, fitting)
     accelerator.gradient_accumulation_steps = args.grad_accum
     accelerator.print(f"Memory is short: --batch_size {args.batch_size} --grad_accum {args.grad_accum} from here on")
-    return True
 
 
 def _sizes(size: int) -> Iterator[int]:
