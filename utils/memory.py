@@ -104,7 +104,7 @@ def plan_memory(args: argparse.Namespace) -> MemoryPlan:
         raise NoPlan(f"{choice.config.model_type}: {reason[0]}") from problem
     few, more = steps[0], steps[-1]
     further = choice.text_config.num_hidden_layers - few.layers
-    step = {name: _extend(getattr(few, name), getattr(more, name), further) for name in _Step.EXTENSIVE}
+    step = {name: getattr(few, name) + (getattr(more, name) - getattr(few, name)) * further for name in _Step.EXTENSIVE}
     in_host = few.embedding if args.mapping == "compact" and device.type != "cpu" else 0
     optimizer = round(few.trainable / 4 * STATE_BYTES[args.optimizer])
     fixed = step["llm"] + few.embedding - in_host + few.trainable + few.constants + optimizer
@@ -265,10 +265,6 @@ class _Step:
 def _layers_to_try(choice: LLMChoice) -> tuple[int, ...]:
     there = choice.text_config.num_hidden_layers
     return (_FEW, _MORE) if there > _MORE else (there,)
-
-
-def _extend(few: int, more: int, further: int) -> int:
-    return few + (more - few) * further if more != few else few
 
 
 def _try_step(args: argparse.Namespace, choice: LLMChoice, device: torch.device, layers: int) -> _Step:
