@@ -176,6 +176,18 @@ def test_nothing_to_resume(assert_refused, run, flags):
     assert run(*flags, "--resume", "auto").code == 0
 
 
+def test_a_start_without_a_step_leaves_nothing_to_keep(run, flags, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "fit", interrupt)
+        assert run(*flags).code == 130
+    again = run(*flags, "--resume", "auto")
+    assert again.code == 0
+    assert not list(again.folder.glob("*.old"))
+
+
 def test_a_finished_run_is_only_tested_again(run, flags):
     first = run(*flags)
     metrics, before = first.metrics(), weights(first.folder)

@@ -69,10 +69,18 @@ def open_run_folder(folder: Path, args: argparse.Namespace, repetition: int, dev
 
 def _keep_earlier_files(folder: Path) -> None:
     present = [folder / name for name in _FILES if (folder / name).is_file()]
+    if not any(_holds_results(file) for file in present):
+        return  # a run that was stopped before its first step
     endings = itertools.chain([".old"], (f".old{number}" for number in itertools.count(2)))
     ending = next(ending for ending in endings if not any(folder.glob(f"*{ending}")))
     for file in present:
         file.replace(file.with_name(file.name + ending))
+
+
+def _holds_results(file: Path) -> bool:
+    if file.name == "history.csv":
+        return len(file.read_text(encoding="utf-8").splitlines()) > 1
+    return file.name != "args.json"
 
 
 def write_metrics(
