@@ -25,6 +25,7 @@ from utils.options import (
     csv_path,
     demo_makes,
     get_parser,
+    has_llm,
     headline_target,
     run_folder,
     trained_folder,
@@ -91,6 +92,9 @@ def prepare_demo(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """Print what the run would need of memory and, if that is not there, what to change."""
+    if not has_llm(args):
+        print(f"{args.model} has no LLM: it fits wherever the data fit.")
+        return
     from utils.memory import NoPlan, advice, plan_memory, plan_table
 
     try:
@@ -141,11 +145,12 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
     datasets, loaders = provide(accelerator, args)
     for note in load_series(args).notes:
         accelerator.print(f"Warning: {note}")
-    accelerator.print(memory_in_short(args))
+    if has_llm(args):
+        accelerator.print(memory_in_short(args))
     model = build_model(args)
     folder, checkpoint = run_folder(args, repetition), trained_folder(args, repetition) / "checkpoint"
     resumes = bool(args.resume) and is_there_for_all(folder / "last")
-    if args.is_training and args.auto_batch_size:
+    if args.is_training and args.auto_batch_size and list(model.parameters()):
         settle_batch_size(accelerator, args, model, folder / "last" if resumes else None)
         datasets, loaders = provide(accelerator, args)
     describe(accelerator, args, model, datasets)
@@ -159,13 +164,16 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
             accelerator.print(f"Resuming at step {state['steps']}, epoch {state['epoch']}")
         if accelerator.is_main_process:
             open_run_folder(folder, args, repetition, str(accelerator.device), resumes)
+        seconds_per_step = None
         if args.is_training:
             accelerator.print(f"Run folder: {folder}")
-            Trainer(args, accelerator, model, datasets, loaders, series, folder, interrupts, state).fit()
+            trainer = Trainer(args, accelerator, model, datasets, loaders, series, folder, interrupts, state)
+            trainer.fit()
+            seconds_per_step = trainer.seconds_per_step
             accelerator.wait_for_everyone()
             is_there_for_all(checkpoint)
             load_checkpoint(checkpoint, accelerator.unwrap_model(model), args, series)
-        test(accelerator, args, model, datasets["test"], loaders["test"], checkpoint, folder)
+        test(accelerator, args, model, datasets["test"], loaders["test"], checkpoint, folder, seconds_per_step)
         if args.predict:
             predict(accelerator, args, accelerator.unwrap_model(model), checkpoint, folder)
 
@@ -236,11 +244,12 @@ def test(
     loader: "DataLoader",
     checkpoint: Path,
     folder: Path,
+    seconds_per_step: float | None,
 ) -> None:
     """Score the model on the test windows; print the scores and write metrics.json."""
     from utils.evaluation import evaluate, window_numbers
     from utils.llm import llm_of
-    from utils.records import write_metrics, write_predictions
+    from utils.records import cost_of, write_metrics, write_predictions
 
     started = time.perf_counter()
     kept = [] if args.save_predictions else None
@@ -253,8 +262,9 @@ def test(
     )
     if accelerator.is_main_process:
         seconds = time.perf_counter() - started
-        llm = llm_of(accelerator.unwrap_model(model))
-        write_metrics(folder, scores, seconds, llm, checkpoint, csv_path(args))
+        model = accelerator.unwrap_model(model)
+        cost = cost_of(model, accelerator.device, seconds_per_step)
+        write_metrics(folder, scores, seconds, llm_of(model), checkpoint, csv_path(args), cost)
         if kept:
             write_predictions(folder, kept, dataset, window_numbers(loader))
 
@@ -275,6 +285,7 @@ def describe(
     if llm:
         frozen = llm.backbone.num_parameters()
         accelerator.print(llm.describe())
+    if llm and model.llm:
         if model.llm.sees_pads:
             accelerator.print("This LLM cannot mask pads: prompts of one length are run together (slower, as exact)")
         if model.llm.why_not:
@@ -286,7 +297,7 @@ def describe(
     accelerator.print(f"Windows: {counts}, of {len(datasets['train'].channels)} channels")
     if args.eval_windows:
         accelerator.print(f"Evaluating on at most {args.eval_windows} evenly spaced windows (--eval_windows)")
-    if llm:
+    if llm and model.llm:
         window = datasets["train"].__getitems__([0])[0][..., 0]
         tokens = len(model.tokenize(window)[0])
         accelerator.print(f"Prompt of the first window ({tokens} tokens): {model.prompts.texts(window)[0]}")

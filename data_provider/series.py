@@ -98,6 +98,14 @@ class Table:
     raw: np.ndarray
     channels: tuple[str, ...]
 
+    def rows_of_a_season(self) -> int:
+        """Return the rows of a day, of a week where they are days, of a year where they are longer; at least 1."""
+        days = self.dates.to_series().diff().median() / pd.Timedelta("1D")  # of one row NaN: nothing is larger
+        for season, longest_row in ((1, 0.5), (7, 3.5), (365.25, 183)):
+            if 0 < days <= longest_row:
+                return round(season / days)
+        return 1
+
 
 def read_table(args: argparse.Namespace) -> Table:
     """Read the run's CSV; a second call for the same file and flags returns the same object.

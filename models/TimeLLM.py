@@ -47,18 +47,21 @@ class Model(nn.Module):
             patches,
             self.llm_info.context,
         )
-        self.llm = FrozenLLM(
-            self.llm_info.backbone,
-            configs.prompt_padding,
-            self.llm_info.pad_id,
-            self.prompts.examples(),
-            patches,
-            self.device,
-            use_prefix=not configs.no_prefix_cache,
-            recompute=configs.gradient_checkpointing,
-        )
+        self.llm = None  # --ablation no_llm
+        if configs.ablation != "no_llm":
+            self.llm = FrozenLLM(
+                self.llm_info.backbone,
+                configs.prompt_padding,
+                self.llm_info.pad_id,
+                self.prompts.examples(),
+                patches,
+                self.device,
+                use_prefix=not configs.no_prefix_cache,
+                recompute=configs.gradient_checkpointing,
+            )
         mapping = {"full": MappingLayer, "compact": CompactMappingLayer}[configs.mapping]
-        self.mapping_layer = mapping(self.llm.word_embeddings, device=self.device)
+        words = self.llm_info.backbone.get_input_embeddings().weight
+        self.mapping_layer = mapping(words, device=self.device)
         self.reprogramming_layer = ReprogrammingLayer(
             configs.d_model, configs.n_heads, configs.d_ff, d_llm, configs.dropout
         )
@@ -78,12 +81,12 @@ class Model(nn.Module):
         prompts are written there. The other arguments are Time-LLM's and are not looked at.
         """
         windows = x_enc.transpose(1, 2).flatten(0, 1)  # (B*N, seq_len)
-        prompts = self.tokenize(windows)  # B*N lists of token ids
+        prompts = self.tokenize(windows) if self.llm else []  # B*N lists of token ids
         windows, statistics = self.normalize(windows.to(self.device, non_blocking=True))
         patches = self.patch_embedding(windows)  # (B*N, P, d_model)
         prototypes = self.mapping_layer()  # (1000, d_llm)
         patches = self.reprogramming_layer(patches, prototypes)  # (B*N, P, d_llm)
-        hidden = self.llm(prompts, patches)  # (B*N, P, d_llm)
+        hidden = self.llm(prompts, patches) if self.llm else patches  # (B*N, P, d_llm)
         forecast = self.output_projection(hidden[..., : self.d_ff])  # (B*N, pred_len)
         forecast = self.normalize.inverse(forecast, statistics)
         return forecast.unflatten(0, (len(x_enc), -1)).transpose(1, 2)  # (B, pred_len, N)

@@ -55,7 +55,7 @@ def _save(path: Path, contents: dict) -> None:
 
 
 # Flags that shape what the trained layers see: with others the weights mean nothing, or something else.
-_MUST_AGREE = ("seq_len", "pred_len", "patch_len", "stride")
+_MUST_AGREE = ("model", "ablation", "seq_len", "pred_len", "patch_len", "stride", "moving_avg")
 _SHOULD_AGREE = ("prompt_padding", "prompt_decimals", "prompt_domain", "content", "prompt_file")
 
 _OF_THE_DATA = ("channels", "mean", "deviation")
@@ -161,7 +161,7 @@ def _load_weights(path: Path, contents: dict, model: nn.Module) -> None:
 
 def _compare_flags(path: Path, saved: dict, present: dict) -> None:
     for name in _MUST_AGREE:
-        if saved[name] != present[name]:
+        if saved.get(name, present[name]) != present[name]:
             raise UserError(f"{path} was trained with --{name} {saved[name]}, not {present[name]}: give it that")
     for name in _SHOULD_AGREE:
         if saved[name] != present[name]:

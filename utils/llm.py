@@ -1,6 +1,7 @@
 """Load a frozen LLM and its tokenizer: names, folders, layers, precision, device, all in one place."""
 
 import argparse
+import copy
 import hashlib
 import importlib.util
 import json
@@ -21,6 +22,9 @@ from utils.options import looks_like_a_path
 from utils.quiet import quiet_transformers
 
 BASE_MODELS = Path("base_models")
+
+# What --ablation does to the LLM, in words.
+ABLATIONS = {"none": "", "no_llm": "not run, only its words are used", "random_llm": "random weights"}
 
 _SHAPE_OF_AN_LLM = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -71,6 +75,7 @@ class LoadedLLM:
         layers_there: the layers of the whole model; `identity.layers` are in use.
         context: positions it has, None for no limit.
         identity: see `LLMIdentity`.
+        note: what --ablation has done to it, empty for nothing.
     """
 
     backbone: nn.Module
@@ -81,6 +86,7 @@ class LoadedLLM:
     layers_there: int
     context: int | None
     identity: LLMIdentity
+    note: str = ""
 
     @property
     def dtype(self) -> str:
@@ -92,7 +98,7 @@ class LoadedLLM:
         precision = f"NF4, computing in {self.dtype}" if self.identity.quantization == "nf4" else self.dtype
         return (
             f"LLM: {self.identity.model_type}, {self.identity.layers} of {self.layers_there} layers,"
-            f" hidden size {self.identity.hidden_size}, {precision}"
+            f" hidden size {self.identity.hidden_size}, {precision}" + (f" ({self.note})" if self.note else "")
         )
 
     def as_dict(self) -> dict:
@@ -136,10 +142,13 @@ def choose_llm(args: argparse.Namespace) -> LLMChoice:
         UserError: if the model is not there, has fewer layers or another width than asked for.
     """
     source, layers = choose_source(args)
+    layers = args.llm_layers or layers
     config = load_pretrained(AutoConfig, source)
     text_config = _text_config(config, source)
     layers_there = text_config.num_hidden_layers
-    _use_first_layers(text_config, args.llm_layers or layers or layers_there, source)
+    if args.ablation == "no_llm":
+        layers = 1  # its words are needed; no layer is run
+    _use_first_layers(text_config, layers or layers_there, source)
     if args.llm_dim not in (0, text_config.hidden_size):
         raise UserError(
             f"--llm_dim {args.llm_dim} is not the hidden size of {source}: give {text_config.hidden_size},"
@@ -163,7 +172,8 @@ def load_llm(args: argparse.Namespace) -> LoadedLLM:
     source, text_config = choice.source, choice.text_config
     tokenizer = _load_tokenizer(source, text_config.vocab_size)
     pad_id = _padding_token(tokenizer, args.prompt_padding, text_config.vocab_size, source)
-    backbone = _load_backbone(choice, choose_dtype(args.llm_dtype, state.device), state)
+    seed = args.seed if args.ablation == "random_llm" else None
+    backbone = _load_backbone(choice, choose_dtype(args.llm_dtype, state.device), state, seed)
     words = backbone.get_input_embeddings().weight
     if words.shape[1] != text_config.hidden_size:
         raise UserError(
@@ -182,6 +192,7 @@ def load_llm(args: argparse.Namespace) -> LoadedLLM:
         layers_there=choice.layers_there,
         context=context if context > 0 else None,
         identity=_identify(text_config, words, choice.in_4bit),
+        note=ABLATIONS[args.ablation],
     )
 
 
@@ -272,7 +283,8 @@ def _fingerprint(words: torch.Tensor) -> str:
     return hashlib.sha256(signs.tobytes()).hexdigest()[:16]
 
 
-def _load_backbone(choice: LLMChoice, dtype: torch.dtype, state: PartialState) -> nn.Module:
+def _load_backbone(choice: LLMChoice, dtype: torch.dtype, state: PartialState, seed: int | None) -> nn.Module:
+    """Return the frozen LLM; with a seed, its weights are drawn from that instead of read."""
     share_keys_on_cpu(state.device)
     options = {
         "config": choice.config,
@@ -284,9 +296,12 @@ def _load_backbone(choice: LLMChoice, dtype: torch.dtype, state: PartialState) -
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("an LLM in 4 bits needs the package bitsandbytes: pip install bitsandbytes")
         state.print("Enabling 4-bit quantization...")
-    if choice.in_4bit and not choice.is_quantized:
+    if choice.in_4bit and not (choice.is_quantized and seed is None):
         options["quantization_config"] = nf4(dtype)
-    backbone, loading = load_pretrained(AutoModel, choice.source, **options)
+    if seed is None:
+        backbone, loading = load_pretrained(AutoModel, choice.source, **options)
+    else:
+        backbone, loading = _draw(dtype, seed, options)
     # A pooler stands beside the hidden states that we read; many checkpoints have none.
     missing = sorted(name for name in loading["missing_keys"] if "pooler" not in name)
     if missing:
@@ -298,6 +313,18 @@ def _load_backbone(choice: LLMChoice, dtype: torch.dtype, state: PartialState) -
     backbone.requires_grad_(False).eval()
     freeze_linears(backbone)
     return backbone
+
+
+def _draw(dtype: torch.dtype, seed: int, options: dict) -> tuple[nn.Module, dict]:
+    """Return what `from_pretrained` does, with weights as the LLM's makers drew them before they trained it."""
+    config = copy.deepcopy(options["config"])
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        torch.manual_seed(seed)
+        drawn = AutoModel.from_config(config, dtype=dtype)
+        # Once more through the loader, which quantises and moves them like weights from files.
+        return type(drawn).from_pretrained(None, state_dict=drawn.state_dict(), **{**options, "config": config})
 
 
 def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -270,7 +270,8 @@ def _layers_to_try(choice: LLMChoice) -> tuple[int, ...]:
 def _try_step(args: argparse.Namespace, choice: LLMChoice, device: torch.device, layers: int) -> _Step:
     dtype = choose_dtype(args.llm_dtype, device)
     model = Model(args, _shapes_of(choice, layers, dtype))
-    backbone, words = model.llm.backbone, model.llm.word_embeddings
+    backbone = model.llm_info.backbone
+    words = backbone.get_input_embeddings().weight
     matrices = [module.weight for module in backbone.modules() if type(module) is nn.Linear] if choice.in_4bit else []
     in_matrices = sum(matrix.numel() for matrix in matrices)
     basis = getattr(model.mapping_layer, "basis", None)
@@ -282,14 +283,14 @@ def _try_step(args: argparse.Namespace, choice: LLMChoice, device: torch.device,
         trainable=4 * sum(parameter.numel() for parameter in model.parameters()),
         constants=0 if basis is None else basis.nbytes,
         dequantized=max((matrix.nbytes for matrix in matrices), default=0),
-        cache=_bytes_of_cache(model, max(tokens) * len(tokens)) if model.llm.uses_prefix else 0,
+        cache=_bytes_of_cache(model, max(tokens) * len(tokens)) if model.llm and model.llm.uses_prefix else 0,
         **_moments(model, args),
     )
 
 
 def _moments(model: Model, args: argparse.Namespace) -> dict[str, int]:
     """Run a training step and return `kept`, `llm_moment` and `end_moment`."""
-    constants = [*model.parameters(), *model.llm.backbone.parameters()]
+    constants = [*model.parameters(), *model.llm_info.backbone.parameters()]
     constants += [basis for basis in [getattr(model.mapping_layer, "basis", None)] if basis is not None]
     live = _LiveBytes(constants)
     moments = []

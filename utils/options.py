@@ -14,7 +14,8 @@ from utils.errors import UserError
 DATA_NAMES = ("ETTh1", "ETTh2", "ETTm1", "ETTm2", "custom", "ECL", "Traffic", "Weather")
 TASK_NAMES = ("long_term_forecast", "short_term_forecast")
 SCHEDULE_NAMES = ("type1", "type2", "type3", "PEMS", "TST", "COS", "constant")
-MODEL_NAMES = ("TimeLLM",)
+MODEL_NAMES = ("TimeLLM", "DLinear", "SeasonalNaive", "LastValue")
+ABLATION_NAMES = ("none", "no_llm", "random_llm")
 LLM_NAMES = ("LLAMA", "GPT2", "BERT", "QWEN")
 OPTIMIZER_NAMES = ("adam", "adamw", "adamw8bit", "paged_adamw8bit")
 
@@ -107,7 +108,12 @@ def get_parser() -> argparse.ArgumentParser:
     basic.add_argument("--is_training", type=int, choices=(0, 1), default=1, help="1: train, then test; 0: test only")
     basic.add_argument("--model_id", default="", help="names the run; empty: {data}_{seq_len}_{pred_len}")
     basic.add_argument("--model_comment", default="none", help="names the run")
-    basic.add_argument("--model", choices=MODEL_NAMES, default="TimeLLM", help="the forecaster")
+    basic.add_argument(
+        "--model",
+        choices=MODEL_NAMES,
+        default="TimeLLM",
+        help="the forecaster; DLinear: two linear maps; SeasonalNaive: the last season again; LastValue: the last row",
+    )
     basic.add_argument("--seed", type=int, default=2021, help="random seed of the first repetition")
 
     data = parser.add_argument_group("data")
@@ -135,7 +141,7 @@ def get_parser() -> argparse.ArgumentParser:
     windows.add_argument("--pred_len", type=int, default=96, help="rows to forecast")
     windows.add_argument("--seasonal_patterns", default="Monthly", help=COMPATIBILITY)
 
-    model = parser.add_argument_group("model")
+    model = parser.add_argument_group("model", "of TimeLLM, but where another is named")
     for name in ("--enc_in", "--dec_in", "--c_out"):
         model.add_argument(name, type=int, default=7, help=f"{COMPATIBILITY}: the channels are read from the CSV")
     model.add_argument("--d_model", type=int, default=16, help="width of the patch embedding")
@@ -143,7 +149,13 @@ def get_parser() -> argparse.ArgumentParser:
     for name, default in (("--e_layers", 2), ("--d_layers", 1)):
         model.add_argument(name, type=int, default=default, help=f"{COMPATIBILITY}: only names the run")
     model.add_argument("--d_ff", type=int, default=32, help="width of a reprogramming head, and LLM columns kept")
-    model.add_argument("--moving_avg", type=int, default=25, help=COMPATIBILITY)
+    model.add_argument("--moving_avg", type=int, default=25, help="DLinear: rows of the moving average")
+    model.add_argument(
+        "--season",
+        type=int,
+        default=0,
+        help="SeasonalNaive: rows of a season; 0: a day's, a week's of daily rows, a year's of longer ones",
+    )
     model.add_argument("--factor", type=int, default=1, help=f"{COMPATIBILITY}: only names the run")
     model.add_argument("--dropout", type=float, default=0.1, help="dropout of the trainable layers")
     model.add_argument(
@@ -163,7 +175,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="text prototypes with llm_dim (compact) or vocab_size (full, as Time-LLM) weights each, equal in reach",
     )
 
-    prompt = parser.add_argument_group("prompt")
+    prompt = parser.add_argument_group("prompt", "of TimeLLM")
     prompt.add_argument(
         "--prompt_domain",
         type=int,
@@ -181,7 +193,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="left: masked, forecasts do not depend on batch-mates; right: as Time-LLM, pads are attended to",
     )
 
-    llm = parser.add_argument_group("frozen LLM")
+    llm = parser.add_argument_group("frozen LLM", "of TimeLLM")
     llm.add_argument(
         "--llm_model", choices=LLM_NAMES, default="LLAMA", help="a known LLM, from ./base_models/ or the Hub"
     )
@@ -208,6 +220,12 @@ def get_parser() -> argparse.ArgumentParser:
         "--gradient_checkpointing",
         action="store_true",
         help="recompute the LLM's activations in backward: much less memory, a slower step, as exact",
+    )
+    llm.add_argument(
+        "--ablation",
+        choices=ABLATION_NAMES,
+        default="none",
+        help="no_llm: the reprogrammed patches go straight to the head; random_llm: its weights drawn from --seed",
     )
 
     train = parser.add_argument_group("optimisation")
@@ -280,10 +298,11 @@ _AT_LEAST = {
         "llm_dim",
         "label_len",
         "save_steps",
+        "season",
     ),
     1: (
         *("seq_len", "pred_len", "patch_len", "stride", "d_model", "n_heads", "d_ff", "itr", "train_epochs"),
-        *("batch_size", "patience", "grad_accum", "percent"),
+        *("batch_size", "patience", "grad_accum", "percent", "moving_avg"),
     ),
 }
 
@@ -324,7 +343,7 @@ def _requirements(args: argparse.Namespace) -> tuple[tuple[bool, str], ...]:
         (0 <= args.grad_clip < math.inf, f"--grad_clip {args.grad_clip} must be at least 0 and finite"),
         (args.prompt_decimals >= -1, f"--prompt_decimals {args.prompt_decimals} must be at least -1"),
         (
-            args.seq_len >= args.patch_len,
+            args.seq_len >= args.patch_len or not has_llm(args),
             f"--seq_len {args.seq_len} is shorter than one patch: give at least --patch_len {args.patch_len}",
         ),
         (
@@ -347,6 +366,10 @@ def _requirements(args: argparse.Namespace) -> tuple[tuple[bool, str], ...]:
             not (args.checkpoint and args.is_training),
             "--checkpoint names a run to test: it goes with --is_training 0",
         ),
+        (
+            args.ablation == "none" or has_llm(args),
+            f"--ablation {args.ablation} is a change of TimeLLM: leave it out with --model {args.model}",
+        ),
     )
 
 
@@ -361,8 +384,8 @@ def check_paths(args: argparse.Namespace) -> None:
         raise UserError(f"no data file {csv}: check --root_path and --data_path")
     if args.prompt_file and not Path(args.prompt_file).is_file():
         raise UserError(f"no prompt file {args.prompt_file}: check --prompt_file")
-    has_llm = (Path(args.llm_model_path) / "config.json").is_file() or demo_makes(args, "llm_model_path")
-    if looks_like_a_path(args.llm_model_path) and not has_llm:
+    is_there = (Path(args.llm_model_path) / "config.json").is_file() or demo_makes(args, "llm_model_path")
+    if has_llm(args) and looks_like_a_path(args.llm_model_path) and not is_there:
         raise UserError(f"no LLM in {args.llm_model_path}: --llm_model_path takes a folder with a config.json")
     for place in (Path(args.checkpoints), *Path(args.checkpoints).parents):
         if place.exists() and not place.is_dir():
@@ -378,6 +401,11 @@ def check_paths(args: argparse.Namespace) -> None:
             folder = trained_folder(args, repetition)
             if not (folder / "checkpoint").is_file():
                 raise UserError(f"no checkpoint in {folder}: train first, or name a run's folder with --checkpoint")
+
+
+def has_llm(args: argparse.Namespace) -> bool:
+    """Return whether the forecaster that --model names is built around an LLM."""
+    return args.model == "TimeLLM"
 
 
 def demo_makes(args: argparse.Namespace, name: str) -> bool:

@@ -74,6 +74,37 @@ def draw_windows(path: Path, windows: Sequence[tuple[str, np.ndarray, np.ndarray
     _save(figure, path)
 
 
+def draw_comparison(
+    path: Path, errors: dict[str, Sequence[float]], histories: dict[str, Sequence[Sequence[tuple[int, float]]]]
+) -> None:
+    """Draw the test error of each way to forecast, and how its validation error fell.
+
+    Args:
+        path: of the PNG.
+        errors: the test MSE of each seed, by way.
+        histories: for each seed the steps and validation losses, by way.
+    """
+    figure = Figure(figsize=(12, 1.5 + max(3.5, 0.5 * len(errors))), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for place, (name, values) in enumerate(errors.items()):
+        color = f"C{place % 10}"
+        left.barh(place, np.mean(values), color=color, alpha=0.35)
+        left.plot(values, [place] * len(values), "o", color=color, markersize=5)
+        left.annotate(f"  {np.mean(values):.4f}", (max(values), place), va="center", fontsize="small")
+        for number, history in enumerate(histories[name]):
+            if history[-1][0]:  # else there was nothing to train
+                steps, losses = zip(*history, strict=True)
+                right.plot(steps, losses, ".-", color=color, alpha=0.7, label=name if number == 0 else None)
+    left.set_yticks(range(len(errors)), list(errors))
+    left.invert_yaxis()
+    left.margins(x=0.15)
+    left.set_title("test MSE: a dot a seed, the bar their mean", fontsize="medium")
+    right.set_title("validation MSE while training: a line a seed", fontsize="medium")
+    right.set_xlabel("optimiser steps")
+    right.legend(fontsize="small")
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)

@@ -6,12 +6,15 @@ import io
 import itertools
 import json
 import platform
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
+from torch import nn
 
 from data_provider.windows import WindowDataset
 from utils.errors import UserError
@@ -84,9 +87,9 @@ def _holds_results(file: Path) -> bool:
 
 
 def write_metrics(
-    folder: Path, scores: Scores, seconds: float, llm: LoadedLLM | None, checkpoint: Path, csv: Path
+    folder: Path, scores: Scores, seconds: float, llm: LoadedLLM | None, checkpoint: Path, csv: Path, cost: dict
 ) -> None:
-    """Write the test scores of the best checkpoint to metrics.json."""
+    """Write the test scores of the best checkpoint to metrics.json, and what they cost (see `cost_of`)."""
     contents = {
         "split": "test",
         "mse": scores.mse,
@@ -97,8 +100,29 @@ def write_metrics(
         "llm": llm.as_dict() if llm else None,
         "checkpoint": str(checkpoint),
         "data": str(csv),
+        "cost": cost,
     }
     _write_json(folder / "metrics.json", contents)
+
+
+def cost_of(model: nn.Module, device: torch.device, seconds_per_step: float | None) -> dict:
+    """Return what a model took: trained numbers, seconds a step if it was trained, bytes at the worst moment.
+
+    The bytes are those of tensors on a GPU, and all that the process held of memory where there is none.
+    """
+    return {
+        "trainable_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "seconds_per_step": seconds_per_step,
+        "peak_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_of_process(),
+    }
+
+
+def _peak_of_process() -> int:
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not under Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def write_predictions(folder: Path, kept: Sequence[torch.Tensor], dataset: WindowDataset, numbers: np.ndarray) -> None:

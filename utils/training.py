@@ -68,7 +68,10 @@ class Trainer:
         self.folder = folder
         self.interrupts = interrupts
         self.loss = LOSSES[args.loss]()
-        optimizer = build_optimizer(args.optimizer, model.parameters(), args.learning_rate)
+        trained = list(model.parameters())
+        self.has_nothing_to_train = not trained
+        # An optimiser and its schedule want something to hold.
+        optimizer = build_optimizer(args.optimizer, trained or [torch.zeros(1, requires_grad=True)], args.learning_rate)
         self.schedule = Schedule(optimizer, args.lradj, self._total_steps(), args.pct_start)
         self.optimizer = accelerator.prepare(optimizer)
         self.stopping = EarlyStopping(args.patience, accelerator.print)
@@ -79,6 +82,7 @@ class Trainer:
         self.asked = 0  # how often all processes have asked whether to stop
         self.memory_is_watched = True
         self.started = time.perf_counter()
+        self.learning_seconds = self.validating_seconds = self.step_started = 0.0
         self._forget_losses()
         self._random_to_restore: dict | None = None
         rows = self._load_state(state) if state else []
@@ -92,31 +96,46 @@ class Trainer:
             KeyboardInterrupt: on a signal, when the state to resume from is saved.
         """
         with self.interrupts.deferred():
+            if self.has_nothing_to_train:
+                self._score_untrained()
             # A run that was interrupted in an epoch's validation has that before it, even if it is its last.
             while not self._is_finished() or (self.batch and self.validated_at < self.steps):
                 self._train_epoch()
         if self.stopping.should_stop:
             self.accelerator.print("Early stopping")
 
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Of the run's optimiser steps, validations not counted; None if there were none."""
+        return self.learning_seconds / self.steps if self.steps else None
+
+    def _score_untrained(self) -> None:
+        """Leave the files of a trained model, so that testing, forecasting and resuming need not know."""
+        self.accelerator.print(f"{self.args.model} has nothing to train")
+        if not (self.history and self.history.rows):
+            self._validate()
+        self._save_state(self._random_states())
+
+    def _learning_clock(self) -> float:
+        """Return seconds that stand still during a validation."""
+        return time.perf_counter() - self.validating_seconds
+
     def _train_epoch(self) -> None:
-        started = time.perf_counter()
-        since = started
+        started = since = self.step_started = self._learning_clock()
         for number, batch in self._batches():
             loss = self._train_batch(batch, number)
             if number % REPORT_EVERY == 0:
-                self._report_progress(number, loss, (time.perf_counter() - since) / REPORT_EVERY)
-                since = time.perf_counter()
+                self._report_progress(number, loss, (self._learning_clock() - since) / REPORT_EVERY)
+                since = self._learning_clock()
             if not self.accelerator.sync_gradients:
                 continue
             self._after_step(number)
             if self._validation_is_due():
-                before = time.perf_counter()
                 self._validate()
-                since += time.perf_counter() - before  # not part of the training's speed
             if self._is_finished():
                 break
             self._save_or_stop()
-        self.accelerator.print(f"Epoch: {self.epoch} cost time: {time.perf_counter() - started:.2f}")
+        self.accelerator.print(f"Epoch: {self.epoch} cost time: {self._learning_clock() - started:.2f}")
         is_last = self.epoch >= self.args.train_epochs or self._is_finished()
         if self.validated_at < self.steps and (is_last or not self.args.eval_steps):
             self._validate()
@@ -151,6 +170,9 @@ class Trainer:
         """Count an optimiser step, which the epoch's batch of this number has completed."""
         self.batch = number
         self.steps += 1
+        now = self._learning_clock()
+        self.learning_seconds += now - self.step_started
+        self.step_started = now
         self.schedule.after_step()
         if self.steps == 1:
             self._watch_memory()
@@ -196,8 +218,11 @@ class Trainer:
 
     def _validate(self) -> None:
         """Score, report, and keep the weights if they are the best so far."""
-        train_loss = self.accelerator.reduce(self.loss_sum / max(self.loss_count, 1), "mean").item()
-        self._check_finite(train_loss, "training")
+        train_loss = None
+        if self.loss_count:
+            train_loss = self.accelerator.reduce(self.loss_sum / self.loss_count, "mean").item()
+            self._check_finite(train_loss, "training")
+        started = time.perf_counter()
         before = self._random_states()
         try:
             vali = self._scores("val")
@@ -212,6 +237,7 @@ class Trainer:
             progress = {"epoch": self.epoch, "steps": self.steps, "vali_loss": vali.mse}
             save_checkpoint(self.folder / "checkpoint", model, self.args, self.series, progress)
         self.validated_at = self.steps
+        self.validating_seconds += time.perf_counter() - started
         self._forget_losses()
         self._watch_memory()
 
@@ -243,12 +269,11 @@ class Trainer:
             f"\tspeed: {seconds:.4f}s/iter; left time: {seconds * left:.4f}s"
         )
 
-    def _report(self, train_loss: float, vali: Scores, test: Scores | None) -> None:
+    def _report(self, train_loss: float | None, vali: Scores, test: Scores | None) -> None:
         step = f", step: {self.steps}" if self.args.eval_steps else ""
+        trained = "" if train_loss is None else f"Train Loss: {train_loss:.7f} "
         tested = f" Test Loss: {test.mse:.7f} MAE Loss: {test.mae:.7f}" if test else ""
-        self.accelerator.print(
-            f"Epoch: {self.epoch}{step} | Train Loss: {train_loss:.7f} Vali Loss: {vali.mse:.7f}{tested}"
-        )
+        self.accelerator.print(f"Epoch: {self.epoch}{step} | {trained}Vali Loss: {vali.mse:.7f}{tested}")
         if self.history:
             self.history.add(
                 epoch=self.epoch,
@@ -277,7 +302,8 @@ class Trainer:
 
     def _is_finished(self) -> bool:
         reached = bool(self.args.max_steps) and self.steps >= self.args.max_steps
-        return reached or self.stopping.should_stop or self.epoch > self.args.train_epochs
+        is_over = reached or self.stopping.should_stop or self.epoch > self.args.train_epochs
+        return is_over or self.has_nothing_to_train
 
     def _forget_losses(self) -> None:
         self.loss_sum = torch.zeros((), device=self.accelerator.device)
@@ -313,6 +339,7 @@ class Trainer:
             "loss_sum": self.loss_sum.cpu(),
             "loss_count": self.loss_count,
             "seconds": time.perf_counter() - self.started,
+            "learning_seconds": self.learning_seconds,
             "stopping": self.stopping.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -325,7 +352,7 @@ class Trainer:
 
     def _load_state(self, state: dict) -> list[list[str]]:
         """Take over a saved state; return the rows of its history."""
-        for name in ("epoch", "batch", "steps", "validated_at", "loss_count"):
+        for name in ("epoch", "batch", "steps", "validated_at", "loss_count", "learning_seconds"):
             setattr(self, name, state[name])
         self.loss_sum = state["loss_sum"].to(self.accelerator.device)
         self.started -= state["seconds"]

@@ -1,0 +1,45 @@
+"""DLinear (Zeng et al., "Are Transformers Effective for Time Series Forecasting?", AAAI 2023): two linear maps."""
+
+import argparse
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from torch.nn import functional
+
+
+class Model(nn.Module):
+    """A moving average splits a window into trend and rest; a linear map forecasts each. All channels share both.
+
+    Args:
+        configs: the parsed flags; seq_len, pred_len and moving_avg are read.
+    """
+
+    def __init__(self, configs: argparse.Namespace):
+        super().__init__()
+        self.device = PartialState().device
+        self.moving_avg = configs.moving_avg
+        self.trend = nn.Linear(configs.seq_len, configs.pred_len)
+        self.rest = nn.Linear(configs.seq_len, configs.pred_len)
+        for linear in (self.trend, self.rest):
+            nn.init.constant_(linear.weight, 1 / configs.seq_len)  # each forecast starts as the window's mean
+        self.to(self.device)
+
+    def forward(
+        self,
+        x_enc: torch.Tensor,
+        x_mark_enc: torch.Tensor | None = None,
+        x_dec: torch.Tensor | None = None,
+        x_mark_dec: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Forecast: (B, seq_len, N) -> (B, pred_len, N). The other arguments are not looked at."""
+        windows = x_enc.to(self.device, non_blocking=True).transpose(1, 2)  # (B, N, seq_len)
+        trend = moving_average(windows, self.moving_avg)
+        return (self.trend(trend) + self.rest(windows - trend)).transpose(1, 2)
+
+
+def moving_average(windows: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return the mean of `rows` values around each, (B, N, T) -> (B, N, T); the ends are continued by their values."""
+    before = (rows - 1) // 2
+    continued = functional.pad(windows, (before, rows - 1 - before), mode="replicate")
+    return functional.avg_pool1d(continued, rows, stride=1)

@@ -1,0 +1,250 @@
+"""Compare forecasters on the same windows with the same budget, over several seeds.
+
+    python scripts/compare.py --demo --max_steps 60
+    python scripts/compare.py --data ETTh1 --llm_model QWEN --load_in_4bit --seeds 3
+    python scripts/compare.py --data ETTh1 ... --way TimeLLM --way "full map=--mapping full" --way DLinear
+
+All flags but the four of this script go to run_main.py. A way to forecast is a name and the flags that make it, which
+come last and win; without --way it is TimeLLM, its two ablations, DLinear, the last season and the last value. Prints
+a table and writes it as compare.md, every run's figures as compare.csv and a picture, compare.png. What is done is
+not done again, what was cut short goes on, and a way that fails leaves the others alone.
+"""
+
+import argparse
+import csv
+import io
+import json
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.errors import UserError
+from utils.files import write_text
+from utils.options import check_options, check_paths, get_parser, run_folder
+
+RUN_MAIN = Path(__file__).resolve().parents[1] / "run_main.py"
+
+WAYS = {
+    "TimeLLM": "",
+    "without LLM": "--ablation no_llm",
+    "random LLM": "--ablation random_llm",
+    "DLinear": "--model DLinear",
+    "last season": "--model SeasonalNaive",
+    "last value": "--model LastValue",
+}
+
+UNTRAINED = ("SeasonalNaive", "LastValue")
+
+# Flags in which a run may differ from the one that is asked for and still be it.
+_MAY_DIFFER = {"itr", "resume", "num_workers", "save_steps"}
+
+
+@dataclass
+class Way:
+    """A way to forecast, and what came of it.
+
+    Attributes:
+        name: of the table's row.
+        argv: run_main's whole command line.
+        args: the same, parsed.
+        problem: why there are no figures, empty if there are.
+    """
+
+    name: str
+    argv: list[str]
+    args: argparse.Namespace
+    problem: str = ""
+    runs: list[dict] = field(default_factory=list)
+
+    def folders(self) -> list[Path]:
+        """Return the run folder of each seed."""
+        return [run_folder(self.args, repetition) for repetition in range(self.args.itr)]
+
+
+def plan_ways(asked: Sequence[str], seeds: int, flags: Sequence[str], out: str) -> list[Way]:
+    """Return the ways to compare, their flags checked.
+
+    Args:
+        asked: `NAME` of a known way or `NAME=FLAGS`; none for all known ones.
+        seeds: how many, from --seed on. A way without anything to train needs one.
+        flags: run_main's, of all ways.
+        out: the folder of all runs, empty for one under checkpoints/ that is named by the data.
+
+    Raises:
+        UserError: if a way is not known or its flags are wrong.
+    """
+    ways = []
+    for words in asked or WAYS:
+        name, has_flags, own = words.partition("=")
+        if not has_flags and name not in WAYS:
+            raise UserError(f"--way {name} is none of {', '.join(WAYS)}: give it flags, --way '{name}=--flag value'")
+        own = shlex.split(own if has_flags else WAYS[name])
+        slug = re.sub(r"[^\w.]+", "-", name).strip("-")
+        if any(way.args.des == slug for way in ways):
+            raise UserError(f"two ways are named {name}: give them different names")
+        argv = [*flags, *own]
+        args = _parse(argv, name)
+        folder = out or f"./checkpoints/compare-{args.data}-{args.seq_len}-{args.pred_len}"
+        count = 1 if args.model in UNTRAINED else seeds
+        argv += ["--des", slug, "--itr", str(count), "--checkpoints", folder]
+        args = _parse(argv, name)
+        check_options(args)
+        check_paths(args)
+        ways.append(Way(name, argv, args))
+    return ways
+
+
+def _parse(argv: Sequence[str], name: str) -> argparse.Namespace:
+    try:
+        return get_parser().parse_args(argv)
+    except SystemExit as leave:  # argparse has printed its line
+        raise UserError(f"--way {name} cannot be run with these flags") from leave
+
+
+def run_ways(ways: Sequence[Way]) -> None:
+    """Run what is not done; note a failure and go on."""
+    for way in ways:
+        if all(_is_done(way, repetition) for repetition in range(way.args.itr)):
+            print(f"== {way.name}: done already, in {way.args.checkpoints}", flush=True)
+            continue
+        goes_on = _is_of(way, 0) and (way.folders()[0] / "last").is_file()
+        command = [sys.executable, str(RUN_MAIN), *way.argv, *(["--resume", "auto"] if goes_on else [])]
+        print(f"== {way.name}: {shlex.join(['python', 'run_main.py', *command[2:]])}", flush=True)
+        code = subprocess.run(command, check=False).returncode
+        if code == 130:
+            raise KeyboardInterrupt
+        if code:
+            way.problem = f"failed with exit code {code}"
+            print(f"== {way.name} {way.problem}, going on with the others", flush=True)
+
+
+def _is_done(way: Way, repetition: int) -> bool:
+    return _is_of(way, repetition) and (way.folders()[repetition] / "metrics.json").is_file()
+
+
+def _is_of(way: Way, repetition: int) -> bool:
+    """Return whether a run folder is of the flags that are asked for now."""
+    path = way.folders()[repetition] / "args.json"
+    if not path.is_file():
+        return False
+    before = json.loads(path.read_text(encoding="utf-8"))
+    now = {**vars(way.args), "seed": way.args.seed + repetition}
+    return all(before.get(name) == value for name, value in now.items() if name not in _MAY_DIFFER)
+
+
+def collect(ways: Sequence[Way]) -> None:
+    """Read the figures of each run."""
+    for way in ways:
+        for repetition, folder in enumerate(way.folders() if not way.problem else ()):
+            metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            with (folder / "history.csv").open(encoding="utf-8", newline="") as file:
+                history = [(int(row["steps"]), float(row["vali_loss"])) for row in csv.DictReader(file)]
+            way.runs.append(
+                {
+                    "way": way.name,
+                    "seed": way.args.seed + repetition,
+                    "mse": metrics["mse"],
+                    "mae": metrics["mae"],
+                    "windows": metrics["windows"],
+                    "vali_mse": min(loss for _, loss in history),
+                    "steps": history[-1][0],
+                    **metrics["cost"],
+                    "history": history,
+                }
+            )
+
+
+def table(ways: Sequence[Way]) -> str:
+    """Return the comparison as a Markdown table, which is readable as it is."""
+    rows = [("", "seeds", "test MSE", "test MAE", "validation MSE", "trained numbers", "s/step", "peak MB")]
+    for way in ways:
+        if way.problem:
+            rows.append((way.name, way.problem, *[""] * 6))
+            continue
+        runs, steps = way.runs, [run["seconds_per_step"] for run in way.runs if run["seconds_per_step"]]
+        rows.append(
+            (
+                way.name,
+                str(len(runs)),
+                *(_mean_and_deviation([run[name] for run in runs]) for name in ("mse", "mae", "vali_mse")),
+                f"{runs[0]['trainable_parameters']:,}",
+                f"{statistics.mean(steps):.3f}" if steps else "",
+                f"{max(run['peak_memory'] for run in runs) / 1e6:.0f}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+
+
+def write_results(folder: Path, ways: Sequence[Way], command: str) -> None:
+    """Write compare.md, compare.csv and compare.png."""
+    done = [way for way in ways if way.runs]
+    machine = json.loads((done[0].folders()[0] / "args.json").read_text(encoding="utf-8"))
+    seeds = f"{ways[0].args.seed} and on" if max(len(way.runs) for way in done) > 1 else str(ways[0].args.seed)
+    where = f"{date.today()}, {machine['device']}, torch {machine['versions']['torch']}, seeds {seeds}"
+    write_text(folder / "compare.md", f"{table(ways)}\n\n{where}; mean ± deviation over the seeds\n\n    {command}\n")
+    text = io.StringIO()
+    names = [name for name in done[0].runs[0] if name != "history"]
+    rows = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+    rows.writeheader()
+    rows.writerows(run for way in done for run in way.runs)
+    write_text(folder / "compare.csv", text.getvalue())
+
+    from utils.pictures import draw_comparison
+
+    draw_comparison(
+        folder / "compare.png",
+        {way.name: [run["mse"] for run in way.runs] for way in done},
+        {way.name: [run["history"] for run in way.runs] for way in done},
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 done, 1 some way failed, 2 wrong input, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--way", action="append", default=[], metavar="NAME[=FLAGS]", help="what to compare; repeat it")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each way, from run_main's --seed on")
+    parser.add_argument("--out", default="", help="folder of all runs and results")
+    options, flags = parser.parse_known_args(argv)
+    try:
+        if options.seeds < 1:
+            raise UserError(f"--seeds {options.seeds} must be at least 1")
+        ways = plan_ways(options.way, options.seeds, flags, options.out)
+        run_ways(ways)
+        collect(ways)
+        print(f"\n{table(ways)}")
+        if any(way.runs for way in ways):
+            folder = Path(ways[0].args.checkpoints)
+            write_results(folder, ways, shlex.join(["python", "scripts/compare.py", *argv]))
+            print(f"\nWritten: compare.md, compare.csv and compare.png in {folder}")
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it was", file=sys.stderr)
+        return 130
+    return 1 if any(way.problem for way in ways) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
