@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from utils.demo import farewell, introduction
 from utils.errors import UserError
 from utils.options import (
     check_options,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from data_provider.windows import WindowDataset
+    from utils.evaluation import Scores
     from utils.interrupts import Interrupts
 
 __all__ = ["get_parser", "main"]
@@ -56,16 +58,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.plan:
             plan(args)
         else:
+            if args.demo and is_first_process():
+                print(introduction(args))
             run_all(args, sys.argv[1:] if argv is None else argv)
+            if args.demo and is_first_process():
+                print(farewell(args))
     except UserError as problem:
-        if os.environ.get("RANK", "0") == "0":  # one line, however many processes
+        if is_first_process():  # one line, however many there are
             print(f"error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_process():
             print(f"interrupted: {hint_after_interrupt(args)}", file=sys.stderr)
         return 130
     return 0
+
+
+def is_first_process() -> bool:
+    """Return whether this is the process that speaks; known before torch is loaded."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def hint_after_interrupt(args: argparse.Namespace) -> str:
@@ -254,19 +265,37 @@ def test(
     started = time.perf_counter()
     kept = [] if args.save_predictions else None
     scores = evaluate(accelerator, model, loader, dataset, headline_target(args), "test", keep=kept)
+    seconds = time.perf_counter() - started
     if not math.isfinite(scores.mse):
         raise UserError(f"the test MSE is {scores.mse}: give --llm_dtype float32 or bfloat16, and look at the data")
     whose = "windows" if headline_target(args) is None else f"windows, those of {args.target},"
     accelerator.print(
         f"Test | MSE: {scores.mse:.7f} MAE: {scores.mae:.7f} | {scores.windows} {whose} of {len(dataset)}"
     )
+    naive = score_last_season(accelerator, args, dataset, loader)
+    if naive:
+        accelerator.print(
+            f"Seasonal naive | MSE: {naive.mse:.7f} MAE: {naive.mae:.7f} | the last season again, on the same windows"
+        )
     if accelerator.is_main_process:
-        seconds = time.perf_counter() - started
         model = accelerator.unwrap_model(model)
         cost = cost_of(model, accelerator.device, seconds_per_step)
-        write_metrics(folder, scores, seconds, llm_of(model), checkpoint, csv_path(args), cost)
+        write_metrics(folder, scores, naive, seconds, llm_of(model), checkpoint, csv_path(args), cost)
         if kept:
             write_predictions(folder, kept, dataset, window_numbers(loader))
+
+
+def score_last_season(
+    accelerator: "Accelerator", args: argparse.Namespace, dataset: "WindowDataset", loader: "DataLoader"
+) -> "Scores | None":
+    """Score the plainest forecast on the same windows; None if a window does not hold a season."""
+    from data_provider.series import read_table
+    from models.SeasonalNaive import Model
+    from utils.evaluation import evaluate
+
+    if (args.season or read_table(args).rows_of_a_season()) > args.seq_len:
+        return None
+    return evaluate(accelerator, Model(args), loader, dataset, headline_target(args), "last season")
 
 
 def describe(

@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 from data_provider.windows import WindowDataset
+from utils.progress import show_loss, windows_bar
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     squared, absolute = [], []
-    for seq_x, seq_y, *_ in tqdm(loader, desc=title, disable=None, leave=False):
+    bar = windows_bar(loader, title)
+    for number, (seq_x, seq_y, *_) in enumerate(bar):
         before_batch()
         forecast = model(seq_x)
         truth = seq_y[:, -forecast.shape[1] :].to(forecast.device, non_blocking=True)
@@ -65,6 +66,7 @@ def evaluate(
         gathered = accelerator.gather_for_metrics(both.T)
         squared.append(gathered[:, 0])
         absolute.append(gathered[:, 1])
+        show_loss(bar, number, gathered[:, 0])
         if keep is not None:
             pair = torch.stack([forecast, truth], dim=1)[..., 0].float()  # (batch, 2, pred_len)
             keep.append(accelerator.gather_for_metrics(pair).cpu())

@@ -46,6 +46,7 @@ DEMO_DEFAULTS = {
     "learning_rate": 0.005,
     "lradj": "constant",
     "skip_epoch_test": True,
+    "predict": True,
 }
 
 
@@ -79,6 +80,8 @@ class OptionParser(argparse.ArgumentParser):
                 del presets["content"]
             if parsed.llm_model != self.get_default("llm_model"):
                 del presets["llm_model_path"]
+            if not parsed.is_training:  # there --predict would stand for a forecast without a test
+                del presets["predict"]
             ordinary = {name: self.get_default(name) for name in presets}
             self.set_defaults(**presets)
             try:

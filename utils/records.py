@@ -87,15 +87,34 @@ def _holds_results(file: Path) -> bool:
 
 
 def write_metrics(
-    folder: Path, scores: Scores, seconds: float, llm: LoadedLLM | None, checkpoint: Path, csv: Path, cost: dict
+    folder: Path,
+    scores: Scores,
+    naive: Scores | None,
+    seconds: float,
+    llm: LoadedLLM | None,
+    checkpoint: Path,
+    csv: Path,
+    cost: dict,
 ) -> None:
-    """Write the test scores of the best checkpoint to metrics.json, and what they cost (see `cost_of`)."""
+    """Write metrics.json.
+
+    Args:
+        folder: the run folder.
+        scores: of the best checkpoint.
+        naive: of the last season once more, on the same windows; None if a window holds none.
+        seconds: that the test took.
+        llm: of the model, None if it has none.
+        checkpoint: that was tested.
+        csv: that it was tested on.
+        cost: see `cost_of`.
+    """
     contents = {
         "split": "test",
         "mse": scores.mse,
         "mae": scores.mae,
         "windows": scores.windows,
         "per_channel": scores.per_channel,
+        "seasonal_naive": {"mse": naive.mse, "mae": naive.mae} if naive else None,
         "seconds": round(seconds, 3),
         "llm": llm.as_dict() if llm else None,
         "checkpoint": str(checkpoint),

@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from data_provider.series import Series
 from data_provider.windows import WindowDataset
@@ -23,6 +22,7 @@ from utils.interrupts import Interrupts
 from utils.memory import nearly_full
 from utils.optimizers import build_optimizer
 from utils.options import headline_target
+from utils.progress import show_loss, windows_bar
 from utils.records import History
 from utils.schedules import Schedule
 
@@ -124,6 +124,7 @@ class Trainer:
         started = since = self.step_started = self._learning_clock()
         for number, batch in self._batches():
             loss = self._train_batch(batch, number)
+            show_loss(self.bar, number, loss)
             if number % REPORT_EVERY == 0:
                 self._report_progress(number, loss, (self._learning_clock() - since) / REPORT_EVERY)
                 since = self._learning_clock()
@@ -154,8 +155,8 @@ class Trainer:
             self._restore_random()  # saved between two epochs
         else:
             loader = self.accelerator.skip_first_batches(loader, self.batch)
-        bar = tqdm(loader, desc=f"Epoch {self.epoch}", disable=None, leave=False, initial=self.batch)
-        for number, batch in enumerate(bar, start=self.batch + 1):
+        self.bar = windows_bar(loader, f"Epoch {self.epoch}", whole=self.loaders["train"])
+        for number, batch in enumerate(self.bar, start=self.batch + 1):
             self._restore_random()  # saved within an epoch: its loader had drawn its numbers before
             if self._validation_is_due():
                 self._validate()

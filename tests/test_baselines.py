@@ -1,0 +1,146 @@
+"""DLinear, the naive forecasts and the ablations of Time-LLM."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from data_provider.series import Table
+from models.DLinear import Model as DLinear
+from models.DLinear import moving_average
+from models.LastValue import Model as LastValue
+from models.SeasonalNaive import Model as SeasonalNaive
+from tests.conftest import largest_difference
+from utils.options import get_parser
+
+
+def configs(*argv):
+    return get_parser().parse_args(["--data", "custom", "--seq_len", "30", "--pred_len", "20", *argv])
+
+
+def test_the_moving_average_continues_the_ends():
+    windows = torch.randn(2, 3, 12)
+    for rows in (1, 4, 5):
+        before = (rows - 1) // 2
+        padded = np.pad(windows.numpy(), ((0, 0), (0, 0), (before, rows - 1 - before)), mode="edge")
+        expected = np.lib.stride_tricks.sliding_window_view(padded, rows, axis=-1).mean(-1)
+        assert largest_difference(moving_average(windows, rows), expected) < 1e-6
+
+
+def test_dlinear_starts_as_the_mean_and_shares_its_maps():
+    model = DLinear(configs())
+    windows = torch.randn(4, 30, 3)
+    forecast = model(windows)
+    assert forecast.shape == (4, 20, 3)
+    offset = (model.trend.bias + model.rest.bias)[:, None]
+    assert largest_difference(forecast - offset, windows.mean(1, keepdim=True).expand(-1, 20, -1)) < 1e-5
+    alone = torch.cat([model(windows[..., [channel]]) for channel in range(3)], dim=-1)
+    assert largest_difference(alone, forecast) < 1e-6
+    assert sorted(name for name, _ in model.named_parameters()) == [
+        *("rest.bias", "rest.weight", "trend.bias", "trend.weight"),
+    ]
+
+
+def test_naive_forecasts_repeat_what_was_seen():
+    windows = torch.arange(60.0).reshape(1, 30, 2)
+    again = SeasonalNaive(configs("--season", "7"))(windows)
+    assert torch.equal(again[0, :7], windows[0, -7:])
+    assert torch.equal(again[0, 7:14], windows[0, -7:])
+    assert torch.equal(again[0, 14:], windows[0, -7:-1])
+    assert torch.equal(LastValue(configs())(windows), windows[:, -1:].expand(-1, 20, -1))
+
+
+@pytest.mark.parametrize(
+    ("freq", "rows"),
+    [("h", 24), ("15min", 96), ("10s", 8640), ("D", 7), ("W", 52), ("MS", 12), ("QS", 4), ("YS", 1), ("12h", 2)],
+)
+def test_a_season_is_read_off_the_dates(freq, rows):
+    dates = pd.date_range("2020-01-01", periods=40, freq=freq)
+    assert Table(dates, np.zeros((40, 1)), ("a",)).rows_of_a_season() == rows
+    assert Table(dates[:1], np.zeros((1, 1)), ("a",)).rows_of_a_season() == 1
+
+
+def test_a_season_longer_than_a_window_is_refused(run, flags):
+    refused = run(*flags, "--model", "SeasonalNaive", "--season", 49)
+    assert (refused.code, refused.folders) == (2, [])
+    assert "--seq_len 48" in refused.err and "49" in refused.err
+
+
+@pytest.mark.parametrize("model", ["DLinear", "SeasonalNaive", "LastValue"])
+def test_a_baseline_trains_tests_forecasts_and_resumes_without_an_llm(run, flags, model):
+    flags = [*flags, "--model", model, "--llm_model_path", "./gone", "--seq_len", 24, "--patch_len", 30]
+    done = run(*flags, "--predict")
+    assert (done.code, done.err) == (0, "")
+    assert "LLM" not in done.out
+    trained, forecast = done.metrics(), (done.folder / "forecast.csv").read_bytes()
+    assert trained["llm"] is None
+    assert (done.folder / "last").is_file()
+    steps = [row["steps"] for row in done.history()]
+    assert steps == (["4"] if model == "DLinear" else ["0"])
+    for more in (["--is_training", 0], ["--resume"], ["--is_training", 0, "--predict"]):
+        again = run(*flags, *more)
+        assert again.code == 0, again.err
+        assert again.metrics()["mse"] == trained["mse"]
+        assert [row["steps"] for row in again.history()] == steps
+    assert (again.folder / "forecast.csv").read_bytes() == forecast
+    assert run(*flags, "--plan").out == f"{model} has no LLM: it fits wherever the data fit.\n"
+
+
+def test_every_test_has_the_seasonal_naive_beside_it(run, flags):
+    naive = run(*flags, "--model", "SeasonalNaive", "--des", "naive").metrics()
+    done = run(*flags, "--model", "LastValue")
+    (folder,) = (folder for folder in done.folders if "LastValue" in folder.name)
+    metrics = done._replace(folders=[folder]).metrics()
+    assert metrics["seasonal_naive"] == {"mse": naive["mse"], "mae": naive["mae"]} == naive["seasonal_naive"]
+    assert f"Seasonal naive | MSE: {naive['mse']:.7f} MAE: {naive['mae']:.7f} | " in done.out
+    too_long = run(*flags, "--model", "LastValue", "--season", 49)
+    assert "Seasonal naive" not in too_long.out
+    assert too_long._replace(folders=[folder]).metrics()["seasonal_naive"] is None
+
+
+def test_without_the_llm_the_prompt_does_not_matter(run, flags):
+    one, other = (
+        run(*flags, "--ablation", "no_llm", "--content", content).metrics()["mse"] for content in ("one", "another")
+    )
+    assert one == other
+    done = run(*flags, "--ablation", "no_llm", "--llm_layers", 2, "--predict")
+    assert "1 of 2 layers, hidden size 64, float32 (not run, only its words are used)" in done.out
+    assert "Prompt of the first window" not in done.out
+    assert done.metrics()["mse"] == one
+    assert run(*flags, "--ablation", "no_llm", "--resume").metrics()["mse"] == one
+
+
+def test_a_random_llm_is_the_same_for_the_same_seed(run, flags):
+    pretrained = run(*flags).metrics()["mse"]
+    done = run(*flags, "--ablation", "random_llm")
+    drawn = done.metrics()["mse"]
+    assert "2 of 2 layers, hidden size 64, float32 (random weights)" in done.out
+    assert drawn != pretrained
+    assert run(*flags, "--ablation", "random_llm", "--is_training", 0).metrics()["mse"] == drawn
+    refused = run(*flags, "--ablation", "random_llm", "--is_training", 0, "--seed", 5)
+    assert refused.code == 2 and "another LLM (words_hash" in refused.err
+
+
+def test_a_random_llm_in_4_bits(run, flags):
+    done = run(*flags, "--ablation", "random_llm", "--load_in_4bit", "--max_steps", 1, "--eval_windows", 7)
+    assert (done.code, done.err) == (0, "")
+    assert "NF4, computing in float32 (random weights)" in done.out
+
+
+@pytest.mark.parametrize(
+    ("trained", "tested", "words"),
+    [
+        (["--model", "DLinear"], ["--model", "LastValue"], "trained with --model DLinear, not LastValue"),
+        (["--model", "DLinear"], ["--model", "DLinear", "--moving_avg", "5"], "trained with --moving_avg 25, not 5"),
+        ([], ["--ablation", "no_llm"], "trained with --ablation none, not no_llm"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(run, flags, trained, tested, words):
+    folder = run(*flags, *trained).folder
+    refused = run(*flags, *tested, "--is_training", 0, "--checkpoint", folder)
+    assert refused.code == 2
+    assert words in refused.err
+
+
+def test_an_ablation_of_another_model_is_refused(assert_refused, flags):
+    assert_refused([*flags, "--model", "DLinear", "--ablation", "no_llm"], "--ablation no_llm", "--model DLinear")

@@ -1,0 +1,55 @@
+import shlex
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from utils import demo
+from utils.options import get_parser
+
+QUICK = ["--demo", "--max_steps", "3", "--eval_windows", "14", "--batch_size", "8"]
+
+
+def test_the_demo_leaves_a_forecast_and_says_what_to_type_next(run):
+    done = run(*QUICK)
+    assert (done.code, done.err) == (0, "")
+    assert {"forecast.csv", "forecast.png", "metrics.json"} <= {file.name for file in done.folder.iterdir()}
+    forecast = pd.read_csv(done.folder / "forecast.csv", parse_dates=["date"])
+    assert len(forecast) == 24
+    assert "Seasonal naive | MSE: " in done.out
+    commands = [line.strip().split("   ")[0] for line in done.out.splitlines() if "python run_main.py" in line]
+    assert len(commands) == 5
+    for command in commands:
+        get_parser().parse_args(shlex.split(command)[2:])  # leaves if there is a flag that is not known
+
+
+def test_the_command_behind_the_demo_does_the_same(run, monkeypatch):
+    monkeypatch.setattr(demo, "join", shlex.join)
+    shown = run(*QUICK).out.splitlines()[1]
+    words = shlex.split(shown)
+    assert words[:2] == ["python", "run_main.py"]
+    assert "--demo" not in words
+    args, demo_args = get_parser().parse_args(words[2:]), get_parser().parse_args(QUICK)
+    assert vars(args) == {**vars(demo_args), "demo": False}
+    first = run(*words[2:])
+    assert first.code == 0
+    assert "What to type next" not in first.out
+
+
+@pytest.mark.parametrize("platform", ["linux", "win32"])
+def test_commands_are_quoted_for_the_shells_of_the_system(monkeypatch, platform):
+    monkeypatch.setattr(sys, "platform", platform)
+    quote = {"linux": "'", "win32": '"'}[platform]
+    assert demo.join(["a", "b c"]) == f"a {quote}b c{quote}"
+
+
+def test_a_demo_that_tests_makes_no_forecast(run):
+    run(*QUICK)
+    (Path("checkpoints") / run(*QUICK).folder.name / "forecast.csv").unlink()
+    done = run(*QUICK, "--is_training", 0)
+    assert "Test | MSE" in done.out
+    assert not (done.folder / "forecast.csv").exists()
+    forecast = run(*QUICK, "--is_training", 0, "--predict")
+    assert "Test | MSE" not in forecast.out
+    assert (done.folder / "forecast.csv").exists()
