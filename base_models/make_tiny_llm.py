@@ -6,10 +6,10 @@ It has the layout of its big relative and a real byte-level BPE tokenizer that s
 same family and seed give the same files, well under 1 MB.
 """
 
-import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from utils.command import OneLineParser, exit_code_of
 from utils.errors import UserError
 from utils.quiet import quiet_transformers
 
@@ -135,20 +136,19 @@ def _make_config(family: str, layers: int, tokenizer: PreTrainedTokenizerFast) -
     return config(num_key_value_heads=HEADS // 2, **wide, **shared)
 
 
-def main() -> int:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m base_models.make_tiny_llm", description=__doc__.split("\n")[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 done, 2 with one line if the input is wrong, 130 interrupted."""
+    parser = OneLineParser(prog="python -m base_models.make_tiny_llm", description=__doc__.split("\n")[0])
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("folder", help="where to")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the network")
-    args = parser.parse_args()
-    try:
+
+    def work() -> None:
+        args = parser.parse_args(argv)
         print(make_tiny_llm(args.family, args.folder, args.seed, args.layers))
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code_of(work, "the folder is not whole")
 
 
 if __name__ == "__main__":

@@ -112,6 +112,13 @@ class FrozenLLM(nn.Module):
             scale = GradientScale()
             return scale.behind(self._run_rows(run, prompts, scale.before(patches)))
 
+    def prefix_bytes(self, tokens: int) -> int:
+        """Return the size of the keys and values of so many tokens of prompts."""
+        device = self.word_embeddings.device
+        no_padding, first = torch.ones(1, 1, dtype=torch.bool, device=device), torch.zeros(1, 1, dtype=torch.long)
+        one = self._extend(self._no_prefix(), first, no_padding, first.to(device))
+        return tokens * sum(layer.keys.nbytes + layer.values.nbytes for layer in one.layers)
+
     def _run_rows(self, run: Callable, prompts: Prompts, patches: torch.Tensor) -> torch.Tensor:
         """Run all rows at once, or those with prompts of one length together."""
         if not self.sees_pads:

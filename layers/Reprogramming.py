@@ -1,7 +1,7 @@
 """Text prototypes and the cross-attention onto them (section 3.1 of the paper, "Patch Reprogramming")."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -23,6 +23,23 @@ class _Prototypes(nn.Linear):
     def forward(self) -> torch.Tensor:
         """Return the prototypes, (num_tokens, d_llm)."""
         return self._remember([self.weight, self.bias], self._mix)
+
+    @torch.no_grad()
+    def word_weights(self, numbers: Sequence[int]) -> torch.Tensor:
+        """Return the weights of the words in some prototypes: the least W whose W E these are, but for the bias.
+
+        What else a full map's W holds cancels out in W E, and a compact map has no W of its own.
+
+        Args:
+            numbers: which prototypes.
+
+        Returns:
+            (numbers, V) float64, where E is.
+        """
+        words = self._words[0]
+        mixed = (self()[numbers] - self.bias[numbers, None]).to(words.device, torch.float64)
+        solved = mixed @ torch.linalg.pinv(_gram(words), hermitian=True)
+        return torch.cat([solved @ chunk.T for _, chunk in _numbered_chunks(words, torch.float64)], dim=1)
 
     def _mix(self) -> torch.Tensor:
         return frozen_product(self.weight, self._basis().T) + self.bias[:, None]
@@ -107,9 +124,13 @@ def _chunks(words: torch.Tensor) -> Iterator[torch.Tensor]:
 @torch.no_grad()
 def _symmetric_root(words: torch.Tensor) -> torch.Tensor:
     """Return the symmetric root of E'E, (d_llm, d_llm) float64."""
-    gram = sum(chunk.T @ chunk for _, chunk in _numbered_chunks(words, torch.float64))
-    squares, directions = torch.linalg.eigh(gram)
+    squares, directions = torch.linalg.eigh(_gram(words))
     return (directions * squares.clamp(min=0).sqrt()) @ directions.T
+
+
+def _gram(words: torch.Tensor) -> torch.Tensor:
+    """Return E'E, (d_llm, d_llm) float64."""
+    return sum(chunk.T @ chunk for _, chunk in _numbered_chunks(words, torch.float64))
 
 
 def _stretch(words: torch.Tensor, root: torch.Tensor) -> float:
@@ -168,6 +189,16 @@ class ReprogrammingLayer(nn.Module):
         )
         mixed = mixed.squeeze(0).transpose(0, 1).reshape(batch, count, -1)  # (B, P, H*d_keys)
         return self.out_projection(mixed)
+
+    def attention(self, patches: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
+        """Return the shares by which `forward` mixes the prototypes for each patch, if none are dropped.
+
+        (B, P, d_model) patches and (S, d_llm) prototypes -> (B, H, P, S).
+        """
+        queries = self._heads(self.query_projection(patches.flatten(0, 1)))  # (1, H, B*P, d_keys)
+        keys = self._heads(self.key_projection(prototypes))  # (1, H, S, d_keys)
+        shares = (queries @ keys.mT / math.sqrt(queries.shape[-1])).softmax(-1)  # (1, H, B*P, S)
+        return shares.squeeze(0).unflatten(1, patches.shape[:2]).transpose(0, 1)
 
     def _heads(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.unflatten(-1, (self.n_heads, -1)).transpose(0, 1).unsqueeze(0)

@@ -28,7 +28,7 @@ from data_provider.windows import WindowDataset
 from dataset.demo import demo_frame
 from layers.FrozenLinear import frozen_product
 from models.TimeLLM import Model
-from utils.errors import UserError
+from utils.command import exit_code_of
 from utils.llm import LoadedLLM, load_llm
 from utils.options import check_options, get_parser
 
@@ -267,26 +267,21 @@ def load_windows(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     return seen, truth[:, -args.pred_len :]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0 done, 2 with one line if the input is wrong."""
+def benchmark(argv: list[str]) -> None:
+    """Measure what the command line asks for, and print it."""
     parser = get_parser()
     parser.prog, parser.description = "benchmark.py", __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--rounds", type=int, default=5, help="alternations; more are steadier")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
-    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv if "--data" in argv else ["--demo", *argv])
-    try:
-        check_options(args)
-        torch.manual_seed(args.seed)
-        llm = load_llm(args)
-        windows = load_windows(args)
-        runners = [Runner(way, args, llm, windows) for way in WAYS]
-        for runner in runners[1:]:
-            runner.model.load_state_dict(runners[0].model.state_dict())
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+    check_options(args)
+    torch.manual_seed(args.seed)
+    llm = load_llm(args)
+    windows = load_windows(args)
+    runners = [Runner(way, args, llm, windows) for way in WAYS]
+    for runner in runners[1:]:
+        runner.model.load_state_dict(runners[0].model.state_dict())
     print(f"{llm.describe()}; {len(windows[0])} windows, {args.seq_len} -> {args.pred_len}; on {llm.device}")
     results = measure(runners, args.rounds)
     floor = floor_seconds(next(runner for runner in runners if runner.way.name == "compact map"))
@@ -294,7 +289,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         figures = {"llm": llm.as_dict(), "ways": [asdict(result) for result in results], "floor": floor}
         args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0 done, 2 with one line if the input is wrong, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    return exit_code_of(lambda: benchmark(argv), "nothing was written")
 
 
 if __name__ == "__main__":

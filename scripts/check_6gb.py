@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from data_provider.data_factory import data_provider
 from models.TimeLLM import Model
+from utils.command import OneLineParser, exit_code_of
 from utils.errors import UserError
 from utils.memory import plan_memory
 from utils.optimizers import build_optimizer
@@ -132,14 +133,17 @@ def make_random_llm(folder: Path) -> None:
     AutoTokenizer.from_pretrained(make_tiny_llm("qwen2", folder / "tokenizer")).save_pretrained(folder)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0 if all cases kept their limits, 1 if not, 2 if the input is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def check_all(argv: list[str] | None) -> int:
+    """Run all cases and return 0 if they kept their limits, else 1.
+
+    Raises:
+        UserError: if there is no GPU or the input is wrong.
+    """
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     own, rest = parser.parse_known_args(argv)
     if not torch.cuda.is_available():
-        print("error: there is no CUDA device: this check is about one", file=sys.stderr)
-        return 2
+        raise UserError("there is no CUDA device: this check is about one")
     outcomes, kept = [], True
     with tempfile.TemporaryDirectory() as folder:
         if "--llm_model_path" not in rest:
@@ -147,14 +151,11 @@ def main(argv: list[str] | None = None) -> int:
             rest = [*rest, "--llm_model_path", folder]
         for name, flags, limit in CASES:
             args = get_parser().parse_args([*USERS_FLAGS, *rest, *flags])
+            check_options(args)
+            if not csv_path(args).is_file():
+                raise UserError(f"no CSV at {csv_path(args)}: check --root_path")
             try:
-                check_options(args)
-                if not csv_path(args).is_file():
-                    raise UserError(f"no CSV at {csv_path(args)}: check --root_path")
                 outcomes.append(asdict(check(name, args, limit)))
-            except UserError as problem:
-                print(f"error: {problem}", file=sys.stderr)
-                return 2
             except torch.OutOfMemoryError as problem:
                 kept = kept and limit is None  # the last way may need more than the card has
                 outcomes.append({"name": name, "limit": limit, "out_of_memory": str(problem)})
@@ -162,6 +163,11 @@ def main(argv: list[str] | None = None) -> int:
     if own.json:
         own.json.write_text(json.dumps(outcomes, indent=1) + "\n", encoding="utf-8")
     return 0 if kept else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0 if all cases kept their limits, 1 if not, 2 wrong input, 130 interrupted."""
+    return exit_code_of(lambda: check_all(argv), "nothing was written")
 
 
 if __name__ == "__main__":

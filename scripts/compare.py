@@ -17,7 +17,6 @@ import json
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.command import OneLineParser, command_line, exit_code_of, run_child
 from utils.errors import UserError
 from utils.files import write_text
 from utils.options import check_options, check_paths, get_parser, run_folder
@@ -117,8 +117,8 @@ def run_ways(ways: Sequence[Way]) -> None:
             continue
         goes_on = _is_of(way, 0) and (way.folders()[0] / "last").is_file()
         command = [sys.executable, str(RUN_MAIN), *way.argv, *(["--resume", "auto"] if goes_on else [])]
-        print(f"== {way.name}: {shlex.join(['python', 'run_main.py', *command[2:]])}", flush=True)
-        code = subprocess.run(command, check=False).returncode
+        print(f"== {way.name}: {command_line(['python', 'run_main.py', *command[2:]])}", flush=True)
+        code = run_child(command)
         if code == 130:
             raise KeyboardInterrupt
         if code:
@@ -216,34 +216,32 @@ def write_results(folder: Path, ways: Sequence[Way], command: str) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 done, 1 some way failed, 2 wrong input, 130 interrupted."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(
+def compare(argv: Sequence[str]) -> int:
+    """Compare what the command line names; return 1 if some way failed."""
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--way", action="append", default=[], metavar="NAME[=FLAGS]", help="what to compare; repeat it")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each way, from run_main's --seed on")
     parser.add_argument("--out", default="", help="folder of all runs and results")
     options, flags = parser.parse_known_args(argv)
-    try:
-        if options.seeds < 1:
-            raise UserError(f"--seeds {options.seeds} must be at least 1")
-        ways = plan_ways(options.way, options.seeds, flags, options.out)
-        run_ways(ways)
-        collect(ways)
-        print(f"\n{table(ways)}")
-        if any(way.runs for way in ways):
-            folder = Path(ways[0].args.checkpoints)
-            write_results(folder, ways, shlex.join(["python", "scripts/compare.py", *argv]))
-            print(f"\nWritten: compare.md, compare.csv and compare.png in {folder}")
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on where it was", file=sys.stderr)
-        return 130
+    if options.seeds < 1:
+        raise UserError(f"--seeds {options.seeds} must be at least 1")
+    ways = plan_ways(options.way, options.seeds, flags, options.out)
+    run_ways(ways)
+    collect(ways)
+    print(f"\n{table(ways)}")
+    if any(way.runs for way in ways):
+        folder = Path(ways[0].args.checkpoints)
+        write_results(folder, ways, command_line(["python", "scripts/compare.py", *argv]))
+        print(f"\nWritten: compare.md, compare.csv and compare.png in {folder}")
     return 1 if any(way.problem for way in ways) else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 done, 1 some way failed, 2 wrong input, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    return exit_code_of(lambda: compare(argv), "the same command goes on where it was")
 
 
 if __name__ == "__main__":

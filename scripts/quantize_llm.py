@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from utils.command import OneLineParser, exit_code_of
 from utils.errors import UserError
 from utils.llm import load_pretrained, nf4
 from utils.quiet import quiet_transformers
@@ -46,22 +47,22 @@ def quantize_llm(source: str, target: Path) -> None:
     unfinished.rename(target)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0 done, 2 with one line if the input is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def quantize(argv: list[str] | None) -> None:
+    """Do what the command line asks for, and say what came of it."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder or Hub id of the LLM")
     parser.add_argument("target", type=Path, help="folder to write")
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    try:
-        quantize_llm(args.source, args.target)
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+    quantize_llm(args.source, args.target)
     size = sum(file.stat().st_size for file in args.target.iterdir())
     print(f"wrote {args.target}: {size / 1e9:.2f} GB in {time.perf_counter() - started:.0f} s")
     print(f"use it with --llm_model_path {args.target}")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0 done, 2 with one line if the input is wrong, 130 interrupted."""
+    return exit_code_of(lambda: quantize(argv), "the folder was not written")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 import csv
 import re
-import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -15,13 +13,13 @@ def started(monkeypatch, tmp_path) -> list[list[str]]:
     """Run what compare.py starts in this process, in an empty folder; return the command lines."""
     commands = []
 
-    def run_here(command, check):
+    def run_here(command):
         assert command[:2] == [sys.executable, str(compare.RUN_MAIN)]
         commands.append(command[2:])
-        return SimpleNamespace(returncode=run_main.main(command[2:]))
+        return run_main.main(command[2:])
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(subprocess, "run", run_here)
+    monkeypatch.setattr(compare, "run_child", run_here)
     return commands
 
 

@@ -1,9 +1,7 @@
 import shlex
-import sys
 from pathlib import Path
 
 import pandas as pd
-import pytest
 
 from utils import demo
 from utils.options import get_parser
@@ -25,7 +23,7 @@ def test_the_demo_leaves_a_forecast_and_says_what_to_type_next(run):
 
 
 def test_the_command_behind_the_demo_does_the_same(run, monkeypatch):
-    monkeypatch.setattr(demo, "join", shlex.join)
+    monkeypatch.setattr(demo, "command_line", shlex.join)
     shown = run(*QUICK).out.splitlines()[1]
     words = shlex.split(shown)
     assert words[:2] == ["python", "run_main.py"]
@@ -35,13 +33,6 @@ def test_the_command_behind_the_demo_does_the_same(run, monkeypatch):
     first = run(*words[2:])
     assert first.code == 0
     assert "What to type next" not in first.out
-
-
-@pytest.mark.parametrize("platform", ["linux", "win32"])
-def test_commands_are_quoted_for_the_shells_of_the_system(monkeypatch, platform):
-    monkeypatch.setattr(sys, "platform", platform)
-    quote = {"linux": "'", "win32": '"'}[platform]
-    assert demo.join(["a", "b c"]) == f"a {quote}b c{quote}"
 
 
 def test_a_demo_that_tests_makes_no_forecast(run):

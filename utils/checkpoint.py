@@ -82,7 +82,7 @@ def load_checkpoint(path: Path, model: nn.Module, args: argparse.Namespace, seri
     Raises:
         UserError: if the file is no checkpoint of ours, or of another model or another LLM.
     """
-    contents = _read(path, {"progress"})
+    contents = read_checkpoint(path, {"progress"})
     _compare_flags(path, contents["flags"], vars(args))
     if series and not args.checkpoint:
         present = _contents(model, args, series)
@@ -105,7 +105,7 @@ def load_last(path: Path, model: nn.Module, args: argparse.Namespace, series: Se
     Raises:
         UserError: if the file is none of ours, or a flag, the LLM or the data is not what it was.
     """
-    contents = _read(path, {"training"})
+    contents = read_checkpoint(path, {"training"})
     for name, before in contents["flags"].items():
         now = getattr(args, name, None)
         if name not in _MAY_CHANGE and before != now:
@@ -124,7 +124,7 @@ def resumed_batches(path: Path) -> tuple[int, int]:
     Raises:
         UserError: as in `load_last`.
     """
-    flags = _read(path, {"training"})["flags"]
+    flags = read_checkpoint(path, {"training"})["flags"]
     return flags["batch_size"], flags["grad_accum"]
 
 
@@ -135,7 +135,16 @@ def _same(before: list, now: list) -> bool:
     return np.allclose(before, now, rtol=1e-9, atol=0)
 
 
-def _read(path: Path, extra: set[str]) -> dict:
+def read_checkpoint(path: Path, extra: set[str]) -> dict:
+    """Return all that a file of ours holds.
+
+    Args:
+        path: the file.
+        extra: what it must hold beside what all have.
+
+    Raises:
+        UserError: if it is damaged or none of ours.
+    """
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # a file that is cut off or of another kind can make torch raise anything

@@ -1,11 +1,8 @@
 """What --demo says, so that the next command is the reader's own."""
 
 import argparse
-import shlex
-import subprocess
-import sys
-from collections.abc import Sequence
 
+from utils.command import command_line
 from utils.options import csv_path, get_parser
 
 
@@ -20,12 +17,7 @@ def command_behind(args: argparse.Namespace) -> str:
         words.append(action.option_strings[0])
         if action.nargs != 0:  # else it is a switch
             words.append(str(value))
-    return join(words)
-
-
-def join(words: Sequence[str]) -> str:
-    """Return a command line as this system's shells take it."""
-    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
+    return command_line(words)
 
 
 def introduction(args: argparse.Namespace) -> str:

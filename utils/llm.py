@@ -403,5 +403,5 @@ def explained(source: str, load: Callable[[], object]):
         reason = str(problem).strip().splitlines() or [type(problem).__name__]
         raise UserError(
             f"cannot load the LLM {source}: {reason[0]} (--llm_model_path takes a folder with config.json,"
-            " weights and tokenizer, or a Hub id)"
+            " weights and tokenizer, or a Hub id; python scripts/fetch.py qwen2.5-3b or smollm2 fetches one)"
         ) from problem

@@ -6,9 +6,9 @@ Nothing here imports torch, so that ``--help`` and a typo answer at once.
 import argparse
 import difflib
 import math
-import sys
 from pathlib import Path
 
+from utils.command import OneLineParser
 from utils.errors import UserError
 
 DATA_NAMES = ("ETTh1", "ETTh2", "ETTm1", "ETTm2", "custom", "ECL", "Traffic", "Weather")
@@ -50,7 +50,7 @@ DEMO_DEFAULTS = {
 }
 
 
-class OptionParser(argparse.ArgumentParser):
+class OptionParser(OneLineParser):
     """An ArgumentParser whose errors are one line and whose namespaces are complete.
 
     Defaults that depend on other flags (``--model_id``, ``--data_path``, the presets of ``--demo``)
@@ -59,9 +59,8 @@ class OptionParser(argparse.ArgumentParser):
     """
 
     def error(self, message: str) -> None:
-        """Print one line and leave with exit code 2."""
-        print(f"error: {self._with_suggestion(message)}", file=sys.stderr)
-        sys.exit(2)
+        """Print one line, with the flag that may have been meant, and leave with exit code 2."""
+        super().error(self._with_suggestion(message))
 
     def _with_suggestion(self, message: str) -> str:
         marker = "unrecognized arguments: "
@@ -384,12 +383,16 @@ def check_paths(args: argparse.Namespace) -> None:
     """
     csv = csv_path(args)
     if not csv.is_file() and not demo_makes(args, "data_path"):
-        raise UserError(f"no data file {csv}: check --root_path and --data_path")
+        fetch = ", or fetch it: python scripts/fetch.py ett" if args.data.startswith("ETT") else ""
+        raise UserError(f"no data file {csv}: check --root_path and --data_path{fetch}")
     if args.prompt_file and not Path(args.prompt_file).is_file():
         raise UserError(f"no prompt file {args.prompt_file}: check --prompt_file")
     is_there = (Path(args.llm_model_path) / "config.json").is_file() or demo_makes(args, "llm_model_path")
     if has_llm(args) and looks_like_a_path(args.llm_model_path) and not is_there:
-        raise UserError(f"no LLM in {args.llm_model_path}: --llm_model_path takes a folder with a config.json")
+        raise UserError(
+            f"no LLM in {args.llm_model_path}: --llm_model_path takes a folder with a config.json"
+            " (python scripts/fetch.py smollm2 fetches one)"
+        )
     for place in (Path(args.checkpoints), *Path(args.checkpoints).parents):
         if place.exists() and not place.is_dir():
             raise UserError(f"{place} is a file: --checkpoints names a folder")

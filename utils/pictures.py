@@ -1,12 +1,16 @@
 """Pictures of forecasts."""
 
 import io
+import logging
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font, get_font_names
+from matplotlib.text import Text
 
 from utils.files import write_whole
 
@@ -14,6 +18,12 @@ SEEN, TRUE, FORECAST = "0.45", "tab:green", "tab:orange"
 
 # A picture of more channels could not be read.
 MOST_CHANNELS = 12
+
+# With Chinese, Japanese and Korean characters: Windows, macOS, Linux.
+_FURTHER_FONTS = (
+    *("Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS", "Noto Sans CJK SC"),
+    *("Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Source Han Sans SC"),
+)
 
 
 def draw_forecast(
@@ -45,12 +55,12 @@ def draw_forecast(
             label="forecast",
         )
         axis.axvline(seen_dates[-1], color="0.8", linewidth=0.8)
-        axis.set_ylabel(channels[number])
+        axis.set_ylabel(label(channels[number], f"channel {number + 1}"))
     axes[0].legend(loc="upper left", ncols=2, fontsize="small")
     left_out = f" (the first {shown} of {len(channels)} channels)" if shown < len(channels) else ""
     figure.suptitle(f"{len(dates)} steps after {seen_dates[-1]}{left_out}")
     figure.autofmt_xdate()
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def draw_windows(path: Path, windows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]]) -> None:
@@ -67,11 +77,11 @@ def draw_windows(path: Path, windows: Sequence[tuple[str, np.ndarray, np.ndarray
         axis.plot(seen, color=SEEN, linewidth=1, label="seen")
         axis.plot(behind, true, color=TRUE, label="truth")
         axis.plot(behind, forecast, color=FORECAST, label="forecast")
-        axis.set_title(title, fontsize="medium")
+        axis.set_title(label(title, title.encode("ascii", "replace").decode()), fontsize="medium")
     axes[0].legend(loc="upper left", ncols=3, fontsize="small")
     figure.supxlabel("step of the window")
     figure.supylabel("scaled value")
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def draw_comparison(
@@ -102,10 +112,28 @@ def draw_comparison(
     right.set_title("validation MSE while training: a line a seed", fontsize="medium")
     right.set_xlabel("optimiser steps")
     right.legend(fontsize="small")
-    _save(figure, path)
+    save_picture(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def label(text: str, stand_in: str) -> str:
+    """Return a text as matplotlib is to draw it, or `stand_in` if no font here has all its characters."""
+    known = {code for font in _fonts() for code in get_font(findfont(font)).get_charmap()}
+    drawn = text if all(ord(character) in known for character in text) else stand_in
+    return drawn.replace("$", r"\$")  # else it begins a formula
+
+
+@cache
+def _fonts() -> list[str]:
+    """Return the families to take characters from, matplotlib's own first, then what this machine has for others."""
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # any weight of theirs will do
+    there = set(get_font_names())
+    return [name for name in ("DejaVu Sans", *_FURTHER_FONTS) if name in there]
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, whole or not at all."""
     picture = io.BytesIO()
+    for text in figure.findobj(Text):
+        text.set_fontfamily(_fonts())
     figure.savefig(picture, format="png", dpi=110)
     write_whole(path, lambda file: file.write(picture.getbuffer()))

@@ -33,7 +33,7 @@ HISTORY_COLUMNS = (
 # What training writes. Of an earlier run of the same name they are kept, under names with an `.old` behind.
 _FILES = (
     *("checkpoint", "last", "args.json", "metrics.json", "history.csv"),
-    *("pred.npy", "true.npy", "test.png", "forecast.csv", "forecast.png"),
+    *("pred.npy", "true.npy", "test.png", "forecast.csv", "forecast.png", "prototypes.png"),
 )
 
 

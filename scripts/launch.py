@@ -1,0 +1,158 @@
+"""What the launch scripts share: they run run_main.py for one horizon after the other.
+
+    python scripts/launch.py ETTh1                       horizons 96, 192, 336 and 720
+    python scripts/launch.py ETTh1 96 192 --seed 1       these; flags of run_main.py come behind them, and win
+    python scripts/launch.py ETTh1 --model DLinear       a forecaster without an LLM
+    python scripts/launch.py smoke                       made-up data and a tiny LLM: train, test, forecast, in seconds
+
+ETTh1.bat and ETTh1.sh are the first line, smoke.bat and smoke.sh the last, and so on.
+
+    --again      run the horizons, too, that have their metrics.json; else they are skipped
+    --dry_run    print the command lines, run nothing
+
+The first run that fails ends the script, with its exit code. After Ctrl-C, --resume auto goes on.
+
+The LLM is that of --llm_model_path or --llm_model, else the folder or Hub id in the environment variable
+TIME_LLM_PATH, else Qwen2.5-3B in 4 bits. Beside an LLM of your own, add --load_in_4bit if you want that.
+
+Relative paths count from the repository's folder. Scores are those of 2000 evenly spaced windows: --eval_windows 0
+takes all.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.command import command_line, exit_code_of, run_child
+from utils.errors import UserError
+from utils.options import check_options, get_parser, has_llm, run_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+HORIZONS = ("96", "192", "336", "720")
+LLM_VARIABLE = "TIME_LLM_PATH"
+
+# For a GPU of 6 GB and the LLM of 3 billion weights; an epoch of ETTm1 is 29,708 steps, so it validates within.
+FLAGS = (
+    *("--seq_len", "512", "--d_model", "32", "--d_ff", "32", "--batch_size", "8", "--learning_rate", "0.001"),
+    *("--prompt_domain", "1", "--eval_steps", "500", "--eval_windows", "2000", "--skip_epoch_test"),
+)
+SMOKE_FLAGS = ("--demo", "--model_id", "smoke", "--max_steps", "3", "--eval_windows", "32", "--predict")
+
+
+class Run(NamedTuple):
+    """One run of run_main.py: what messages call it, its flags, and what they parse to."""
+
+    name: str
+    flags: list[str]
+    args: argparse.Namespace
+
+
+def plan_runs(name: str, words: Sequence[str]) -> list[Run]:
+    """Return the runs that a script stands for.
+
+    Args:
+        name: of a data set, or smoke.
+        words: horizons, then flags of run_main.py.
+
+    Raises:
+        UserError: if a horizon or the value of a flag makes no sense.
+        SystemExit: if run_main.py would not know a flag.
+    """
+    count = next((place for place, word in enumerate(words) if word.startswith("--")), len(words))
+    horizons, further = words[:count], words[count:]
+    for word in horizons:
+        if name == "smoke" or not re.fullmatch("[0-9]+", word):
+            raise UserError(f"{word} is no horizon of {name}: first come whole numbers, then flags with --")
+    if name == "smoke":
+        lines = {name: [*SMOKE_FLAGS, *further]}
+    else:
+        for flag in {word.partition("=")[0] for word in further} & {"--data", "--pred_len"}:
+            raise UserError(f"{flag} is what this script sets: leave it out, horizons come first and without a flag")
+        chosen = [*FLAGS, *_llm_flags(name, further), *further]
+        lines = {
+            f"{name} {horizon}": ["--data", name, "--pred_len", horizon, *chosen] for horizon in horizons or HORIZONS
+        }
+    runs = [Run(label, flags, get_parser().parse_args(flags)) for label, flags in lines.items()]
+    for run in runs:
+        check_options(run.args)
+    return runs
+
+
+def _llm_flags(data: str, further: Sequence[str]) -> list[str]:
+    """Return flags that choose the LLM, unless `further` does, and that name the run folder after it."""
+    parser = get_parser()
+    parser.set_defaults(llm_model="")  # its default cannot be told from the same name given
+    asked = parser.parse_args(["--data", data, *further])
+    if not has_llm(asked):
+        return []
+    flags = []
+    if not asked.llm_model_path and not asked.llm_model:
+        path = os.environ.get(LLM_VARIABLE)
+        flags = ["--llm_model_path", path] if path else ["--llm_model", "QWEN", "--load_in_4bit"]
+    llm = parser.parse_args(["--data", data, *flags, *further])
+    parts = [
+        Path(llm.llm_model_path or llm.llm_model).name,
+        f"{llm.llm_layers}layers" if llm.llm_layers else "",
+        "nf4" if llm.load_in_4bit else "",
+        llm.ablation if llm.ablation != "none" else "",
+    ]
+    comment = re.sub(r"[^\w.-]+", "_", "-".join(filter(None, parts))).strip("-._")
+    return [*flags, "--model_comment", comment]
+
+
+def is_done(args: argparse.Namespace) -> bool:
+    """Return whether every repetition of a run has its metrics.json."""
+    files = (ROOT / run_folder(args, repetition) / "metrics.json" for repetition in range(args.itr))
+    # access() says no to a name that is too long, too: run_main.py tells the user.
+    return all(os.access(file, os.F_OK) for file in files)
+
+
+def launch(runs: Sequence[Run], again: bool, dry_run: bool) -> int:
+    """Run one after the other until one fails, and return the last exit code.
+
+    Args:
+        runs: what to run.
+        again: also those that are done.
+        dry_run: only print the command lines.
+    """
+    for place, run in enumerate(runs):
+        if not again and is_done(run.args):
+            done = f"{run.name}: skipped, there is a metrics.json in {run_folder(run.args, 0)}"
+            print(f"{done} (--again runs it anew, --des NAME in a folder of its own)", file=sys.stderr)
+            continue
+        words = ["run_main.py", *run.flags]
+        print(command_line(["python", *words]), flush=True)
+        code = 0 if dry_run else run_child([sys.executable, *words], ROOT)
+        if code == 130:
+            print(f"interrupted: at {run.name}; the same command with --resume auto goes on", file=sys.stderr)
+            return code
+        if code:
+            left = ", ".join(later.name for later in runs[place + 1 :])
+            print(f"error: {run.name} failed with exit code {code}; not started: {left or 'none'}", file=sys.stderr)
+            return code
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 done, 2 wrong input, 130 interrupted, else what the run that failed returned."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return 0
+    own = {"--again", "--dry_run"} & set(words)
+    name, *rest = [word for word in words if word not in own] or [""]
+
+    def work() -> int:
+        return launch(plan_runs(name, rest), again="--again" in own or name == "smoke", dry_run="--dry_run" in own)
+
+    return exit_code_of(work, "nothing was started")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

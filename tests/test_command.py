@@ -1,0 +1,40 @@
+import os
+
+import pytest
+
+from utils.command import OneLineParser, command_line, exit_code_of
+from utils.errors import UserError
+
+
+def raising(problem):
+    def work():
+        raise problem
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "printed"),
+    [
+        (lambda: None, 0, ""),
+        (lambda: 1, 1, ""),
+        (raising(UserError("no file x: name another")), 2, "error: no file x: name another\n"),
+        (raising(KeyboardInterrupt()), 130, "interrupted: do it again\n"),
+        (raising(SystemExit(2)), 2, ""),
+        (lambda: OneLineParser().parse_args(["--gone"]), 2, "error: unrecognized arguments: --gone\n"),
+    ],
+)
+def test_every_end_has_its_exit_code_and_its_line(capsys, work, code, printed):
+    assert exit_code_of(work, "do it again") == code
+    assert capsys.readouterr().err == printed
+
+
+def test_a_bug_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        exit_code_of(lambda: 1 / 0, "")
+
+
+@pytest.mark.parametrize(("system", "quoted"), [("posix", "'b c'"), ("nt", '"b c"')])
+def test_commands_are_quoted_for_the_shells_of_the_system(monkeypatch, system, quoted):
+    monkeypatch.setattr(os, "name", system)
+    assert command_line(["a", "b c"]) == f"a {quoted}"

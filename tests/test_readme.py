@@ -1,0 +1,196 @@
+"""The READMEs' commands, run with small substitutes, so that the docs cannot rot."""
+
+import importlib
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
+
+import run_main
+from dataset.demo import demo_frame, write_demo_csv
+from utils.options import get_parser
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = ("README.md", "README.zh-CN.md")
+CONTINUES = {"powershell": "`", "bat": "^", "bash": "\\"}
+
+# What makes a run small enough for a test. Of the documented flags those that shape it stay.
+SMALL = ["--max_steps", "1", "--eval_steps", "0", "--eval_windows", "7", "--batch_size", "4", "--d_model", "8"]
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(text: str) -> list[tuple[str, list[str]]]:
+    """Return the language and the commands of each block that is to be typed into a shell."""
+    found = []
+    for language, body in re.findall(r"^```(shell|powershell|bat|bash)\n(.*?)^```$", text, re.M | re.S):
+        joined = body.replace(f" {CONTINUES[language]}\n", " ") if language in CONTINUES else body
+        found.append((language, [" ".join(line.split()) for line in joined.splitlines()]))
+    return found
+
+
+def commands(text: str) -> list[str]:
+    """Return every command, those of the blocks and those that stand in a sentence or a table."""
+    in_sentences = re.findall(r"`((?:python|pip) [^`]*)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
+    return [command for _, lines in blocks(text) for command in lines] + in_sentences
+
+
+@pytest.fixture
+def house(tmp_path, tiny_llm, monkeypatch) -> Path:
+    """A folder with small substitutes for all that the READMEs speak of."""
+    for name, step in (("ETTh1", "h"), ("ETTm1", "15min")):
+        write_demo_csv(
+            tmp_path / "dataset" / f"{name}.csv", rows=20 * 30 * 24 * (4 if name == "ETTm1" else 1), step=step
+        )
+    dates = pd.date_range("2024-01-01", periods=2500, freq="10min").strftime("%Y-%m-%d %H:%M:%S")
+    mine = demo_frame(2500).iloc[:, :4].set_axis(["date", "load", "wind", "temperature"], axis=1).assign(date=dates)
+    mine.to_csv(tmp_path / "dataset" / "my.csv", index=False)
+    mine.rename(columns={"load": "负荷"}).to_csv(tmp_path / "dataset" / "my-gbk.csv", index=False, encoding="gbk")
+    (tmp_path / "base_models").mkdir()
+    for name, family in (("Qwen2.5-3B", "qwen2"), ("SmolLM2-135M", "llama")):
+        shutil.copytree(tiny_llm(family), tmp_path / "base_models" / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_here(command: list[str]) -> int:
+    """Run run_main.py in this process."""
+    assert Path(command[1]).name == "run_main.py"
+    return run_main.main(command[2:])
+
+
+def forecaster(words: list[str]) -> None:
+    """python run_main.py ..."""
+    assert run_main.main([*words, *([] if "--plan" in words or "--help" in words else SMALL)]) == 0
+
+
+def fetch(words: list[str]) -> None:
+    """Only read: tests/test_fetch.py fetches."""
+    importlib.import_module("scripts.fetch").get_parser().parse_args(words)
+
+
+def launch(words: list[str]) -> None:
+    assert importlib.import_module("scripts.launch").main([*words, "--dry_run"]) == 0
+
+
+def compare(words: list[str]) -> None:
+    assert importlib.import_module("scripts.compare").main([*words, *SMALL, "--seeds", "1"]) == 0
+
+
+def prototypes(words: list[str]) -> None:
+    assert words == ["checkpoints/RUN"]
+    trained = next(path.parent for path in Path("checkpoints").rglob("checkpoint") if "_TimeLLM_" in str(path))
+    assert importlib.import_module("scripts.prototypes").main([str(trained)]) == 0
+    assert (trained / "prototypes.png").is_file()
+
+
+def benchmark(words: list[str]) -> None:
+    small = ["--rounds", "1", "--root_path", "dataset", "--batch_size", "2"]
+    assert importlib.import_module("scripts.benchmark").main([*words, *small]) == 0
+
+
+def check_6gb(words: list[str]) -> None:
+    if not torch.cuda.is_available():
+        assert importlib.import_module("scripts.check_6gb").main(words) == 2
+
+
+def quantize_llm(words: list[str]) -> None:
+    assert importlib.import_module("scripts.quantize_llm").main(words) == 0
+    forecaster(["--data", "ETTh1", "--llm_model_path", words[1], "--model_id", "quantized"])
+
+
+SCRIPTS: dict[str, Callable[[list[str]], None]] = {
+    "fetch": fetch,
+    "compare": compare,
+    "prototypes": prototypes,
+    "benchmark": benchmark,
+    "check_6gb": check_6gb,
+    "quantize_llm": quantize_llm,
+}
+
+
+def carry_out(command: str) -> None:
+    """Do what a command of the README does, in this process and small."""
+    first, *words = shlex.split(command.replace("\\", "/"))
+    if first == "pip":
+        assert all((ROOT / words[place + 1]).is_file() for place, word in enumerate(words) if word == "-r")
+    elif first.endswith((".bat", ".sh")):
+        assert (ROOT / first).is_file()
+        launch([Path(first).stem, *words])
+    elif first in ("accelerate", "torchrun"):
+        parser = get_args_parser() if first == "torchrun" else launch_command_parser()
+        told = parser.parse_args(words if first == "torchrun" else words[1:])
+        assert told.training_script == "run_main.py"
+        forecaster(told.training_script_args)
+    elif words[:2] == ["-m", "pytest"]:
+        assert all((ROOT / word).is_file() for word in words if word.startswith("tests/"))
+    elif words[0] == "-c":
+        exec(words[1], {})  # the README's own line
+    elif words[0] == "run_main.py":
+        forecaster(words[1:])
+    else:
+        assert first == "python" and (ROOT / words[0]).is_file()
+        SCRIPTS[Path(words[0]).stem](words[1:])
+
+
+def test_every_command_works(house, monkeypatch, capsys):
+    monkeypatch.setattr("scripts.compare.run_child", run_here)
+    for command in dict.fromkeys(commands(text_of("README.md"))):  # each once, in the reader's order
+        try:
+            carry_out(command)
+        except AssertionError as problem:
+            raise AssertionError(f"{command}\n{capsys.readouterr().err}") from problem
+    (written,) = Path("checkpoints").glob("*_mine_*/forecast.csv")
+    forecast = pd.read_csv(written, parse_dates=["date"])
+    assert set(forecast.columns) == {"date", "load", "wind", "temperature"}
+    assert np.all(forecast["date"].diff().dropna() == pd.Timedelta("10min"))
+
+
+def test_both_readmes_have_the_same_commands_and_pictures():
+    english, chinese = (text_of(name) for name in READMES)
+    assert commands(chinese) == commands(english)
+    assert blocks(chinese) == blocks(english)
+    pictures = [re.findall(r"!\[[^]]*\]\(([^)]+)\)", text) for text in (english, chinese)]
+    assert pictures[0] == pictures[1] != []
+    assert len(re.findall("^## ", english, re.M)) == len(re.findall("^## ", chinese, re.M))
+    numbers = [sorted(re.findall(r"\d+\.\d+", text)) for text in (english, chinese)]
+    assert numbers[0] == numbers[1], "a figure differs"
+
+
+def test_the_shells_are_told_the_same():
+    by_language = {}
+    for language, lines in blocks(text_of("README.md")):
+        by_language.setdefault(language, []).extend(line for line in lines if line.startswith("python run_main.py"))
+    assert by_language["powershell"] == by_language["bat"] == by_language["bash"] != []
+
+
+@pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md"])
+def test_flags_and_links_are_there(name):
+    text = text_of(name)
+    known = {flag for action in get_parser()._actions for flag in action.option_strings}
+    known |= {*("--way", "--seeds", "--out", "--dry_run", "--again", "--mirror", "--from_package", "--check")}
+    known |= {*("--num_processes", "--cpu", "--nproc_per_node", "--nnodes", "--node_rank", "--kills", "--fuzz")}
+    known |= {"--master_addr", "--master_port"}
+    assert not set(re.findall(r"(?<![\w-])--[a-z]\w*", text)) - known
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the tests' own commands are for the shells of Linux")
+def test_contributing_names_what_is_there():
+    text = text_of("CONTRIBUTING.md")
+    for name in re.findall(r"`((?:utils|layers|models|data_provider|base_models|scripts|tests)/[\w./*-]+)`", text):
+        assert list(ROOT.glob(name.replace("NAME", "*"))), name
+    for name, module in (("KNOWN_LLMS", "utils.llm"), ("LAYOUTS", "data_provider.series")):
+        assert name in text and hasattr(importlib.import_module(module), name)

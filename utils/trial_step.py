@@ -1,0 +1,203 @@
+"""A training step on tensors that have a shape and no contents (torch's device "meta"), its bytes counted.
+
+It is the model's own code that runs, so the count follows it by itself, for any architecture.
+"""
+
+import argparse
+import copy
+import re
+import weakref
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AutoModel
+from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
+
+from models.TimeLLM import Model
+from utils.llm import LLMChoice, LLMIdentity, LoadedLLM, choose_dtype
+
+# Of NF4 with double quantisation: half a byte, a byte a block of 64, four bytes a block of 256 such blocks.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+# Layers that the step is tried with; what each further layer adds is the difference.
+_FEW, _MORE = 2, 3
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step on few layers, in bytes; `EXTENSIVE` names what grows with the layers.
+
+    `kept`: alive when the way forward ends, the prompts' keys and values (`cache`) among it. `llm_moment`: the most
+    until the gradient has come back through the LLM. `end_moment`: the most from there on. `constants`: the basis
+    of the text prototypes. `dequantized`: the largest matrix that is unpacked from 4 bits at one time.
+    """
+
+    EXTENSIVE = ("llm", "cache", "kept", "llm_moment", "end_moment")
+
+    layers: int
+    llm: int
+    embedding: int
+    trainable: int
+    constants: int
+    dequantized: int
+    cache: int
+    kept: int
+    llm_moment: int
+    end_moment: int
+
+
+def layers_to_try(choice: LLMChoice) -> tuple[int, ...]:
+    """Return the numbers of layers to try the step with: what each further layer adds is the difference."""
+    there = choice.text_config.num_hidden_layers
+    return (_FEW, _MORE) if there > _MORE else (there,)
+
+
+def try_step(args: argparse.Namespace, choice: LLMChoice, device: torch.device, layers: int) -> Step:
+    """Run a training step of the model that the flags describe, with so many layers of its LLM.
+
+    Args:
+        args: the parsed flags.
+        choice: their LLM.
+        device: that the step is planned for.
+        layers: of the LLM.
+    """
+    dtype = choose_dtype(args.llm_dtype, device)
+    model = Model(args, _shapes_of(choice, layers, dtype))
+    backbone = model.llm_info.backbone
+    words = backbone.get_input_embeddings().weight
+    matrices = [module.weight for module in backbone.modules() if type(module) is nn.Linear] if choice.in_4bit else []
+    in_matrices = sum(matrix.numel() for matrix in matrices)
+    basis = getattr(model.mapping_layer, "basis", None)
+    tokens = [len(prompt) for prompt in model.tokenize(_windows(args)[..., 0])]
+    return Step(
+        layers=layers,
+        llm=round((backbone.num_parameters() - words.numel() - in_matrices) * dtype.itemsize + in_matrices * NF4_BYTES),
+        embedding=words.nbytes,
+        trainable=4 * sum(parameter.numel() for parameter in model.parameters()),
+        constants=0 if basis is None else basis.nbytes,
+        dequantized=max((matrix.nbytes for matrix in matrices), default=0),
+        cache=model.llm.prefix_bytes(max(tokens) * len(tokens)) if model.llm and model.llm.uses_prefix else 0,
+        **_moments(model, args),
+    )
+
+
+def _moments(model: Model, args: argparse.Namespace) -> dict[str, int]:
+    """Run a training step and return `kept`, `llm_moment` and `end_moment`."""
+    constants = [*model.parameters(), *model.llm_info.backbone.parameters()]
+    constants += [basis for basis in [getattr(model.mapping_layer, "basis", None)] if basis is not None]
+    live = _LiveBytes(constants)
+    moments = []
+
+    def through_the_llm(_gradient: torch.Tensor) -> None:
+        moments.append(live.peak)
+        live.peak = live.now
+
+    def watch(_module: nn.Module, _inputs: tuple, patches: torch.Tensor) -> None:
+        patches.register_hook(through_the_llm)
+
+    model.reprogramming_layer.register_forward_hook(watch)
+    model.train()
+    with live:
+        forecast = model(_windows(args))
+        loss = functional.mse_loss(forecast, torch.empty_like(forecast))
+        kept = live.now
+        loss.backward()
+    return {"kept": kept, "llm_moment": moments[0], "end_moment": live.peak}
+
+
+def _windows(args: argparse.Namespace) -> torch.Tensor:
+    """Return windows whose prompts are as long as others."""
+    return torch.randn(args.batch_size, args.seq_len, 1, generator=torch.Generator().manual_seed(0))
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Count the bytes of the tensors that are alive; those of `constants` are not counted."""
+
+    def __init__(self, constants: list[torch.Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self._counted = {tensor.untyped_storage()._cdata for tensor in constants}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        address = storage._cdata
+        if address in self._counted:
+            return
+        self._counted.add(address)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, address, storage.nbytes())
+
+    def _forget(self, address: int, size: int) -> None:
+        self._counted.discard(address)
+        self.now -= size
+
+
+class _KernelAttention(torch.autograd.Function):
+    """An attention that keeps what the fused kernels keep: queries, keys, values, their result, a sum a query."""
+
+    @staticmethod
+    def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        result = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, result, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _plan_attention(module: nn.Module, query, key, value, attention_mask, **_kwargs) -> tuple[torch.Tensor, None]:
+    """Stand for transformers' sdpa attention: (B, heads, n, width) -> (B, n, heads, width)."""
+    if hasattr(module, "num_key_value_groups") and not use_gqa_in_sdpa(attention_mask, key, value):
+        key, value = (repeat_kv(tensor, module.num_key_value_groups) for tensor in (key, value))
+    return _KernelAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("memory_plan", _plan_attention)
+
+
+class _WordCounter:
+    """Stands for a tokenizer: a token a digit, a mark, a word. Its ids mean nothing, only their number counts."""
+
+    def __call__(self, texts: list[str], **_kwargs) -> SimpleNamespace:
+        words = [re.findall(r"\d|[^\W\d]+|[^\w\s]", text) for text in texts]
+        return SimpleNamespace(input_ids=[[hash(word) % 97 for word in row] for row in words])
+
+    def num_special_tokens_to_add(self) -> int:
+        return 0
+
+
+def _shapes_of(choice: LLMChoice, layers: int, dtype: torch.dtype) -> LoadedLLM:
+    """Return an LLM of so many layers, without weights."""
+    config = copy.deepcopy(choice.config)
+    text_config = config.get_text_config()
+    text_config.num_hidden_layers = layers
+    if getattr(text_config, "layer_types", None):
+        text_config.layer_types = text_config.layer_types[:layers]
+    if choice.is_quantized:
+        del config.quantization_config
+    with torch.device("meta"):
+        backbone = AutoModel.from_config(config, dtype=dtype, attn_implementation="memory_plan")
+    identity = LLMIdentity(config.model_type, text_config.hidden_size, text_config.vocab_size, layers, "", "", "")
+    return LoadedLLM(
+        backbone=backbone.requires_grad_(False).eval(),
+        tokenizer=_WordCounter(),
+        pad_id=0,
+        device=torch.device("meta"),
+        source=choice.source,
+        layers_there=choice.layers_there,
+        context=None,
+        identity=identity,
+    )
