@@ -13,7 +13,7 @@ def windows_bar(loader: DataLoader, title: str, whole: DataLoader | None = None)
     """Return a bar over a loader's batches that counts windows.
 
     Args:
-        loader: prepared by accelerate.
+        loader: of batches, prepared by accelerate or not.
         title: of the bar.
         whole: the loader that `loader` is the rest of; None if it is all.
     """
@@ -26,7 +26,7 @@ def windows_bar(loader: DataLoader, title: str, whole: DataLoader | None = None)
         disable=None if PartialState().is_main_process else True,
         leave=False,
         unit=" windows",
-        unit_scale=whole.total_batch_size,
+        unit_scale=getattr(whole, "total_batch_size", whole.batch_size),
     )
 
 
