@@ -143,13 +143,12 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
     # torch and transformers take seconds to import: not before the command line is known to be sound.
     from data_provider.series import load_series
     from models import build_model
-    from utils.checkpoint import load_checkpoint, load_last
+    from utils.checkpoint import load_checkpoint
     from utils.memory import memory_in_short
     from utils.optimizers import check_optimizer
     from utils.processes import is_there_for_all, start_processes
     from utils.records import open_run_folder
     from utils.run_lock import RunLock
-    from utils.training import Trainer
 
     accelerator = start_processes(args, args.seed + repetition)
     check_optimizer(args.optimizer, accelerator.device)
@@ -169,24 +168,49 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
         load_checkpoint(checkpoint, model, args, load_series(args))  # before anything is written
     model = accelerator.prepare(model)
     with RunLock(folder) if args.is_training and accelerator.is_main_process else nullcontext():
-        series, state = load_series(args), None
-        if resumes:
-            state = load_last(folder / "last", accelerator.unwrap_model(model), args, series)
-            accelerator.print(f"Resuming at step {state['steps']}, epoch {state['epoch']}")
-        if accelerator.is_main_process:
-            open_run_folder(folder, args, repetition, str(accelerator.device), resumes)
         seconds_per_step = None
         if args.is_training:
-            accelerator.print(f"Run folder: {folder}")
-            trainer = Trainer(args, accelerator, model, datasets, loaders, series, folder, interrupts, state)
-            trainer.fit()
-            seconds_per_step = trainer.seconds_per_step
-            accelerator.wait_for_everyone()
-            is_there_for_all(checkpoint)
-            load_checkpoint(checkpoint, accelerator.unwrap_model(model), args, series)
+            seconds_per_step = train(
+                accelerator, args, repetition, model, datasets, loaders, folder, interrupts, resumes
+            )
+        elif accelerator.is_main_process:
+            open_run_folder(folder, args, repetition, str(accelerator.device), resumes)
         test(accelerator, args, model, datasets["test"], loaders["test"], checkpoint, folder, seconds_per_step)
         if args.predict:
             predict(accelerator, args, accelerator.unwrap_model(model), checkpoint, folder)
+
+
+def train(
+    accelerator: "Accelerator",
+    args: argparse.Namespace,
+    repetition: int,
+    model: "Module",
+    datasets: "dict[str, WindowDataset]",
+    loaders: "dict[str, DataLoader]",
+    folder: Path,
+    interrupts: "Interrupts",
+    resumes: bool,
+) -> float | None:
+    """Train, from the start or from the state in the run folder, and load the best weights; return seconds a step."""
+    from data_provider.series import load_series
+    from utils.checkpoint import load_checkpoint, load_last
+    from utils.processes import is_there_for_all
+    from utils.records import open_run_folder
+    from utils.training import Trainer
+
+    series, state, bare_model = load_series(args), None, accelerator.unwrap_model(model)
+    if resumes:
+        state = load_last(folder / "last", bare_model, args, series)
+        accelerator.print(f"Resuming at step {state['steps']}, epoch {state['epoch']}")
+    if accelerator.is_main_process:
+        open_run_folder(folder, args, repetition, str(accelerator.device), resumes)
+    accelerator.print(f"Run folder: {folder}")
+    trainer = Trainer(args, accelerator, model, datasets, loaders, series, folder, interrupts, state)
+    trainer.fit()
+    accelerator.wait_for_everyone()
+    is_there_for_all(folder / "checkpoint")
+    load_checkpoint(folder / "checkpoint", bare_model, args, series)
+    return trainer.seconds_per_step
 
 
 def settle_batch_size(accelerator: "Accelerator", args: argparse.Namespace, model: "Module", last: Path | None) -> None:

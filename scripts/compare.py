@@ -137,7 +137,8 @@ def _is_of(way: Way, repetition: int) -> bool:
         return False
     before = json.loads(path.read_text(encoding="utf-8"))
     now = {**vars(way.args), "seed": way.args.seed + repetition}
-    return all(before.get(name) == value for name, value in now.items() if name not in _MAY_DIFFER)
+    found = {"batch_size", "grad_accum", "eval_batch_size"} if way.args.auto_batch_size else set()
+    return all(before.get(name) == value for name, value in now.items() if name not in _MAY_DIFFER | found)
 
 
 def collect(ways: Sequence[Way]) -> None:

@@ -9,6 +9,7 @@ from accelerate import PartialState
 
 from utils.errors import UserError
 from utils.llm import choose_llm, share_keys_on_cpu
+from utils.options import has_llm
 from utils.trial_step import Step, layers_to_try, try_step
 
 # Bytes of optimiser state for each trained number.
@@ -184,6 +185,8 @@ def advice(args: argparse.Namespace, plan: MemoryPlan) -> str:
 
 def memory_error(args: argparse.Namespace) -> UserError:
     """Return the one line for a device that is full."""
+    if not has_llm(args):
+        return UserError("out of memory: give a smaller --batch_size or --eval_batch_size")
     try:
         plan = plan_memory(args)
         what_helps = advice(args, plan)
