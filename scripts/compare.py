@@ -1,10 +1,10 @@
 """Compare forecasters on the same windows with the same budget, over several seeds.
 
-    python scripts/compare.py --demo --max_steps 60
+    python scripts/compare.py --demo
     python scripts/compare.py --data ETTh1 --llm_model QWEN --load_in_4bit --seeds 3
     python scripts/compare.py --data ETTh1 ... --way TimeLLM --way "full map=--mapping full" --way DLinear
 
-All flags but the four of this script go to run_main.py. A way to forecast is a name and the flags that make it, which
+All flags but the three of this script go to run_main.py. A way to forecast is a name and the flags that make it, which
 come last and win; without --way it is TimeLLM, its two ablations, DLinear, the last season and the last value. Prints
 a table and writes it as compare.md, every run's figures as compare.csv and a picture, compare.png. What is done is
 not done again, what was cut short goes on, and a way that fails leaves the others alone.
@@ -14,6 +14,7 @@ import argparse
 import csv
 import io
 import json
+import os
 import re
 import shlex
 import statistics
@@ -40,6 +41,9 @@ WAYS = {
     "last season": "--model SeasonalNaive",
     "last value": "--model LastValue",
 }
+
+# The demo again, but three times six ways in a minute or two.
+DEMO_FLAGS = ("--max_steps", "60", "--eval_steps", "20", "--eval_windows", "256")
 
 UNTRAINED = ("SeasonalNaive", "LastValue")
 
@@ -80,33 +84,36 @@ def plan_ways(asked: Sequence[str], seeds: int, flags: Sequence[str], out: str) 
 
     Raises:
         UserError: if a way is not known or its flags are wrong.
+        SystemExit: if run_main.py would not know a flag.
     """
+    flags = [*DEMO_FLAGS, *flags] if "--demo" in flags else list(flags)
     ways = []
     for words in asked or WAYS:
         name, has_flags, own = words.partition("=")
         if not has_flags and name not in WAYS:
             raise UserError(f"--way {name} is none of {', '.join(WAYS)}: give it flags, --way '{name}=--flag value'")
-        own = shlex.split(own if has_flags else WAYS[name])
+        own = split_flags(own) if has_flags else shlex.split(WAYS[name])
         slug = re.sub(r"[^\w.]+", "-", name).strip("-")
         if any(way.args.des == slug for way in ways):
             raise UserError(f"two ways are named {name}: give them different names")
         argv = [*flags, *own]
-        args = _parse(argv, name)
+        args = get_parser().parse_args(argv)
         folder = out or f"./checkpoints/compare-{args.data}-{args.seq_len}-{args.pred_len}"
         count = 1 if args.model in UNTRAINED else seeds
         argv += ["--des", slug, "--itr", str(count), "--checkpoints", folder]
-        args = _parse(argv, name)
+        args = get_parser().parse_args(argv)
         check_options(args)
         check_paths(args)
         ways.append(Way(name, argv, args))
     return ways
 
 
-def _parse(argv: Sequence[str], name: str) -> argparse.Namespace:
+def split_flags(flags: str) -> list[str]:
+    """Return the words of a way's flags; under Windows a backslash is part of a path."""
     try:
-        return get_parser().parse_args(argv)
-    except SystemExit as leave:  # argparse has printed its line
-        raise UserError(f"--way {name} cannot be run with these flags") from leave
+        return shlex.split(flags.replace("\\", "/") if os.name == "nt" else flags)
+    except ValueError as problem:
+        raise UserError(f"--way ...={flags}: {problem}") from problem
 
 
 def run_ways(ways: Sequence[Way]) -> None:

@@ -1,4 +1,5 @@
 import csv
+import os
 import re
 import sys
 
@@ -69,6 +70,12 @@ def test_a_way_that_fails_leaves_the_others_alone(started, flags, capsys):
     assert rows["DLinear"][0] == "2"
 
 
+def test_paths_of_windows_stay_whole(monkeypatch):
+    monkeypatch.setattr(os, "name", "nt")
+    flags = compare.split_flags('--llm_model_path D:\\llm\\x --content "a b"')
+    assert flags == ["--llm_model_path", "D:/llm/x", "--content", "a b"]
+
+
 def test_other_flags_are_another_run(started, flags, tmp_path):
     ways = ["--way", "DLinear"]
     compare.main([*small(flags), *ways])
@@ -94,6 +101,7 @@ def test_a_comparison_that_was_cut_short_goes_on(started, flags, tmp_path):
         (["--way", "a=--ablation no_llm", "--way", "a=--model DLinear"], ["two ways"]),
         (["--way", "a=--bathc_size 3"], ["--bathc_size"]),
         (["--way", "a=--model DLinear --ablation no_llm"], ["--ablation no_llm"]),
+        (["--way", "a=--content 'b"], ["No closing quotation"]),
         (["--seeds", "0"], ["--seeds 0"]),
         (["--root_path", "gone"], ["gone"]),
     ],
@@ -101,5 +109,6 @@ def test_a_comparison_that_was_cut_short_goes_on(started, flags, tmp_path):
 def test_wrong_input_runs_nothing(started, flags, tmp_path, capsys, argv, words):
     assert compare.main([*small(flags), *argv]) == 2
     printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1
     assert all(word in printed for word in words)
     assert not started and not list(tmp_path.iterdir())

@@ -116,7 +116,10 @@ def test_help_and_typos_answer_without_loading_torch(argv):
         (["--data", "ETTh1", "--content", "a", "--prompt_file", "b"], ["--content", "--prompt_file"]),
         (["--data", "ETTh1", "--checkpoint", "x"], ["--checkpoint", "--is_training 0"]),
         (["--data", "ETTh1", "--model_comment", "a/b"], ["--model_comment", "'/'"]),
-        (["--data", "ETTh1", "--root_path", "nowhere"], ["nowhere", "ETTh1.csv", "--root_path"]),
+        (
+            ["--data", "ETTh1", "--root_path", "nowhere"],
+            ["nowhere", "ETTh1.csv", "--root_path", "python scripts/fetch.py ett"],
+        ),
         (["--data", "ETTh1", "--seed", "-1"], ["--seed -1"]),
         (["--data", "ETTh1", "--seed", "4294967295", "--itr", "2"], ["--seed", "--itr 2"]),
         (["--demo", "--checkpoints", __file__], ["is a file", "--checkpoints"]),
@@ -131,7 +134,7 @@ def test_wrong_flags_get_one_line(assert_refused, argv, words):
 
 def test_missing_files_are_named(assert_refused, flags):
     assert_refused([*flags, "--content", "", "--prompt_file", "gone.txt"], "gone.txt", "--prompt_file")
-    assert_refused([*flags, "--llm_model_path", "./gone"], "./gone", "--llm_model_path")
+    assert_refused([*flags, "--llm_model_path", "./gone"], "./gone", "--llm_model_path", "scripts/fetch.py smollm2")
     assert_refused([*flags, "--is_training", "0"], "no checkpoint", "train first")
     assert_refused([*flags, "--is_training", "0", "--checkpoint", "gone"], "gone", "--checkpoint")
 
