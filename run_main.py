@@ -160,13 +160,15 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
     model = build_model(args)
     folder, checkpoint = run_folder(args, repetition), trained_folder(args, repetition) / "checkpoint"
     resumes = bool(args.resume) and is_there_for_all(folder / "last")
-    if args.is_training and args.auto_batch_size and list(model.parameters()):
+    is_trainable = bool(list(model.parameters()))
+    if args.is_training and args.auto_batch_size and is_trainable:
         settle_batch_size(accelerator, args, model, folder / "last" if resumes else None)
         datasets, loaders = provide(accelerator, args)
     describe(accelerator, args, model, datasets)
     if not args.is_training:
         load_checkpoint(checkpoint, model, args, load_series(args))  # before anything is written
-    model = accelerator.prepare(model)
+    if is_trainable:  # torch's data parallelism refuses others
+        model = accelerator.prepare(model)
     with RunLock(folder) if args.is_training and accelerator.is_main_process else nullcontext():
         seconds_per_step = None
         if args.is_training:

@@ -42,6 +42,20 @@ def test_two_processes_do_what_one_does(run, flags, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", ["SeasonalNaive", "DLinear"])
+def test_a_baseline_scores_every_window_once_on_two_processes(run, flags, tmp_path, model):
+    shared = [*flags, "--model", model, "--eval_windows", "41"]
+    done = launch([*shared, "--batch_size", "4"], tmp_path, "--num_processes", "2", "--cpu")
+    assert done.returncode == 0, done.stderr
+    (two,) = (tmp_path / "checkpoints").iterdir()
+    run(*shared, "--batch_size", "8", "--des", "one")
+    (one,) = (tmp_path / "checkpoints").glob("*_one_*")
+    ours, theirs = (json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in (two, one))
+    assert ours["windows"] == theirs["windows"] == 41
+    assert ours["mse"] == pytest.approx(theirs["mse"], rel=1e-5)
+
+
+@pytest.mark.slow
 def test_wrong_input_is_said_once(flags, tmp_path):
     done = launch([*flags, "--llm_layers", "9"], tmp_path, "--num_processes", "2", "--cpu")
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
