@@ -25,6 +25,7 @@ from utils.options import (
     check_paths,
     csv_path,
     demo_makes,
+    flags_of_repetition,
     get_parser,
     has_llm,
     headline_target,
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(introduction(args))
             run_all(args, sys.argv[1:] if argv is None else argv)
             if args.demo and is_first_process():
-                print(farewell(args))
+                print(farewell(sys.argv[1:] if argv is None else argv))
     except UserError as problem:
         if is_first_process():  # one line, however many there are
             print(f"error: {problem}", file=sys.stderr)
@@ -95,7 +96,7 @@ def prepare_demo(args: argparse.Namespace) -> None:
     try:
         if demo_makes(args, "data_path"):
             write_demo_csv(csv_path(args))
-        if demo_makes(args, "llm_model_path"):
+        if has_llm(args) and demo_makes(args, "llm_model_path"):
             make_tiny_llm("qwen2", args.llm_model_path)
     except OSError as problem:
         raise UserError(f"cannot write the demo's data and LLM: {problem}") from problem
@@ -126,10 +127,11 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> None:
     try:
         with missing_processes(Path(__file__), argv), Interrupts() as interrupts:
             for repetition in range(args.itr):
+                flags = flags_of_repetition(args, repetition)
                 if args.predict and not args.is_training:
-                    run_prediction(args, repetition)
+                    run_prediction(flags, repetition)
                 else:
-                    run(args, repetition, interrupts)
+                    run(flags, repetition, interrupts)
     except RuntimeError as problem:
         if not should_reduce_batch_size(problem):
             raise
@@ -139,7 +141,7 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> None:
 
 
 def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> None:
-    """Train and test once, with the seed of this repetition."""
+    """Train and test once; `args` has the seed of this repetition."""
     # torch and transformers take seconds to import: not before the command line is known to be sound.
     from data_provider.series import load_series
     from models import build_model
@@ -150,7 +152,7 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
     from utils.records import open_run_folder
     from utils.run_lock import RunLock
 
-    accelerator = start_processes(args, args.seed + repetition)
+    accelerator = start_processes(args)
     check_optimizer(args.optimizer, accelerator.device)
     datasets, loaders = provide(accelerator, args)
     for note in load_series(args).notes:
@@ -166,18 +168,16 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
         datasets, loaders = provide(accelerator, args)
     describe(accelerator, args, model, datasets)
     if not args.is_training:
-        load_checkpoint(checkpoint, model, args, load_series(args))  # before anything is written
+        contents = load_checkpoint(checkpoint, model, args, load_series(args))  # before anything is written
     if is_trainable:  # torch's data parallelism refuses others
         model = accelerator.prepare(model)
     with RunLock(folder) if args.is_training and accelerator.is_main_process else nullcontext():
-        seconds_per_step = None
         if args.is_training:
-            seconds_per_step = train(
-                accelerator, args, repetition, model, datasets, loaders, folder, interrupts, resumes
-            )
+            train(accelerator, args, model, datasets, loaders, folder, interrupts, resumes)
+            contents = load_checkpoint(checkpoint, accelerator.unwrap_model(model), args, load_series(args))
         elif accelerator.is_main_process:
-            open_run_folder(folder, args, repetition, str(accelerator.device), resumes)
-        test(accelerator, args, model, datasets["test"], loaders["test"], checkpoint, folder, seconds_per_step)
+            open_run_folder(folder, args, str(accelerator.device), resumes)
+        test(accelerator, args, model, datasets["test"], loaders["test"], checkpoint, folder, contents["progress"])
         if args.predict:
             predict(accelerator, args, accelerator.unwrap_model(model), checkpoint, folder)
 
@@ -185,34 +185,30 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
 def train(
     accelerator: "Accelerator",
     args: argparse.Namespace,
-    repetition: int,
     model: "Module",
     datasets: "dict[str, WindowDataset]",
     loaders: "dict[str, DataLoader]",
     folder: Path,
     interrupts: "Interrupts",
     resumes: bool,
-) -> float | None:
-    """Train, from the start or from the state in the run folder, and load the best weights; return seconds a step."""
+) -> None:
+    """Train, from the start or from the state in the run folder."""
     from data_provider.series import load_series
-    from utils.checkpoint import load_checkpoint, load_last
+    from utils.checkpoint import load_last
     from utils.processes import is_there_for_all
     from utils.records import open_run_folder
     from utils.training import Trainer
 
-    series, state, bare_model = load_series(args), None, accelerator.unwrap_model(model)
+    series, state = load_series(args), None
     if resumes:
-        state = load_last(folder / "last", bare_model, args, series)
+        state = load_last(folder / "last", accelerator.unwrap_model(model), args, series)
         accelerator.print(f"Resuming at step {state['steps']}, epoch {state['epoch']}")
     if accelerator.is_main_process:
-        open_run_folder(folder, args, repetition, str(accelerator.device), resumes)
+        open_run_folder(folder, args, str(accelerator.device), resumes)
     accelerator.print(f"Run folder: {folder}")
-    trainer = Trainer(args, accelerator, model, datasets, loaders, series, folder, interrupts, state)
-    trainer.fit()
+    Trainer(args, accelerator, model, datasets, loaders, series, folder, interrupts, state).fit()
     accelerator.wait_for_everyone()
     is_there_for_all(folder / "checkpoint")
-    load_checkpoint(folder / "checkpoint", bare_model, args, series)
-    return trainer.seconds_per_step
 
 
 def settle_batch_size(accelerator: "Accelerator", args: argparse.Namespace, model: "Module", last: Path | None) -> None:
@@ -234,11 +230,11 @@ def run_prediction(args: argparse.Namespace, repetition: int) -> None:
     from utils.processes import start_processes
     from utils.records import open_run_folder
 
-    accelerator = start_processes(args, args.seed + repetition)
+    accelerator = start_processes(args)
     read_table(args)  # before the LLM: a wrong CSV is found sooner
     model, folder = build_model(args), run_folder(args, repetition)
     if accelerator.is_main_process:
-        open_run_folder(folder, args, repetition, str(accelerator.device), resumes=False)
+        open_run_folder(folder, args, str(accelerator.device), resumes=False)
     predict(accelerator, args, model, trained_folder(args, repetition) / "checkpoint", folder)
 
 
@@ -281,9 +277,12 @@ def test(
     loader: "DataLoader",
     checkpoint: Path,
     folder: Path,
-    seconds_per_step: float | None,
+    progress: dict,
 ) -> None:
-    """Score the model on the test windows; print the scores and write metrics.json."""
+    """Score the model on the test windows; print the scores and write metrics.json.
+
+    `checkpoint` is where its weights are from, `progress` what that says of the training.
+    """
     from utils.evaluation import evaluate, window_numbers
     from utils.llm import llm_of
     from utils.records import cost_of, write_metrics, write_predictions
@@ -299,14 +298,10 @@ def test(
         f"Test | MSE: {scores.mse:.7f} MAE: {scores.mae:.7f} | {scores.windows} {whose} of {len(dataset)}"
     )
     naive = score_last_season(accelerator, args, dataset, loader)
-    if naive:
-        accelerator.print(
-            f"Seasonal naive | MSE: {naive.mse:.7f} MAE: {naive.mae:.7f} | the last season again, on the same windows"
-        )
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(model)
-        cost = cost_of(model, accelerator.device, seconds_per_step)
-        write_metrics(folder, scores, naive, seconds, llm_of(model), checkpoint, csv_path(args), cost)
+        bare_model = accelerator.unwrap_model(model)
+        cost = cost_of(bare_model, accelerator.device, progress)
+        write_metrics(folder, args, scores, naive, seconds, llm_of(bare_model), checkpoint, cost)
         if kept:
             write_predictions(folder, kept, dataset, window_numbers(loader))
 
@@ -314,14 +309,20 @@ def test(
 def score_last_season(
     accelerator: "Accelerator", args: argparse.Namespace, dataset: "WindowDataset", loader: "DataLoader"
 ) -> "Scores | None":
-    """Score the plainest forecast on the same windows; None if a window does not hold a season."""
+    """Score the plainest forecast on the same windows, and print its scores; None if no season fits into a window."""
     from data_provider.series import read_table
     from models.SeasonalNaive import Model
     from utils.evaluation import evaluate
 
     if (args.season or read_table(args).rows_of_a_season()) > args.seq_len:
         return None
-    return evaluate(accelerator, Model(args), loader, dataset, headline_target(args), "last season")
+    naive = Model(args)
+    scores = evaluate(accelerator, naive, loader, dataset, headline_target(args), "seasonal naive")
+    accelerator.print(
+        f"Seasonal naive | MSE: {scores.mse:.7f} MAE: {scores.mae:.7f} | the last {naive.season} rows again,"
+        " on the same windows"
+    )
+    return scores
 
 
 def describe(

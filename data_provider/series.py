@@ -99,11 +99,16 @@ class Table:
     channels: tuple[str, ...]
 
     def rows_of_a_season(self) -> int:
-        """Return the rows of a day, of a week where they are days, of a year where they are longer; at least 1."""
+        """Return the rows of a day, of a week where they are days, of a year where they are longer; at least 1.
+
+        They are counted, so that a week may have five days.
+        """
         days = self.dates.to_series().diff().median() / pd.Timedelta("1D")  # of one row NaN: nothing is larger
-        for season, longest_row in ((1, 0.5), (7, 3.5), (365.25, 183)):
-            if 0 < days <= longest_row:
-                return round(season / days)
+        for longest_row, length, period in ((0.5, 1, "D"), (3.5, 7, "W"), (183, 365.25, "Y")):
+            if days <= longest_row:
+                counts = pd.Series(self.dates.tz_localize(None).to_period(period)).value_counts(sort=False)
+                # The first and the last may be cut off.
+                return int(counts.iloc[1:-1].median()) if len(counts) > 3 else max(round(length / days), 1)
         return 1
 
 

@@ -28,15 +28,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.command import OneLineParser, command_line, exit_code_of, run_child
 from utils.errors import UserError
-from utils.files import write_text
-from utils.options import check_options, check_paths, get_parser, run_folder
+from utils.files import keep_earlier, write_text
+from utils.finished import is_finished, is_of
+from utils.options import (
+    check_options,
+    check_paths,
+    csv_path,
+    demo_makes,
+    flags_of_repetition,
+    get_parser,
+    run_folder,
+)
 
 RUN_MAIN = Path(__file__).resolve().parents[1] / "run_main.py"
 
 WAYS = {
-    "TimeLLM": "",
-    "without LLM": "--ablation no_llm",
-    "random LLM": "--ablation random_llm",
+    "TimeLLM": "--model TimeLLM --ablation none",
+    "without LLM": "--model TimeLLM --ablation no_llm",
+    "random LLM": "--model TimeLLM --ablation random_llm",
     "DLinear": "--model DLinear",
     "last season": "--model SeasonalNaive",
     "last value": "--model LastValue",
@@ -47,8 +56,8 @@ DEMO_FLAGS = ("--max_steps", "60", "--eval_steps", "20", "--eval_windows", "256"
 
 UNTRAINED = ("SeasonalNaive", "LastValue")
 
-# Flags in which a run may differ from the one that is asked for and still be it.
-_MAY_DIFFER = {"itr", "resume", "num_workers", "save_steps"}
+# What this script sets, or what leaves no scores to compare.
+NOT_OURS = ("--plan", "--is_training", "--predict", "--checkpoint", "--checkpoints", "--des", "--itr", "--resume")
 
 
 @dataclass
@@ -72,6 +81,10 @@ class Way:
         """Return the run folder of each seed."""
         return [run_folder(self.args, repetition) for repetition in range(self.args.itr)]
 
+    def repetitions(self) -> list[argparse.Namespace]:
+        """Return the flags of each seed."""
+        return [flags_of_repetition(self.args, repetition) for repetition in range(self.args.itr)]
+
 
 def plan_ways(asked: Sequence[str], seeds: int, flags: Sequence[str], out: str) -> list[Way]:
     """Return the ways to compare, their flags checked.
@@ -87,25 +100,50 @@ def plan_ways(asked: Sequence[str], seeds: int, flags: Sequence[str], out: str) 
         SystemExit: if run_main.py would not know a flag.
     """
     flags = [*DEMO_FLAGS, *flags] if "--demo" in flags else list(flags)
+    if not asked:
+        asked = [name for name in WAYS if name != "last season" or _holds_a_season(flags)]
+    out = out or _default_folder(get_parser().parse_args(flags))
     ways = []
-    for words in asked or WAYS:
+    for words in asked:
         name, has_flags, own = words.partition("=")
         if not has_flags and name not in WAYS:
-            raise UserError(f"--way {name} is none of {', '.join(WAYS)}: give it flags, --way '{name}=--flag value'")
-        own = split_flags(own) if has_flags else shlex.split(WAYS[name])
+            raise UserError(f'--way {name} is none of {", ".join(WAYS)}: give it flags, --way "{name}=--flag value"')
+        argv = [*flags, *(split_flags(own) if has_flags else shlex.split(WAYS[name]))]
         slug = re.sub(r"[^\w.]+", "-", name).strip("-")
-        if any(way.args.des == slug for way in ways):
+        if any(way.args.des.casefold() == slug.casefold() for way in ways):  # a file system may not tell them apart
             raise UserError(f"two ways are named {name}: give them different names")
-        argv = [*flags, *own]
-        args = get_parser().parse_args(argv)
-        folder = out or f"./checkpoints/compare-{args.data}-{args.seq_len}-{args.pred_len}"
-        count = 1 if args.model in UNTRAINED else seeds
-        argv += ["--des", slug, "--itr", str(count), "--checkpoints", folder]
-        args = get_parser().parse_args(argv)
-        check_options(args)
-        check_paths(args)
-        ways.append(Way(name, argv, args))
+        ways.append(_plan_way(name, slug, argv, seeds, out))
     return ways
+
+
+def _plan_way(name: str, slug: str, argv: list[str], seeds: int, out: str) -> Way:
+    for flag in {word.partition("=")[0] for word in argv} & set(NOT_OURS):
+        raise UserError(f"{flag} is not for a comparison: leave it out (--out, --seeds and --way are)")
+    args = get_parser().parse_args(argv)
+    count = 1 if args.model in UNTRAINED else seeds
+    argv = [*argv, "--des", slug, "--itr", str(count), "--checkpoints", out]
+    args = get_parser().parse_args(argv)
+    check_options(args)
+    check_paths(args)
+    return Way(name, argv, args)
+
+
+def _default_folder(args: argparse.Namespace) -> str:
+    return f"./checkpoints/compare-{Path(args.data_path).stem}-{args.seq_len}-{args.pred_len}"
+
+
+def _holds_a_season(flags: Sequence[str]) -> bool:
+    """Return whether a window is as long as a season; if not, say that there is no such way."""
+    from data_provider.series import read_table
+
+    args = get_parser().parse_args(flags)
+    if demo_makes(args, "data_path") and not csv_path(args).is_file():
+        return True  # hours, and windows of days
+    check_paths(args)
+    season = args.season or read_table(args).rows_of_a_season()
+    if season > args.seq_len:
+        print(f"No last season: it has {season} rows, more than --seq_len {args.seq_len}")
+    return season <= args.seq_len
 
 
 def split_flags(flags: str) -> list[str]:
@@ -119,11 +157,13 @@ def split_flags(flags: str) -> list[str]:
 def run_ways(ways: Sequence[Way]) -> None:
     """Run what is not done; note a failure and go on."""
     for way in ways:
-        if all(_is_done(way, repetition) for repetition in range(way.args.itr)):
+        runs = list(zip(way.folders(), way.repetitions(), strict=True))
+        if all(is_finished(folder, args) for folder, args in runs):
             print(f"== {way.name}: done already, in {way.args.checkpoints}", flush=True)
             continue
-        goes_on = _is_of(way, 0) and (way.folders()[0] / "last").is_file()
-        command = [sys.executable, str(RUN_MAIN), *way.argv, *(["--resume", "auto"] if goes_on else [])]
+        # What was begun with other flags is not gone on with.
+        begun = [is_of(folder, args) for folder, args in runs if (folder / "last").is_file()]
+        command = [sys.executable, str(RUN_MAIN), *way.argv, *(["--resume", "auto"] if begun and all(begun) else [])]
         print(f"== {way.name}: {command_line(['python', 'run_main.py', *command[2:]])}", flush=True)
         code = run_child(command)
         if code == 130:
@@ -131,21 +171,6 @@ def run_ways(ways: Sequence[Way]) -> None:
         if code:
             way.problem = f"failed with exit code {code}"
             print(f"== {way.name} {way.problem}, going on with the others", flush=True)
-
-
-def _is_done(way: Way, repetition: int) -> bool:
-    return _is_of(way, repetition) and (way.folders()[repetition] / "metrics.json").is_file()
-
-
-def _is_of(way: Way, repetition: int) -> bool:
-    """Return whether a run folder is of the flags that are asked for now."""
-    path = way.folders()[repetition] / "args.json"
-    if not path.is_file():
-        return False
-    before = json.loads(path.read_text(encoding="utf-8"))
-    now = {**vars(way.args), "seed": way.args.seed + repetition}
-    found = {"batch_size", "grad_accum", "eval_batch_size"} if way.args.auto_batch_size else set()
-    return all(before.get(name) == value for name, value in now.items() if name not in _MAY_DIFFER | found)
 
 
 def collect(ways: Sequence[Way]) -> None:
@@ -202,26 +227,33 @@ def _mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def write_results(folder: Path, ways: Sequence[Way], command: str) -> None:
-    """Write compare.md, compare.csv and compare.png."""
+    """Write compare.md, compare.csv and compare.png; those of another comparison are kept as *.old."""
     done = [way for way in ways if way.runs]
     machine = json.loads((done[0].folders()[0] / "args.json").read_text(encoding="utf-8"))
     seeds = f"{ways[0].args.seed} and on" if max(len(way.runs) for way in done) > 1 else str(ways[0].args.seed)
     where = f"{date.today()}, {machine['device']}, torch {machine['versions']['torch']}, seeds {seeds}"
-    write_text(folder / "compare.md", f"{table(ways)}\n\n{where}; mean ± deviation over the seeds\n\n    {command}\n")
-    text = io.StringIO()
-    names = [name for name in done[0].runs[0] if name != "history"]
-    rows = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
-    rows.writeheader()
-    rows.writerows(run for way in done for run in way.runs)
-    write_text(folder / "compare.csv", text.getvalue())
+    files = [folder / f"compare.{ending}" for ending in ("csv", "md", "png")]
+    if files[0].is_file() and files[0].read_text(encoding="utf-8") != _as_csv(done):
+        keep_earlier(files)
+    write_text(files[0], _as_csv(done))
+    write_text(files[1], f"{table(ways)}\n\n{where}; mean ± deviation over the seeds\n\n    {command}\n")
 
     from utils.pictures import draw_comparison
 
     draw_comparison(
-        folder / "compare.png",
+        files[2],
         {way.name: [run["mse"] for run in way.runs] for way in done},
         {way.name: [run["history"] for run in way.runs] for way in done},
     )
+
+
+def _as_csv(ways: Sequence[Way]) -> str:
+    text = io.StringIO()
+    names = [name for name in ways[0].runs[0] if name != "history"]
+    rows = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+    rows.writeheader()
+    rows.writerows(run for way in ways for run in way.runs)
+    return text.getvalue()
 
 
 def compare(argv: Sequence[str]) -> int:

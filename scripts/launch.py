@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.command import command_line, exit_code_of, run_child
 from utils.errors import UserError
-from utils.options import check_options, get_parser, has_llm, run_folder
+from utils.finished import is_of
+from utils.options import check_options, flags_of_repetition, get_parser, has_llm, run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 HORIZONS = ("96", "192", "336", "720")
@@ -107,10 +108,17 @@ def _llm_flags(data: str, further: Sequence[str]) -> list[str]:
 
 
 def is_done(args: argparse.Namespace) -> bool:
-    """Return whether every repetition of a run has its metrics.json."""
-    files = (ROOT / run_folder(args, repetition) / "metrics.json" for repetition in range(args.itr))
-    # access() says no to a name that is too long, too: run_main.py tells the user.
-    return all(os.access(file, os.F_OK) for file in files)
+    """Return whether every repetition of a training run has its metrics.json, of these flags as far as it says."""
+    if args.plan or not args.is_training:
+        return False
+    for repetition in range(args.itr):
+        folder = ROOT / run_folder(args, repetition)
+        # access() says no to a name that is too long, too: run_main.py tells the user.
+        if not os.access(folder / "metrics.json", os.F_OK):
+            return False
+        if (folder / "args.json").is_file() and not is_of(folder, flags_of_repetition(args, repetition)):
+            return False
+    return True
 
 
 def launch(runs: Sequence[Run], again: bool, dry_run: bool) -> int:

@@ -1,5 +1,7 @@
 """DLinear, the naive forecasts and the ablations of Time-LLM."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -52,12 +54,21 @@ def test_naive_forecasts_repeat_what_was_seen():
 
 @pytest.mark.parametrize(
     ("freq", "rows"),
-    [("h", 24), ("15min", 96), ("10s", 8640), ("D", 7), ("W", 52), ("MS", 12), ("QS", 4), ("YS", 1), ("12h", 2)],
+    [
+        *(("h", 24), ("15min", 96), ("10s", 8640), ("D", 7), ("W", 52), ("MS", 12), ("QS", 4), ("YS", 1), ("12h", 2)),
+        *(("B", 5), ("bh", 8)),  # working days, and their hours
+    ],
 )
-def test_a_season_is_read_off_the_dates(freq, rows):
-    dates = pd.date_range("2020-01-01", periods=40, freq=freq)
-    assert Table(dates, np.zeros((40, 1)), ("a",)).rows_of_a_season() == rows
+@pytest.mark.parametrize("zone", [None, "UTC"])
+def test_a_season_is_read_off_the_dates(freq, rows, zone):
+    dates = pd.date_range("2020-01-01", periods=60, freq=freq, tz=zone)
+    assert Table(dates, np.zeros((60, 1)), ("a",)).rows_of_a_season() == rows
     assert Table(dates[:1], np.zeros((1, 1)), ("a",)).rows_of_a_season() == 1
+
+
+def test_several_rows_a_date_are_a_season():
+    dates = pd.DatetimeIndex(np.repeat(pd.date_range("2020-01-01", periods=9), 3))
+    assert Table(dates, np.zeros((27, 1)), ("a",)).rows_of_a_season() == 3
 
 
 def test_a_season_longer_than_a_window_is_refused(run, flags):
@@ -92,7 +103,7 @@ def test_every_test_has_the_seasonal_naive_beside_it(run, flags):
     (folder,) = (folder for folder in done.folders if "LastValue" in folder.name)
     metrics = done._replace(folders=[folder]).metrics()
     assert metrics["seasonal_naive"] == {"mse": naive["mse"], "mae": naive["mae"]} == naive["seasonal_naive"]
-    assert f"Seasonal naive | MSE: {naive['mse']:.7f} MAE: {naive['mae']:.7f} | " in done.out
+    assert f"Seasonal naive | MSE: {naive['mse']:.7f} MAE: {naive['mae']:.7f} | the last 24 rows again" in done.out
     too_long = run(*flags, "--model", "LastValue", "--season", 49)
     assert "Seasonal naive" not in too_long.out
     assert too_long._replace(folders=[folder]).metrics()["seasonal_naive"] is None
@@ -103,6 +114,7 @@ def test_without_the_llm_the_prompt_does_not_matter(run, flags):
         run(*flags, "--ablation", "no_llm", "--content", content).metrics()["mse"] for content in ("one", "another")
     )
     assert one == other
+    assert "--llm_layers 99" in run(*flags, "--ablation", "no_llm", "--llm_layers", 99).err
     done = run(*flags, "--ablation", "no_llm", "--llm_layers", 2, "--predict")
     assert "1 of 2 layers, hidden size 64, float32 (not run, only its words are used)" in done.out
     assert "Prompt of the first window" not in done.out
@@ -114,6 +126,12 @@ def test_a_random_llm_is_the_same_for_the_same_seed(run, flags):
     pretrained = run(*flags).metrics()["mse"]
     done = run(*flags, "--ablation", "random_llm")
     drawn = done.metrics()["mse"]
+    second = run(*flags, "--ablation", "random_llm", "--itr", 2, "--des", "two").folders[-1]
+    alone = run(*flags, "--ablation", "random_llm", "--seed", 2022, "--des", "alone").folders[0]
+    for name in ("metrics.json",):
+        ours, theirs = (json.loads((folder / name).read_text(encoding="utf-8")) for folder in (second, alone))
+        assert ours["mse"] == theirs["mse"] and ours["llm"]["words_hash"] == theirs["llm"]["words_hash"]
+    assert ours["llm"]["words_hash"] != done.metrics()["llm"]["words_hash"]
     assert "2 of 2 layers, hidden size 64, float32 (random weights)" in done.out
     assert drawn != pretrained
     assert run(*flags, "--ablation", "random_llm", "--is_training", 0).metrics()["mse"] == drawn
@@ -132,6 +150,7 @@ def test_a_random_llm_in_4_bits(run, flags):
     [
         (["--model", "DLinear"], ["--model", "LastValue"], "trained with --model DLinear, not LastValue"),
         (["--model", "DLinear"], ["--model", "DLinear", "--moving_avg", "5"], "trained with --moving_avg 25, not 5"),
+        (["--model", "SeasonalNaive"], ["--model", "SeasonalNaive", "--season", "7"], "--season 0, not 7"),
         ([], ["--ablation", "no_llm"], "trained with --ablation none, not no_llm"),
     ],
 )

@@ -1,11 +1,14 @@
 import csv
+import json
 import os
 import re
+import shutil
 import sys
 
 import pytest
 
 import run_main
+from dataset.demo import write_demo_csv
 from scripts import compare
 
 
@@ -84,6 +87,59 @@ def test_other_flags_are_another_run(started, flags, tmp_path):
     assert list((tmp_path / "all").glob("*/metrics.json.old")), "the first figures are kept"
 
 
+def test_what_was_begun_with_other_flags_is_not_gone_on_with(started, flags, tmp_path):
+    ways = ["--way", "DLinear"]
+    compare.main([*small(flags), *ways, "--max_steps", "8"])
+    for name in ("metrics.json", "args.json"):  # as if seed 2021 had been begun anew, with 2 steps, and killed
+        (first,) = (tmp_path / "all").glob(f"*_0-none/{name}")
+        first.write_text(
+            first.read_text(encoding="utf-8").replace('"max_steps": 8', '"max_steps": 2'), encoding="utf-8"
+        )
+    first.with_name("metrics.json").unlink()
+    compare.main([*small(flags), *ways, "--max_steps", "2"])
+    assert "--resume" not in started[-1]
+    with (tmp_path / "all" / "compare.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["steps"] for row in csv.DictReader(file)] == ["2", "2"]
+
+
+def test_other_windows_and_other_data_are_scored_again(started, flags, tmp_path, csv_folder):
+    own = tmp_path / "data"
+    shutil.copytree(csv_folder, own)
+    words = [*small(flags), "--root_path", str(own), "--way", "last value", "--seeds", "1"]
+    compare.main(words)
+    compare.main(words)
+    assert len(started) == 1
+    folder = next((tmp_path / "all").glob("*/metrics.json")).parent
+    run_main.main([*started[0], "--is_training", "0", "--eval_windows", "7"])
+    compare.main(words)
+    assert len(started) == 2, "metrics.json was of other windows"
+    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["windows"] == 14
+    write_demo_csv(own / "more.csv", rows=401).replace(own / "small.csv")
+    compare.main(words)
+    assert len(started) == 3, "metrics.json was of other data"
+
+
+def test_another_comparison_is_kept(started, flags, tmp_path):
+    for way in ("DLinear", "DLinear", "last value"):
+        compare.main([*small(flags), "--way", way])
+    kept = sorted(file.name for file in (tmp_path / "all").glob("compare*"))
+    assert kept == [f"compare.{kind}{ending}" for kind in ("csv", "md", "png") for ending in ("", ".old")]
+
+
+def test_a_season_that_is_too_long_is_left_out(started, flags, capsys):
+    words = [*small(flags), "--season", "49", "--seeds", "1"]
+    assert [way.name for way in compare.plan_ways([], 1, words[:-4], "all")] == [
+        name for name in compare.WAYS if name != "last season"
+    ]
+    assert "No last season: it has 49 rows" in capsys.readouterr().out
+
+
+def test_names_are_drawn_as_they_are(started, flags, tmp_path, recwarn):
+    assert compare.main([*small(flags), "--seeds", "1", "--way", "$a_{$ 负荷=--model LastValue"]) == 0
+    assert (tmp_path / "all" / "compare.png").is_file()
+    assert not [warning for warning in recwarn if "legend" in str(warning.message) or "Glyph" in str(warning.message)]
+
+
 def test_a_comparison_that_was_cut_short_goes_on(started, flags, tmp_path):
     ways = ["--way", "DLinear"]
     compare.main([*small(flags), *ways])
@@ -102,6 +158,9 @@ def test_a_comparison_that_was_cut_short_goes_on(started, flags, tmp_path):
         (["--way", "a=--bathc_size 3"], ["--bathc_size"]),
         (["--way", "a=--model DLinear --ablation no_llm"], ["--ablation no_llm"]),
         (["--way", "a=--content 'b"], ["No closing quotation"]),
+        (["--plan"], ["--plan"]),
+        (["--way", "a=--des x"], ["--des"]),
+        (["--way", "a=--model LastValue", "--way", "A=--model DLinear"], ["two ways"]),
         (["--seeds", "0"], ["--seeds 0"]),
         (["--root_path", "gone"], ["gone"]),
     ],

@@ -16,10 +16,19 @@ def test_the_demo_leaves_a_forecast_and_says_what_to_type_next(run):
     forecast = pd.read_csv(done.folder / "forecast.csv", parse_dates=["date"])
     assert len(forecast) == 24
     assert "Seasonal naive | MSE: " in done.out
-    commands = [line.strip().split("   ")[0] for line in done.out.splitlines() if "python run_main.py" in line]
+    commands = [line.strip() for line in done.out.splitlines() if line.startswith("    python run_main.py")]
     assert len(commands) == 5
     for command in commands:
         get_parser().parse_args(shlex.split(command)[2:])  # leaves if there is a flag that is not known
+    for command in commands[1:3]:  # what to type next works as it stands
+        assert run(*shlex.split(command)[2:]).code == 0
+
+
+def test_the_demo_says_only_what_it_makes(run, csv_folder):
+    assert "makes a series, dataset" in (first := run(*QUICK, "--model", "LastValue").out) and "tiny LLM" not in first
+    assert not Path("base_models").exists()
+    other = run(*QUICK, "--model", "LastValue", "--root_path", csv_folder, "--data_path", "small.csv").out
+    assert other.startswith("It stands for\n")
 
 
 def test_the_command_behind_the_demo_does_the_same(run, monkeypatch):

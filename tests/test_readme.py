@@ -175,6 +175,11 @@ def test_the_shells_are_told_the_same():
     assert by_language["powershell"] == by_language["bat"] == by_language["bash"] != []
 
 
+@pytest.mark.parametrize("name", READMES)
+def test_nothing_is_left_to_be_filled_in(name):
+    assert not re.findall("@[A-Z]+@|TODO", text_of(name))
+
+
 @pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md"])
 def test_flags_and_links_are_there(name):
     text = text_of(name)

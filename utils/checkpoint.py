@@ -55,7 +55,8 @@ def _save(path: Path, contents: dict) -> None:
 
 
 # Flags that shape what the trained layers see: with others the weights mean nothing, or something else.
-_MUST_AGREE = ("model", "ablation", "seq_len", "pred_len", "patch_len", "stride", "moving_avg")
+_MUST_AGREE = ("model", "seq_len", "pred_len")
+_OF_A_MODEL = {"TimeLLM": ("ablation", "patch_len", "stride"), "DLinear": ("moving_avg",), "SeasonalNaive": ("season",)}
 _SHOULD_AGREE = ("prompt_padding", "prompt_decimals", "prompt_domain", "content", "prompt_file")
 
 _OF_THE_DATA = ("channels", "mean", "deviation")
@@ -65,7 +66,7 @@ _MAY_CHANGE = {
     *("resume", "save_steps", "train_epochs", "max_steps", "patience", "itr", "is_training", "plan", "demo"),
     *("root_path", "data_path", "checkpoints", "num_workers", "eval_batch_size", "skip_epoch_test"),
     *("llm_model", "llm_model_path", "gradient_checkpointing", "no_prefix_cache", "auto_batch_size"),
-    *("save_predictions", "predict", "checkpoint"),
+    *("save_predictions", "predict", "checkpoint", "season"),
 }
 
 
@@ -169,7 +170,7 @@ def _load_weights(path: Path, contents: dict, model: nn.Module) -> None:
 
 
 def _compare_flags(path: Path, saved: dict, present: dict) -> None:
-    for name in _MUST_AGREE:
+    for name in (*_MUST_AGREE, *_OF_A_MODEL.get(present["model"], ())):
         if saved.get(name, present[name]) != present[name]:
             raise UserError(f"{path} was trained with --{name} {saved[name]}, not {present[name]}: give it that")
     for name in _SHOULD_AGREE:

@@ -1,9 +1,10 @@
 """What --demo says, so that the next command is the reader's own."""
 
 import argparse
+from collections.abc import Sequence
 
 from utils.command import command_line
-from utils.options import csv_path, get_parser
+from utils.options import csv_path, demo_makes, get_parser, has_llm
 
 
 def command_behind(args: argparse.Namespace) -> str:
@@ -22,23 +23,31 @@ def command_behind(args: argparse.Namespace) -> str:
 
 def introduction(args: argparse.Namespace) -> str:
     """Return what to print before the demo runs."""
+    made = [f"a series, {csv_path(args)}"] if demo_makes(args, "data_path") else []
+    if has_llm(args) and demo_makes(args, "llm_model_path"):
+        made.append(f"a tiny LLM, {args.llm_model_path}")
     return (
-        f"The demo makes a series of its own, {csv_path(args)}, and a tiny LLM, {args.llm_model_path}, and runs\n"
-        f"    {command_behind(args)}\n"
-        "Each of these flags may be given beside --demo, with another value."
-    )
+        f"The demo makes {' and '.join(made)}. " if made else ""
+    ) + f"It stands for\n    {command_behind(args)}\nEach of these flags may be given beside --demo."
 
 
-def farewell(args: argparse.Namespace) -> str:
-    """Return what to print when the demo has run: what to type next."""
+def farewell(argv: Sequence[str]) -> str:
+    """Return what to print when the demo has run: what to type next.
+
+    Args:
+        argv: the demo's own command line.
+    """
+    again = command_line(["python", "run_main.py", *argv, "--is_training", "0"])
     yours = "python run_main.py --data custom --data_path my.csv --seq_len 96 --pred_len 24 --predict"
     return "\n".join(
         (
-            "What to type next:",
-            "    python run_main.py --demo --is_training 0             test the trained layers again",
-            "    python run_main.py --demo --is_training 0 --predict   forecast again, when the CSV has grown",
-            "    python scripts/fetch.py smollm2                       a real LLM (0.3 GB); qwen2.5-3b is the big one",
-            "Your own CSV, with a column 'date' and columns of numbers, goes into dataset/:",
+            "What to type next, to test the trained layers again, and to forecast again when the CSV has grown:",
+            f"    {again}",
+            f"    {again} --predict",
+            "For a real LLM, of 0.3 GB or of 6 GB:",
+            "    python scripts/fetch.py smollm2",
+            "    python scripts/fetch.py qwen2.5-3b",
+            "For your own CSV in dataset/, with a column 'date' and columns of numbers:",
             f"    {yours} --llm_model_path base_models/SmolLM2-135M",
             f"    {yours} --llm_model QWEN --load_in_4bit",
         )

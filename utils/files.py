@@ -1,9 +1,10 @@
 """Files that are never half-written."""
 
 import contextlib
+import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,6 +44,16 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file as UTF-8, whole or not at all."""
     write_whole(path, lambda file: file.write(text.encode()))
+
+
+def keep_earlier(files: Sequence[Path]) -> None:
+    """Rename files of one folder that are there to *.old, or, if there are such, to *.old2 and so on, all alike."""
+    folder = files[0].parent
+    endings = itertools.chain([".old"], (f".old{number}" for number in itertools.count(2)))
+    ending = next(ending for ending in endings if not any(folder.glob(f"*{ending}")))
+    for file in files:
+        if file.is_file():
+            file.replace(file.with_name(file.name + ending))
 
 
 def _rename(unfinished: Path, path: Path) -> None:

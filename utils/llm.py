@@ -1,6 +1,7 @@
 """Load a frozen LLM and its tokenizer: names, folders, layers, precision, device, all in one place."""
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import importlib.util
@@ -146,9 +147,14 @@ def choose_llm(args: argparse.Namespace) -> LLMChoice:
     config = load_pretrained(AutoConfig, source)
     text_config = _text_config(config, source)
     layers_there = text_config.num_hidden_layers
-    if args.ablation == "no_llm":
-        layers = 1  # its words are needed; no layer is run
-    _use_first_layers(text_config, layers or layers_there, source)
+    layers = layers or layers_there
+    if layers > layers_there:
+        raise UserError(f"--llm_layers {layers} is more than {source} has: give at most {layers_there}")
+    if args.ablation != "no_llm":
+        _use_first_layers(text_config, layers, source)
+    else:
+        with contextlib.suppress(UserError):  # its words are needed; whatever layers there are, none is run
+            _use_first_layers(text_config, 1, source)
     if args.llm_dim not in (0, text_config.hidden_size):
         raise UserError(
             f"--llm_dim {args.llm_dim} is not the hidden size of {source}: give {text_config.hidden_size},"
@@ -248,8 +254,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _use_first_layers(config: PretrainedConfig, layers: int, source: str) -> None:
-    if layers > config.num_hidden_layers:
-        raise UserError(f"--llm_layers {layers} is more than {source} has: give at most {config.num_hidden_layers}")
     if layers == config.num_hidden_layers:
         return
     try:
@@ -321,7 +325,7 @@ def _draw(dtype: torch.dtype, seed: int, options: dict) -> tuple[nn.Module, dict
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.random.fork_rng(devices=[]), quiet_transformers():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that seeds a GPU's generator, too
         drawn = AutoModel.from_config(config, dtype=dtype)
         # Once more through the loader, which quantises and moves them like weights from files.
         return type(drawn).from_pretrained(None, state_dict=drawn.state_dict(), **{**options, "config": config})

@@ -445,6 +445,11 @@ def run_folder(args: argparse.Namespace, repetition: int) -> Path:
     return Path(args.checkpoints) / name
 
 
+def flags_of_repetition(args: argparse.Namespace, repetition: int) -> argparse.Namespace:
+    """Return the flags with which repetition 0, 1, ... could be run by itself: with its own seed."""
+    return argparse.Namespace(**{**vars(args), "seed": args.seed + repetition})
+
+
 def headline_target(args: argparse.Namespace) -> str | None:
     """Return the channel that the headline metric is of, None for all."""
     return args.target if args.features == "MS" else None

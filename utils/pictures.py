@@ -96,6 +96,7 @@ def draw_comparison(
     """
     figure = Figure(figsize=(12, 1.5 + max(3.5, 0.5 * len(errors))), layout="constrained")
     left, right = figure.subplots(1, 2)
+    names = [label(name, f"way {number + 1}") for number, name in enumerate(errors)]
     for place, (name, values) in enumerate(errors.items()):
         color = f"C{place % 10}"
         left.barh(place, np.mean(values), color=color, alpha=0.35)
@@ -104,14 +105,15 @@ def draw_comparison(
         for number, history in enumerate(histories[name]):
             if history[-1][0]:  # else there was nothing to train
                 steps, losses = zip(*history, strict=True)
-                right.plot(steps, losses, ".-", color=color, alpha=0.7, label=name if number == 0 else None)
-    left.set_yticks(range(len(errors)), list(errors))
+                right.plot(steps, losses, ".-", color=color, alpha=0.7, label=names[place] if number == 0 else None)
+    left.set_yticks(range(len(errors)), names)
     left.invert_yaxis()
     left.margins(x=0.15)
     left.set_title("test MSE: a dot a seed, the bar their mean", fontsize="medium")
     right.set_title("validation MSE while training: a line a seed", fontsize="medium")
     right.set_xlabel("optimiser steps")
-    right.legend(fontsize="small")
+    if right.lines:
+        right.legend(fontsize="small")
     save_picture(figure, path)
 
 

@@ -17,12 +17,11 @@ from accelerate.utils import DataLoaderConfiguration, gather_object, set_seed
 from utils.errors import UserError
 
 
-def start_processes(args: argparse.Namespace, seed: int) -> Accelerator:
+def start_processes(args: argparse.Namespace) -> Accelerator:
     """Return the accelerator of this run and seed every random generator.
 
     Args:
-        args: the parsed flags.
-        seed: of the weights, of dropout and of the order of the training windows.
+        args: the parsed flags; their seed is that of the weights, of dropout and of the order of the windows.
 
     Raises:
         UserError: if several processes were started that would not work together.
@@ -33,7 +32,7 @@ def start_processes(args: argparse.Namespace, seed: int) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=_half_precision() if args.use_amp else None,
         gradient_accumulation_steps=args.grad_accum,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed, non_blocking=True),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed, non_blocking=True),
     )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and accelerator.num_processes == 1:
@@ -41,7 +40,7 @@ def start_processes(args: argparse.Namespace, seed: int) -> Accelerator:
             f"{started} processes were started, and each takes itself for the only one: start them with accelerate"
             " launch, or, on the CPU, set ACCELERATE_USE_CPU=1"
         )
-    set_seed(seed)
+    set_seed(args.seed)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first product is made
     # Where a kernel has no deterministic form, torch warns and names it.

@@ -3,7 +3,6 @@
 import argparse
 import csv
 import io
-import itertools
 import json
 import platform
 import sys
@@ -19,8 +18,10 @@ from torch import nn
 from data_provider.windows import WindowDataset
 from utils.errors import UserError
 from utils.evaluation import Scores
-from utils.files import UNFINISHED, write_text, write_whole
+from utils.files import UNFINISHED, keep_earlier, write_text, write_whole
+from utils.finished import hash_of
 from utils.llm import LoadedLLM
+from utils.options import csv_path
 from utils.pictures import draw_windows
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "numpy", "pandas", "scikit-learn", "tqdm")
@@ -37,7 +38,7 @@ _FILES = (
 )
 
 
-def open_run_folder(folder: Path, args: argparse.Namespace, repetition: int, device: str, resumes: bool) -> None:
+def open_run_folder(folder: Path, args: argparse.Namespace, device: str, resumes: bool) -> None:
     """Make the run folder and write args.json: every flag, the versions of the packages, the device.
 
     Training starts with a clean set of files: those of an earlier run of the same name are kept as *.old, *.old2
@@ -46,7 +47,6 @@ def open_run_folder(folder: Path, args: argparse.Namespace, repetition: int, dev
     Args:
         folder: the run folder.
         args: the run's flags.
-        repetition: which of them this is.
         device: that it runs on.
         resumes: whether training goes on with the files that are there.
 
@@ -66,18 +66,14 @@ def open_run_folder(folder: Path, args: argparse.Namespace, repetition: int, dev
     except OSError as problem:
         raise UserError(f"cannot write to {folder}: {problem.strerror or problem} (--checkpoints)") from problem
     versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
-    flags = {**vars(args), "seed": args.seed + repetition}
-    _write_json(folder / "args.json", {**flags, "versions": versions, "device": device})
+    _write_json(folder / "args.json", {**vars(args), "versions": versions, "device": device})
 
 
 def _keep_earlier_files(folder: Path) -> None:
     present = [folder / name for name in _FILES if (folder / name).is_file()]
     if not any(_holds_results(file) for file in present):
         return  # a run that was stopped before its first step
-    endings = itertools.chain([".old"], (f".old{number}" for number in itertools.count(2)))
-    ending = next(ending for ending in endings if not any(folder.glob(f"*{ending}")))
-    for file in present:
-        file.replace(file.with_name(file.name + ending))
+    keep_earlier(present)
 
 
 def _holds_results(file: Path) -> bool:
@@ -88,24 +84,24 @@ def _holds_results(file: Path) -> bool:
 
 def write_metrics(
     folder: Path,
+    args: argparse.Namespace,
     scores: Scores,
     naive: Scores | None,
     seconds: float,
     llm: LoadedLLM | None,
     checkpoint: Path,
-    csv: Path,
     cost: dict,
 ) -> None:
     """Write metrics.json.
 
     Args:
         folder: the run folder.
+        args: the run's flags.
         scores: of the best checkpoint.
         naive: of the last season once more, on the same windows; None if a window holds none.
         seconds: that the test took.
         llm: of the model, None if it has none.
         checkpoint: that was tested.
-        csv: that it was tested on.
         cost: see `cost_of`.
     """
     contents = {
@@ -118,20 +114,23 @@ def write_metrics(
         "seconds": round(seconds, 3),
         "llm": llm.as_dict() if llm else None,
         "checkpoint": str(checkpoint),
-        "data": str(csv),
+        "data": str(csv_path(args)),
+        "data_sha256": hash_of(csv_path(args)),
+        "eval_windows": args.eval_windows,
         "cost": cost,
     }
     _write_json(folder / "metrics.json", contents)
 
 
-def cost_of(model: nn.Module, device: torch.device, seconds_per_step: float | None) -> dict:
+def cost_of(model: nn.Module, device: torch.device, progress: dict) -> dict:
     """Return what a model took: trained numbers, seconds a step if it was trained, bytes at the worst moment.
 
+    The seconds are those until its checkpoint was written, and of all processes that trained it.
     The bytes are those of tensors on a GPU, and all that the process held of memory where there is none.
     """
     return {
         "trainable_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "seconds_per_step": seconds_per_step,
+        "seconds_per_step": progress.get("seconds_per_step"),
         "peak_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_of_process(),
     }
 

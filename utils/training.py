@@ -104,11 +104,6 @@ class Trainer:
         if self.stopping.should_stop:
             self.accelerator.print("Early stopping")
 
-    @property
-    def seconds_per_step(self) -> float | None:
-        """Of the run's optimiser steps, validations not counted; None if there were none."""
-        return self.learning_seconds / self.steps if self.steps else None
-
     def _score_untrained(self) -> None:
         """Leave the files of a trained model, so that testing, forecasting and resuming need not know."""
         self.accelerator.print(f"{self.args.model} has nothing to train")
@@ -235,7 +230,12 @@ class Trainer:
         self._report(train_loss, vali, test)
         if self.stopping.update(vali.mse) and self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.model)
-            progress = {"epoch": self.epoch, "steps": self.steps, "vali_loss": vali.mse}
+            progress = {
+                "epoch": self.epoch,
+                "steps": self.steps,
+                "vali_loss": vali.mse,
+                "seconds_per_step": self.learning_seconds / self.steps if self.steps else None,
+            }
             save_checkpoint(self.folder / "checkpoint", model, self.args, self.series, progress)
         self.validated_at = self.steps
         self.validating_seconds += time.perf_counter() - started
@@ -353,8 +353,9 @@ class Trainer:
 
     def _load_state(self, state: dict) -> list[list[str]]:
         """Take over a saved state; return the rows of its history."""
-        for name in ("epoch", "batch", "steps", "validated_at", "loss_count", "learning_seconds"):
+        for name in ("epoch", "batch", "steps", "validated_at", "loss_count"):
             setattr(self, name, state[name])
+        self.learning_seconds = state.get("learning_seconds", 0.0)
         self.loss_sum = state["loss_sum"].to(self.accelerator.device)
         self.started -= state["seconds"]
         self.stopping.load_state_dict(state["stopping"])
