@@ -69,6 +69,7 @@ class Way:
         argv: run_main's whole command line.
         args: the same, parsed.
         problem: why there are no figures, empty if there are.
+        runs: the figures of each seed.
     """
 
     name: str

@@ -103,7 +103,7 @@ def test_what_was_begun_with_other_flags_is_not_gone_on_with(started, flags, tmp
 def test_other_windows_and_other_data_are_scored_again(started, flags, tmp_path, csv_folder):
     own = tmp_path / "data"
     shutil.copytree(csv_folder, own)
-    words = [*small(flags), "--root_path", str(own), "--way", "last value", "--seeds", "1"]
+    words = [*small(flags), "--root_path", str(own), "--way", "DLinear", "--seeds", "1"]
     compare.main(words)
     compare.main(words)
     assert len(started) == 1
@@ -113,8 +113,9 @@ def test_other_windows_and_other_data_are_scored_again(started, flags, tmp_path,
     assert len(started) == 2, "metrics.json was of other windows"
     assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["windows"] == 14
     write_demo_csv(own / "more.csv", rows=401).replace(own / "small.csv")
-    compare.main(words)
+    assert compare.main(words) == 0
     assert len(started) == 3, "metrics.json was of other data"
+    assert "--resume" not in started[-1]
 
 
 def test_another_comparison_is_kept(started, flags, tmp_path):

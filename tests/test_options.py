@@ -68,6 +68,10 @@ def test_time_llm_defaults_are_kept():
     assert args["model_id"] == "ETTh1_96_96"
 
 
+def test_the_compact_map_is_the_default():
+    assert get_parser().parse_args(["--data", "ETTh1"]).mapping == "compact"
+
+
 def test_every_flag_has_a_help_text():
     assert all(action.help for action in get_parser()._actions)
 

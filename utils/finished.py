@@ -15,7 +15,12 @@ _MAY_DIFFER = {
 
 
 def is_of(folder: Path, args: argparse.Namespace) -> bool:
-    """Return whether what a run folder holds was made with these flags; `args.seed` is the repetition's own."""
+    """Return whether what a run folder holds was made with these flags and this CSV.
+
+    Args:
+        folder: the run folder.
+        args: the flags, with the repetition's own seed.
+    """
     path = folder / "args.json"
     if not path.is_file():
         return False
@@ -25,7 +30,8 @@ def is_of(folder: Path, args: argparse.Namespace) -> bool:
     windows = before.get("batch_size", 0) * before.get("grad_accum", 0)
     same_step = not found or windows == args.batch_size * args.grad_accum
     names = vars(args).keys() - _MAY_DIFFER - found
-    return same_step and all(before.get(name, vars(args)[name]) == vars(args)[name] for name in names)
+    same_data = before.get("data_sha256") == hash_of(csv_path(args))
+    return same_data and same_step and all(before.get(name, vars(args)[name]) == vars(args)[name] for name in names)
 
 
 def is_finished(folder: Path, args: argparse.Namespace) -> bool:

@@ -39,7 +39,7 @@ _FILES = (
 
 
 def open_run_folder(folder: Path, args: argparse.Namespace, device: str, resumes: bool) -> None:
-    """Make the run folder and write args.json: every flag, the versions of the packages, the device.
+    """Make the run folder and write args.json: every flag, a hash of the CSV, the versions of the packages, the device.
 
     Training starts with a clean set of files: those of an earlier run of the same name are kept as *.old, *.old2
     and so on. A test of the run's own checkpoint leaves its args.json as it is.
@@ -66,7 +66,8 @@ def open_run_folder(folder: Path, args: argparse.Namespace, device: str, resumes
     except OSError as problem:
         raise UserError(f"cannot write to {folder}: {problem.strerror or problem} (--checkpoints)") from problem
     versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
-    _write_json(folder / "args.json", {**vars(args), "versions": versions, "device": device})
+    what_ran = {**vars(args), "data_sha256": hash_of(csv_path(args)), "versions": versions, "device": device}
+    _write_json(folder / "args.json", what_ran)
 
 
 def _keep_earlier_files(folder: Path) -> None:
