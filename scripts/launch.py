@@ -7,7 +7,7 @@
 
 ETTh1.bat and ETTh1.sh are the first line, smoke.bat and smoke.sh the last, and so on.
 
-    --again      run the horizons, too, that have their metrics.json; else they are skipped
+    --again      run the horizons, too, that have their metrics.json; else they are skipped, if it is of these flags
     --dry_run    print the command lines, run nothing
 
 The first run that fails ends the script, with its exit code. After Ctrl-C, --resume auto goes on.
@@ -20,6 +20,7 @@ takes all.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -111,13 +112,14 @@ def is_done(args: argparse.Namespace) -> bool:
     """Return whether every repetition of a training run has its metrics.json, of these flags as far as it says."""
     if args.plan or not args.is_training:
         return False
-    for repetition in range(args.itr):
-        folder = ROOT / run_folder(args, repetition)
-        # access() says no to a name that is too long, too: run_main.py tells the user.
-        if not os.access(folder / "metrics.json", os.F_OK):
-            return False
-        if (folder / "args.json").is_file() and not is_of(folder, flags_of_repetition(args, repetition)):
-            return False
+    with contextlib.chdir(ROOT):
+        for repetition in range(args.itr):
+            folder = run_folder(args, repetition)
+            # access() says no to a name that is too long, too: run_main.py tells the user.
+            if not os.access(folder / "metrics.json", os.F_OK):
+                return False
+            if (folder / "args.json").is_file() and not is_of(folder, flags_of_repetition(args, repetition)):
+                return False
     return True
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from scripts import launch
 from utils.options import check_options, csv_path, get_parser, run_folder
+from utils.records import open_run_folder
 
 SCRIPTS = Path(launch.__file__).parent
 DATA = ("ETTh1", "ETTh2", "ETTm1", "ETTm2")
@@ -151,6 +152,20 @@ def test_what_has_its_metrics_is_skipped_unless_told_otherwise(children, tmp_pat
     error = capsys.readouterr().err
     assert "ETTh1 192: skipped" in error and "--again" in error
     assert (launch.main([*line, "--again"]), children) == (0, [96, 96, 192])
+
+
+def test_what_was_run_with_other_flags_is_not_skipped(children, run, csv_folder, tmp_path):
+    data = csv_folder / "small.csv"
+    shared = ["--root_path", str(csv_folder), "--data_path", data.name, "--checkpoints", str(tmp_path / "runs")]
+    line = ["ETTh1", "8", *shared, "--model", "DLinear", "--season", "7"]
+    (planned,) = launch.plan_runs("ETTh1", line[1:])
+    folder = run_folder(planned.args, 0)
+    open_run_folder(folder, planned.args, "cpu", resumes=False)
+    (folder / "metrics.json").touch()
+    assert (launch.main(line), children) == (0, [])
+    for more in (["--learning_rate", "0.5"], ["--is_training", "0"], ["--plan"]):
+        children.clear()
+        assert (launch.main([*line, *more]), children) == (0, [8]), more
 
 
 def test_the_smoke_test_runs_every_time(children, tmp_path):
