@@ -37,7 +37,8 @@ def test_the_last_good_state_survives_every_failed_write(run, flags, undisturbed
     assert writes.calls >= 20
     # Every write and every folder that is made to last in the long mode, some by default.
     step = 1 if request.config.getoption("--kills") >= 100 else 7
-    for number in range(1, writes.calls + 1, step):
+    # But for the very last: that syncs a folder, which some file systems refuse, and every file is in its place.
+    for number in range(1, writes.calls, step):
         with monkeypatch.context() as patch:
             FailingDisk(patch, number)
             broken = run(*argv)
