@@ -16,6 +16,7 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 import run_main
+from base_models.make_tiny_llm import make_tiny_llm
 from dataset.demo import demo_frame, write_demo_csv
 from utils.options import get_parser
 
@@ -57,9 +58,8 @@ def house(tmp_path, tiny_llm, monkeypatch) -> Path:
     mine = demo_frame(2500).iloc[:, :4].set_axis(["date", "load", "wind", "temperature"], axis=1).assign(date=dates)
     mine.to_csv(tmp_path / "dataset" / "my.csv", index=False)
     mine.rename(columns={"load": "负荷"}).to_csv(tmp_path / "dataset" / "my-gbk.csv", index=False, encoding="gbk")
-    (tmp_path / "base_models").mkdir()
-    for name, family in (("Qwen2.5-3B", "qwen2"), ("SmolLM2-135M", "llama")):
-        shutil.copytree(tiny_llm(family), tmp_path / "base_models" / name)
+    shutil.copytree(tiny_llm("qwen2"), tmp_path / "base_models" / "Qwen2.5-3B")
+    make_tiny_llm("llama", tmp_path / "base_models" / "SmolLM2-135M", layers=6)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
