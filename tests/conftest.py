@@ -1,9 +1,14 @@
 """What the tests share: tiny LLMs, small CSVs, and the command line run in a folder of its own."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+# Before torch is loaded, and for the processes that tests start: two workers share the cores, and threads of the one
+# that wait for each other would take them from the other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -19,10 +24,6 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="how often the kill test kills a run")
     parser.addoption("--fuzz", type=int, default=15, help="examples of each fuzz test")
-
-
-def pytest_configure():
-    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def pytest_collection_modifyitems(items):
