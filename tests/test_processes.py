@@ -53,6 +53,9 @@ def test_a_baseline_scores_every_window_once_on_two_processes(run, flags, tmp_pa
     ours, theirs = (json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in (two, one))
     assert ours["windows"] == theirs["windows"] == 41
     assert ours["mse"] == pytest.approx(theirs["mse"], rel=1e-5)
+    resumed = launch([*shared, "--batch_size", "4", "--resume"], tmp_path, "--num_processes", "2", "--cpu")
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((two / "metrics.json").read_text(encoding="utf-8"))["mse"] == ours["mse"]
 
 
 @pytest.mark.slow

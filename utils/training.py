@@ -86,6 +86,7 @@ class Trainer:
         self._forget_losses()
         self._random_to_restore: dict | None = None
         rows = self._load_state(state) if state else []
+        self.was_scored = bool(rows)
         self.history = History(folder / "history.csv", rows) if accelerator.is_main_process else None
 
     def fit(self) -> None:
@@ -107,7 +108,7 @@ class Trainer:
     def _score_untrained(self) -> None:
         """Leave the files of a trained model, so that testing, forecasting and resuming need not know."""
         self.accelerator.print(f"{self.args.model} has nothing to train")
-        if not (self.history and self.history.rows):
+        if not self.was_scored:  # as all processes know, not the one that keeps the history alone
             self._validate()
         self._save_state(self._random_states())
 
