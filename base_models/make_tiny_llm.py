@@ -55,14 +55,16 @@ _SPECIAL_TOKENS = {
 FAMILIES = tuple(_SPECIAL_TOKENS)
 
 
-def make_tiny_llm(family: str, folder: str | os.PathLike, seed: int = 0, layers: int = LAYERS) -> Path:
+def make_tiny_llm(
+    family: str, folder: str | os.PathLike, seed: int = 0, layers: int = LAYERS, hidden_size: int = HIDDEN_SIZE
+) -> Path:
     """Write a tiny LLM as a Hugging Face folder, unless one with the same recipe is there.
 
     Args:
         family: qwen2, gpt2, llama or bert.
         folder: where to; made if need be.
         seed: of the weights.
-        layers: of the network.
+        layers, hidden_size: of the network.
 
     Returns:
         The folder.
@@ -71,14 +73,14 @@ def make_tiny_llm(family: str, folder: str | os.PathLike, seed: int = 0, layers:
         UserError: if the folder holds something else.
     """
     folder = Path(folder)
-    recipe = {"family": family, "seed": seed, "layers": layers, "torch": torch.__version__}
+    recipe = {"family": family, "seed": seed, "layers": layers, "width": hidden_size, "torch": torch.__version__}
     receipt = folder / "tiny_llm.json"
     if receipt.is_file() and json.loads(receipt.read_text(encoding="utf-8")) == recipe:
         return folder
     if not receipt.is_file() and (folder / "config.json").is_file():
         raise UserError(f"{folder} holds another LLM: name an empty folder")
     tokenizer = _make_tokenizer(family)
-    config = _make_config(family, layers, tokenizer)
+    config = _make_config(family, layers, hidden_size, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModel.from_config(config, dtype=torch.float32)
@@ -113,7 +115,7 @@ def _make_tokenizer(family: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
 
 
-def _make_config(family: str, layers: int, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+def _make_config(family: str, layers: int, hidden_size: int, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
     shared = {
         "vocab_size": VOCABULARY,
         "initializer_range": 0.08,  # four times the usual: so narrow a network would hardly react to its input
@@ -122,14 +124,14 @@ def _make_config(family: str, layers: int, tokenizer: PreTrainedTokenizerFast) -
         "pad_token_id": tokenizer.pad_token_id,
     }
     wide = {
-        "hidden_size": HIDDEN_SIZE,
-        "intermediate_size": 2 * HIDDEN_SIZE,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
         "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
         "max_position_embeddings": CONTEXT,
     }
     if family == "gpt2":
-        return GPT2Config(n_embd=HIDDEN_SIZE, n_layer=layers, n_head=HEADS, n_positions=CONTEXT, **shared)
+        return GPT2Config(n_embd=hidden_size, n_layer=layers, n_head=HEADS, n_positions=CONTEXT, **shared)
     if family == "bert":
         return BertConfig(**wide, **shared)
     config = {"qwen2": Qwen2Config, "llama": LlamaConfig}[family]

@@ -12,6 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 from data_provider.timefeatures import integer_features, scaled_features
 from utils.errors import UserError
+from utils.exact import mean_and_variance
 from utils.options import csv_path
 
 SPLITS = ("train", "val", "test")
@@ -20,6 +21,9 @@ _MONTH_HOURS = 30 * 24
 
 # Deviations from the mean beyond which the squares of an error would leave float32.
 _LARGEST = 1e12
+
+# Numbers beyond which a sum of squares would leave float64.
+_HUGE = 1e150
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def _load_series(table: Table, path: Path, data: str, embed: str, freq: str) -> 
     if rows[0] == 0:
         raise UserError(f"{path} has {len(raw)} data rows: too few to train on")
     # Fitted on all training rows, whatever --percent uses of them, as in Time-LLM.
-    scaler = StandardScaler().fit(raw[: rows[0]])
+    scaler = _fit_scaler(path, raw[: rows[0]], channels)
     marks = scaled_features(dates, freq) if embed == "timeF" else integer_features(dates, layout.quarter_hours)
     return Series(
         values=_scale(path, raw, channels, scaler),
@@ -273,6 +277,24 @@ def _notes_on_channels(path: Path, training: np.ndarray, channels: Sequence[str]
     """Return which channels never change in the rows that they are scaled by."""
     constant = [name for name, column in zip(channels, training.T, strict=True) if np.ptp(column) == 0]
     return [f"{path}: constant in the training rows, so not scaled: {', '.join(constant)}"] if constant else []
+
+
+def _fit_scaler(path: Path, training: np.ndarray, channels: Sequence[str]) -> StandardScaler:
+    """Return scikit-learn's scaler, with means and deviations that come out alike on every machine.
+
+    A channel that it takes for constant keeps its scale of 1.
+    """
+    huge = np.argwhere(np.abs(training) > _HUGE)
+    if len(huge):
+        row, column = huge[0]
+        raise UserError(
+            f"{path} data row {row + 1}, column {channels[column]!r}: {training[row, column]:g} is too large to be a"
+            " reading"
+        )
+    scaler = StandardScaler().fit(training)
+    scaler.mean_, scaler.var_ = np.array([mean_and_variance(column) for column in training.T]).T
+    scaler.scale_ = np.where(scaler.scale_ == 1, 1, np.sqrt(scaler.var_))
+    return scaler
 
 
 def _scale(path: Path, raw: np.ndarray, channels: Sequence[str], scaler: StandardScaler) -> np.ndarray:

@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 import torch
 
+# Added to the variance, so that a constant window stays finite.
+EPS = 1e-5
+
 
 class Statistics(NamedTuple):
     """Mean and deviation of each window, (B, 1) each."""
@@ -13,19 +16,12 @@ class Statistics(NamedTuple):
 
 
 class Normalize:
-    """Scale windows to mean 0 and deviation 1, and back. Keeps no state: what it took off, it returns.
-
-    Args:
-        eps: added to the variance, so that a constant window stays finite.
-    """
-
-    def __init__(self, eps: float = 1e-5):
-        self.eps = eps
+    """Scale windows to mean 0 and deviation 1, and back. Keeps no state: what it took off, it returns."""
 
     def __call__(self, windows: torch.Tensor) -> tuple[torch.Tensor, Statistics]:
         """(B, seq_len) -> the scaled windows, (B, seq_len), and what was taken off."""
         mean = windows.mean(-1, keepdim=True)
-        deviation = torch.sqrt(windows.var(-1, keepdim=True, unbiased=False) + self.eps)
+        deviation = torch.sqrt(windows.var(-1, keepdim=True, unbiased=False) + EPS)
         return (windows - mean) / deviation, Statistics(mean, deviation)
 
     def inverse(self, windows: torch.Tensor, statistics: Statistics) -> torch.Tensor:

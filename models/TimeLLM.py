@@ -98,6 +98,4 @@ class Model(nn.Module):
 
     def tokenize(self, windows: torch.Tensor) -> list[list[int]]:
         """Return the token ids of the prompts of windows (B, seq_len)."""
-        # On the CPU and in one piece, where a window is scaled alike whatever its batch: one different last
-        # digit of a statistic is another token.
-        return self.prompts(self.normalize(windows.detach().cpu().contiguous())[0])
+        return self.prompts(windows.detach().cpu())

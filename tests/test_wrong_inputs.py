@@ -41,6 +41,7 @@ WRONG_CSVS = [
     ("too short", "\n".join(GOOD.splitlines()[:60]) + "\n", "too short"),
     ("one row", "\n".join(GOOD.splitlines()[:2]) + "\n", "data rows"),
     ("a huge number after the training rows", GOOD.rstrip()[:-1] + "1e300\n", "too far from"),
+    ("a huge number in the training rows", edited(",3,", ",1e200,"), "too large to be a reading"),
     ("beyond float64", edited(",3,", ",1e999,"), "not a finite number"),
 ]
 

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from layers.StandardNorm import EPS
 from utils.errors import UserError
+from utils.exact import mean_and_variance
 
 PROMPT_BANK = Path(__file__).resolve().parents[1] / "dataset" / "prompt_bank"
 
@@ -33,32 +36,50 @@ class WindowStatistics:
 
 
 def window_statistics(windows: torch.Tensor) -> list[WindowStatistics]:
-    """Describe windows that are scaled to mean 0 and deviation 1.
+    """Describe windows as they are once `Normalize` has scaled them; the same on every machine and in every batch.
 
-    The lags are those of the largest circular autocorrelations. Lag k and lag seq_len - k are equal but for
-    rounding, and rounding decides which is named first. So each window is transformed by itself: a batched
-    transform rounds differently for different batches, and the prompt would depend on the batch-mates.
+    All is computed in float64, by operations that come out alike everywhere, and rounded to float32 once. The trend
+    is that from the first value to the last; a window that ends where it began is not upward. The median of an even
+    number of values is the lower one of the middle, as torch and Time-LLM have it.
 
     Args:
-        windows: (B, seq_len) float32, on the CPU.
+        windows: (B, seq_len) on the CPU, not yet scaled.
     """
+    rows = windows.double().numpy()
+    means, variances = np.array([mean_and_variance(row) for row in rows]).T[..., None]  # (B, 1) each
+    centred = rows - means
+    in_order = np.sort(centred)[:, [0, -1, (rows.shape[1] - 1) // 2]]
+    numbers = in_order / np.sqrt(variances + EPS) + 0.0  # + 0.0: there is but one zero then, that without a sign
     return [
-        WindowStatistics(*numbers, is_upward=upward, lags=tuple(_lags(window)))
-        for window, upward, *numbers in zip(
-            windows,
-            (windows.diff(dim=-1).sum(-1) > 0).tolist(),
-            windows.amin(-1).tolist(),
-            windows.amax(-1).tolist(),
-            windows.median(-1).values.tolist(),
+        WindowStatistics(*told, is_upward=upward, lags=lags)
+        for told, upward, lags in zip(
+            numbers.astype(np.float32).tolist(),
+            (rows[:, -1] > rows[:, 0]).tolist(),
+            _largest_lags(centred, np.sqrt(variances)),
             strict=True,
         )
     ]
 
 
-def _lags(window: torch.Tensor) -> list[int]:
-    spectrum = torch.fft.rfft(window)
-    autocorrelation = torch.fft.irfft(spectrum * spectrum.conj(), n=len(window))
-    return torch.topk(autocorrelation, min(TOP_LAGS, len(autocorrelation))).indices.tolist()
+def _largest_lags(centred: np.ndarray, deviations: np.ndarray) -> list[tuple[int, ...]]:
+    """Return the lags of each window's largest circular autocorrelations, the largest first.
+
+    Windows are rounded to whole numbers (of about 2^15 times their deviation for 512 rows). Then autocorrelations are
+    whole numbers below 2^42, a transform in float64 is off by a hundredth or less, and rounding makes them exact,
+    whoever wrote the transform. Lags k and seq_len - k are equal by definition: the nearer is named first, then its
+    mirror; of other equals the smaller is first.
+
+    Args:
+        centred: (B, seq_len), of mean 0.
+        deviations: (B, 1), 0 for a constant window.
+    """
+    count = centred.shape[1]
+    unit = np.where(deviations > 0, deviations, 1) * 2.0 ** (count.bit_length() // 2 - 20)
+    spectrum = np.fft.rfft(np.rint(centred / unit))
+    correlations = np.rint(np.fft.irfft(spectrum.real**2 + spectrum.imag**2, count))
+    nearer = np.argsort(-correlations[:, : count // 2 + 1], kind="stable")[:, :TOP_LAGS].tolist()
+    with_mirrors = [[lag for k in lags for lag in dict.fromkeys((k, -k % count))] for lags in nearer]
+    return [tuple(lags[:TOP_LAGS]) for lags in with_mirrors]
 
 
 def render(statistics: WindowStatistics, description: str, seq_len: int, pred_len: int, decimals: int = -1) -> str:
@@ -125,11 +146,11 @@ class PromptBuilder:
         self._frame = self._find_frame()
 
     def texts(self, windows: torch.Tensor) -> list[str]:
-        """Return the prompts of scaled windows, (B, seq_len) on the CPU, as text."""
+        """Return the prompts of windows, (B, seq_len) on the CPU, as text."""
         return [self._render(statistics) for statistics in window_statistics(windows)]
 
     def __call__(self, windows: torch.Tensor) -> list[list[int]]:
-        """Return the prompts of scaled windows, (B, seq_len) on the CPU, as token ids.
+        """Return the prompts of windows, (B, seq_len) on the CPU, as token ids.
 
         Raises:
             UserError: if a prompt and the patches do not fit into the LLM's context.
