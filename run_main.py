@@ -145,10 +145,10 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
     # torch and transformers take seconds to import: not before the command line is known to be sound.
     from data_provider.series import load_series
     from models import build_model
-    from utils.checkpoint import load_checkpoint
+    from utils.checkpoint import load_checkpoint, saved_basis
     from utils.memory import memory_in_short
     from utils.optimizers import check_optimizer
-    from utils.processes import is_there_for_all, start_processes
+    from utils.processes import draw_apart, is_there_for_all, start_processes
     from utils.records import open_run_folder
     from utils.run_lock import RunLock
 
@@ -159,9 +159,10 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
         accelerator.print(f"Warning: {note}")
     if has_llm(args):
         accelerator.print(memory_in_short(args))
-    model = build_model(args)
     folder, checkpoint = run_folder(args, repetition), trained_folder(args, repetition) / "checkpoint"
     resumes = bool(args.resume) and is_there_for_all(folder / "last")
+    begun = folder / "last" if resumes else None if args.is_training else checkpoint
+    model = build_model(args, saved_basis(begun) if begun else None)
     is_trainable = bool(list(model.parameters()))
     if args.is_training and args.auto_batch_size and is_trainable:
         settle_batch_size(accelerator, args, model, folder / "last" if resumes else None)
@@ -171,6 +172,7 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
         contents = load_checkpoint(checkpoint, model, args, load_series(args))  # before anything is written
     if is_trainable:  # torch's data parallelism refuses others
         model = accelerator.prepare(model)
+    draw_apart(accelerator, args.seed)
     with RunLock(folder) if args.is_training and accelerator.is_main_process else nullcontext():
         if args.is_training:
             train(accelerator, args, model, datasets, loaders, folder, interrupts, resumes)
@@ -213,29 +215,30 @@ def train(
 
 def settle_batch_size(accelerator: "Accelerator", args: argparse.Namespace, model: "Module", last: Path | None) -> None:
     """Set the batch size to what fits into memory, or to that of the state `last` that the run goes on from."""
-    from utils.batch_size import fit_batch_size
+    from utils.batch_size import fit_batch_size, take_batches
     from utils.checkpoint import resumed_batches
 
     if last is None:
         fit_batch_size(args, accelerator, model)
-        return
-    args.batch_size, args.grad_accum = resumed_batches(last)
-    accelerator.gradient_accumulation_steps = args.grad_accum
+    else:
+        take_batches(args, accelerator, *resumed_batches(last))
 
 
 def run_prediction(args: argparse.Namespace, repetition: int) -> None:
     """Forecast beyond the CSV with a trained checkpoint; the CSV needs no more rows than a window has."""
     from data_provider.series import read_table
     from models import build_model
+    from utils.checkpoint import saved_basis
     from utils.processes import start_processes
     from utils.records import open_run_folder
 
     accelerator = start_processes(args)
     read_table(args)  # before the LLM: a wrong CSV is found sooner
-    model, folder = build_model(args), run_folder(args, repetition)
+    folder, checkpoint = run_folder(args, repetition), trained_folder(args, repetition) / "checkpoint"
+    model = build_model(args, saved_basis(checkpoint))
     if accelerator.is_main_process:
         open_run_folder(folder, args, str(accelerator.device), resumes=False)
-    predict(accelerator, args, model, trained_folder(args, repetition) / "checkpoint", folder)
+    predict(accelerator, args, model, checkpoint, folder)
 
 
 def predict(
@@ -245,7 +248,9 @@ def predict(
     from utils.checkpoint import load_checkpoint
     from utils.prediction import forecast_beyond, write_forecast
 
-    forecast = forecast_beyond(args, model, load_checkpoint(checkpoint, model, args, None))
+    contents = load_checkpoint(checkpoint, model, args, None)
+    with accelerator.autocast():  # as in training and testing, whether accelerate has prepared the model or not
+        forecast = forecast_beyond(args, model, contents)
     if accelerator.is_main_process:
         write_forecast(folder, args, forecast)
     first, last = forecast.dates[0], forecast.dates[-1]

@@ -3,34 +3,36 @@
 import argparse
 import signal
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from data_provider.series import SPLITS, load_series
+from data_provider.series import SPLITS, continue_dates, load_series, read_table, time_marks
 from data_provider.windows import WindowDataset, evenly_spaced
 from utils.errors import UserError
+from utils.options import csv_path
 
 
 def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, DataLoader]:
     """Return the windows of a split and a loader over them.
 
     The training loader shuffles and drops the last partial batch, as Time-LLM's does, unless there is no
-    other. The validation and test loaders keep the order and drop nothing; with ``--eval_windows`` their
-    `dataset` is a Subset of evenly spaced windows.
+    other. The other loaders keep the order and drop nothing; with ``--eval_windows`` the `dataset` of those of
+    validation and test is a Subset of evenly spaced windows.
 
     Args:
         args: the parsed flags.
-        flag: train, val or test.
+        flag: train, val, test, or pred: the last window of each channel, whose pred_len rows to come are NaN.
 
     Raises:
         UserError: if the CSV is wrong or too short for the split.
     """
-    dataset = _windows_of(args, flag)
+    dataset = _windows_to_come(args) if flag == "pred" else _windows_of(args, flag)
     if flag == "train":
         batch, shown = args.batch_size, dataset
     else:
         batch = args.eval_batch_size or args.batch_size
-        few = args.eval_windows and len(dataset) > args.eval_windows
+        few = flag != "pred" and args.eval_windows and len(dataset) > args.eval_windows
         shown = Subset(dataset, evenly_spaced(len(dataset), args.eval_windows).tolist()) if few else dataset
         if few and args.features == "MS":
             _check_target_is_shown(dataset, shown, args.target)
@@ -64,6 +66,23 @@ def _leave_signals_to_the_main_process(_worker: int) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _windows_to_come(args: argparse.Namespace) -> WindowDataset:
+    """Return the windows that end with the CSV's last row, one a channel, followed by rows that nobody knows."""
+    series, dates = load_series(args), read_table(args).dates
+    if len(dates) < args.seq_len:
+        raise UserError(f"{args.data_path} has {len(dates)} rows: a forecast needs --seq_len {args.seq_len}")
+    to_come = continue_dates(dates, args.pred_len, csv_path(args))
+    unknown = np.full((args.pred_len, len(series.channels)), np.nan, np.float32)
+    return WindowDataset(
+        np.concatenate([series.values[-args.seq_len :], unknown]),
+        np.concatenate([series.marks[-args.seq_len :], time_marks(to_come, args.data, args.embed, args.freq)]),
+        series.channels,
+        args.seq_len,
+        args.label_len,
+        args.pred_len,
+    )
 
 
 def _windows_of(args: argparse.Namespace, flag: str) -> WindowDataset:

@@ -157,15 +157,40 @@ def _load_series(table: Table, path: Path, data: str, embed: str, freq: str) -> 
         raise UserError(f"{path} has {len(raw)} data rows: too few to train on")
     # Fitted on all training rows, whatever --percent uses of them, as in Time-LLM.
     scaler = _fit_scaler(path, raw[: rows[0]], channels)
-    marks = scaled_features(dates, freq) if embed == "timeF" else integer_features(dates, layout.quarter_hours)
     return Series(
         values=_scale(path, raw, channels, scaler),
-        marks=marks,
+        marks=time_marks(dates, data, embed, freq),
         channels=channels,
         scaler=scaler,
         ends=(rows[0], rows[0] + rows[1], sum(rows)),
         notes=(*_notes_on_dates(path, dates), *_notes_on_channels(path, raw[: rows[0]], channels)),
     )
+
+
+def continue_dates(dates: pd.DatetimeIndex, count: int, path: Path) -> pd.DatetimeIndex:
+    """Return so many dates after the last of those that a CSV has, at their own step.
+
+    Raises:
+        UserError: if the dates have no step.
+    """
+    recent = dates[-1000:]
+    # A calendar's steps, such as months, are not all of one length.
+    with pd.option_context("future.infer_freq_returns_offset", True):
+        offset = pd.infer_freq(recent) if len(recent) > 2 else None
+    if offset is not None:
+        return pd.date_range(recent[-1], periods=count + 1, freq=offset)[1:]
+    steps = pd.Series(recent).diff().dropna()
+    step = steps[steps > pd.Timedelta(0)].mode()
+    if step.empty:
+        raise UserError(f"{path}: the dates have no step to go on with")
+    return pd.DatetimeIndex([recent[-1] + step[0] * number for number in range(1, count + 1)])
+
+
+def time_marks(dates: pd.DatetimeIndex, data: str, embed: str, freq: str) -> np.ndarray:
+    """Return the time marks of dates, (dates, marks) float32, as the flags of the same names ask for them."""
+    if embed == "timeF":
+        return scaled_features(dates, freq)
+    return integer_features(dates, LAYOUTS[data].quarter_hours)
 
 
 def _read_csv(path: Path) -> pd.DataFrame:

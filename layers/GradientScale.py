@@ -9,6 +9,7 @@ class GradientScale:
     The gradient of a mean over thousands of values lies below float16's smallest number. Here its largest entry
     is brought to between 1 and 2 by a power of two, which changes no digit. The factor is found anew for every
     backward pass, on the device; there is no state to keep, no step to skip, and the optimiser does not notice.
+    It is kept and applied in float32: in float16, that for gradients below 2^-16 would be infinite.
 
     Use one object for one pass: `before` on what goes into the model, `behind` on what comes out.
     """
@@ -17,21 +18,20 @@ class GradientScale:
         self._factor: torch.Tensor | None = None
 
     def before(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the float32 inputs of the model as they are."""
+        """Return the inputs of the model as they are."""
         return _Hook.apply(inputs, self._shrink)
 
     def behind(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Return the outputs of the model, float32 by now, as they are."""
+        """Return the outputs of the model as they are."""
         return _Hook.apply(outputs, self._stretch)
 
     def _stretch(self, gradient: torch.Tensor) -> torch.Tensor:
-        largest = gradient.abs().amax()
-        power = torch.where(largest > 0, torch.exp2(-torch.floor(torch.log2(largest))), 1.0)
-        self._factor = power
-        return gradient * power
+        largest = gradient.abs().amax().float()
+        self._factor = torch.where(largest > 0, torch.exp2(-torch.floor(torch.log2(largest))), 1.0)
+        return (gradient.float() * self._factor).to(gradient.dtype)
 
     def _shrink(self, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient / self._factor
+        return (gradient.float() / self._factor).to(gradient.dtype)
 
 
 class _Hook(torch.autograd.Function):

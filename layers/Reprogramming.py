@@ -22,7 +22,7 @@ class _Prototypes(nn.Linear):
 
     def forward(self) -> torch.Tensor:
         """Return the prototypes, (num_tokens, d_llm)."""
-        return self._remember([self.weight, self.bias], self._mix)
+        return self._remember([*self.parameters(), *self.buffers()], self._mix)
 
     @torch.no_grad()
     def word_weights(self, numbers: Sequence[int]) -> torch.Tensor:
@@ -71,27 +71,38 @@ class CompactMappingLayer(_Prototypes):
     Of all roots the symmetric one is taken, for it turns Adam's steps the least. A Cholesky factor turns and
     shortens them more, since the embeddings of real LLMs share one strong direction; and it needs full rank.
 
-    Loading a full map's `weight`, (num_tokens, V), converts it, exactly.
+    Loading a full map's `weight`, (num_tokens, V), converts it, exactly. W' means nothing without its B, so B is in
+    the state dict; one that has none was trained with the B that is worked out here.
 
     Args:
         words: E, wherever it is: B is worked out there.
         num_tokens: how many prototypes.
         device: where the layer is to be; None: where E is.
+        basis: B, (d_llm, d_llm), if it is known: working it out takes seconds; None if not.
     """
 
-    def __init__(self, words: torch.Tensor, num_tokens: int = 1000, device: torch.device | None = None):
+    def __init__(
+        self,
+        words: torch.Tensor,
+        num_tokens: int = 1000,
+        device: torch.device | None = None,
+        basis: torch.Tensor | None = None,
+    ):
         super().__init__(words.shape[1], num_tokens, words, device)
-        root = _symmetric_root(words)
-        scale = 1.0 if words.is_meta else _stretch(words, root)
-        self.basis = (scale * root).float().to(self.weight.device)
+        if basis is None:
+            basis = _work_out_basis(words)
+        self.register_buffer("basis", basis.to(self.weight.device))
+        # B is as long as E but for its stretch.
+        stretch = 1.0 if words.is_meta else basis.norm().item() / _norm(words)
         with torch.no_grad():  # nn.Linear's default for V inputs, shrunk by what B is stretched
-            self.weight.uniform_(-1, 1).div_(math.sqrt(len(words)) * scale)
+            self.weight.uniform_(-1, 1).div_(math.sqrt(len(words)) * stretch)
             self.bias.uniform_(-1, 1).div_(math.sqrt(len(words)))
 
     def _basis(self) -> torch.Tensor:
         return self.basis
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        state_dict = {f"{prefix}basis": self.basis, **state_dict}
         weight = state_dict.get(f"{prefix}weight")
         if weight is not None and weight.shape == (self.out_features, len(self._words[0])):
             state_dict = {**state_dict, f"{prefix}weight": self._from_full(weight)}
@@ -119,6 +130,17 @@ def _numbered_chunks(words: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[
 
 def _chunks(words: torch.Tensor) -> Iterator[torch.Tensor]:
     return (chunk for _, chunk in _numbered_chunks(words, torch.float32))
+
+
+def _norm(words: torch.Tensor) -> float:
+    """Return the root of the sum of E's squares."""
+    return math.hypot(*(chunk.norm().item() for chunk in _chunks(words)))
+
+
+def _work_out_basis(words: torch.Tensor) -> torch.Tensor:
+    """Return B, (d_llm, d_llm) float32."""
+    root = _symmetric_root(words)
+    return root.float() if words.is_meta else (_stretch(words, root) * root).float()
 
 
 @torch.no_grad()

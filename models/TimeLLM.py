@@ -21,12 +21,13 @@ class Model(nn.Module):
     Args:
         configs: the parsed flags of `run_main.py`.
         llm: an LLM that is loaded already; None loads the one that the flags name.
+        basis: of the compact map, if it is known, from a checkpoint; None works it out.
 
     Raises:
         UserError: if the flags do not fit the LLM.
     """
 
-    def __init__(self, configs: argparse.Namespace, llm: LoadedLLM | None = None):
+    def __init__(self, configs: argparse.Namespace, llm: LoadedLLM | None = None, basis: torch.Tensor | None = None):
         super().__init__()
         self.llm_info = llm or load_llm(configs)
         d_llm = self.llm_info.identity.hidden_size
@@ -59,9 +60,12 @@ class Model(nn.Module):
                 use_prefix=not configs.no_prefix_cache,
                 recompute=configs.gradient_checkpointing,
             )
-        mapping = {"full": MappingLayer, "compact": CompactMappingLayer}[configs.mapping]
         words = self.llm_info.backbone.get_input_embeddings().weight
-        self.mapping_layer = mapping(words, device=self.device)
+        if configs.mapping == "full":
+            self.mapping_layer = MappingLayer(words, device=self.device)
+        else:
+            fits = basis is not None and len(basis) == d_llm  # else it is another LLM's, as loading will say
+            self.mapping_layer = CompactMappingLayer(words, device=self.device, basis=basis if fits else None)
         self.reprogramming_layer = ReprogrammingLayer(
             configs.d_model, configs.n_heads, configs.d_ff, d_llm, configs.dropout
         )
@@ -90,6 +94,23 @@ class Model(nn.Module):
         forecast = self.output_projection(hidden[..., : self.d_ff])  # (B*N, pred_len)
         forecast = self.normalize.inverse(forecast, statistics)
         return forecast.unflatten(0, (len(x_enc), -1)).transpose(1, 2)  # (B, pred_len, N)
+
+    @torch.inference_mode()
+    def map_state(self, x_enc: torch.Tensor) -> dict[str, float]:
+        """Return whether the map to the prototypes is sound, measured on windows (B, seq_len, N).
+
+        `attention_entropy`: of a patch's shares of the prototypes, in nats, the mean over patches and heads. It begins
+        near ln 1000 = 6.9; near 0 each patch is one prototype. `prototype_rms`: the size of their entries.
+        """
+        windows, _ = self.normalize(x_enc.transpose(1, 2).flatten(0, 1).to(self.device))
+        was_training, prototypes = self.training, self.mapping_layer()
+        self.eval()
+        shares = self.reprogramming_layer.attention(self.patch_embedding(windows), prototypes)
+        self.train(was_training)
+        return {
+            "attention_entropy": torch.special.entr(shares).sum(-1).mean().item(),
+            "prototype_rms": prototypes.square().mean().sqrt().item(),
+        }
 
     @property
     def device(self) -> torch.device:

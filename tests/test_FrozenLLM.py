@@ -5,7 +5,10 @@ import torch
 from transformers import AutoConfig, AutoModel, BloomConfig, MistralConfig, RobertaConfig
 
 from layers.FrozenLLM import FrozenLLM
+from layers.InFloat32 import InFloat32
 from tests.conftest import largest_difference
+from utils.llm import load_llm
+from utils.options import get_parser
 
 CAUSAL = ("qwen2", "llama", "gpt2")
 FAMILIES = (*CAUSAL, "bert")
@@ -163,9 +166,6 @@ def test_a_prompt_with_another_head_is_run_whole(tiny_llm):
 
 
 def test_half_precision_and_4_bits_keep_the_prefix(tiny_llm):
-    from utils.llm import load_llm
-    from utils.options import get_parser
-
     for more in (["--llm_dtype", "bfloat16"], ["--load_in_4bit"]):
         args = get_parser().parse_args(["--data", "ETTh1", "--llm_model_path", tiny_llm("qwen2"), *more])
         model = load_llm(args).backbone
@@ -174,6 +174,19 @@ def test_half_precision_and_4_bits_keep_the_prefix(tiny_llm):
         assert (llm(PROMPTS, patches()) - one_pass(PROMPTS, patches())).norm() < 0.02 * one_pass(
             PROMPTS, patches()
         ).norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("more", [["--llm_dtype", "float16"], ["--load_in_4bit", "--llm_dtype", "float16"]])
+def test_in_float32_a_model_of_few_bits_does_what_its_weights_say(tiny_llm, family, more):
+    """The tiny LLMs' weights are exact in float16, so nothing but the computation's own rounding is left."""
+    ids = torch.arange(40, 60)[None]
+    argv = ["--data", "ETTh1", "--llm_model_path", tiny_llm(family), *more]
+    exact = load_llm(get_parser().parse_args([*argv, "--llm_dtype", "float32"])).backbone(ids).last_hidden_state
+    model = load_llm(get_parser().parse_args(argv)).backbone
+    assert largest_difference(model(ids).last_hidden_state.float(), exact) > 1e-4
+    with InFloat32(), torch.no_grad():
+        assert largest_difference(model(ids).last_hidden_state, exact) < 1e-5
 
 
 def test_a_sliding_window_that_does_not_bite_keeps_the_prefix():
@@ -201,12 +214,18 @@ def test_a_model_whose_cache_cannot_be_trusted_is_found_out(tiny_llm):
     assert "position_ids" in llm.why_not
     assert llm(PROMPTS, patches()).isfinite().all()
 
-    liar = backbone(tiny_llm("qwen2"))
+
+@pytest.mark.parametrize("more", [[], ["--llm_dtype", "bfloat16"], ["--llm_dtype", "float16"], ["--load_in_4bit"]])
+def test_wrong_positions_are_found_out_in_every_precision(tiny_llm, more):
+    liar = load_llm(get_parser().parse_args(["--data", "ETTh1", "--llm_model_path", tiny_llm("qwen2"), *more])).backbone
+    assert frozen(liar).uses_prefix
     rotary = copy.deepcopy(liar.rotary_emb.forward)
-    liar.rotary_emb.forward = lambda hidden, positions: rotary(hidden, positions - positions[:, :1])
+    # Patches behind a prefix stand one place too far: as small a mistake as there is.
+    liar.rotary_emb.forward = lambda hidden, positions: rotary(hidden, positions + (positions[:, :1] > 0))
     llm = frozen(liar)
     assert not llm.uses_prefix
     assert "other hidden states" in llm.why_not
+    assert llm.head == HEAD
 
 
 def test_a_model_that_cannot_mask_pads_is_found_out_and_stays_exact():

@@ -21,6 +21,16 @@ def test_gradients_of_any_size_pass_through_half_precision(size):
     assert (values.grad - exact).norm() < 2e-3 * exact.norm()
 
 
+@pytest.mark.parametrize("size", [1e-7, 1e-6, 2e-5, 1.0, 1e4])
+def test_gradients_that_come_in_half_precision_keep_their_digits(size):
+    """As under float16's autocast: a power of two for them does not fit into float16 itself."""
+    values = torch.ones(8, 8, dtype=torch.float16, requires_grad=True)
+    scale = GradientScale()
+    gradient = torch.full((8, 8), size, dtype=torch.float16)
+    scale.behind(scale.before(values) * 1).backward(gradient)
+    torch.testing.assert_close(values.grad, gradient)
+
+
 def test_without_it_small_gradients_vanish():
     values = torch.ones(8, 8, requires_grad=True)
     through_half_precision(values, torch.ones(8, 8)).backward(torch.full((8, 8), 1e-9))

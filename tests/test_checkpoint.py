@@ -1,5 +1,8 @@
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from base_models.make_tiny_llm import make_tiny_llm
 from data_provider.series import load_series
@@ -9,14 +12,17 @@ from utils.errors import UserError
 from utils.options import get_parser
 
 
+def save(model, args, folder, name="checkpoint"):
+    save_checkpoint(folder / name, model, args, load_series(args), {"epoch": 1, "steps": 3, "vali_loss": 0.5})
+    return folder / name
+
+
 @pytest.fixture
 def saved(flags, tmp_path):
     """A model, its flags and the file it is saved in."""
     args = get_parser().parse_args(flags)
     model = build_model(args)
-    path = tmp_path / "checkpoint"
-    save_checkpoint(path, model, args, load_series(args), {"epoch": 1, "steps": 3, "vali_loss": 0.5})
-    return model, args, path
+    return model, args, save(model, args, tmp_path)
 
 
 def test_a_checkpoint_holds_the_trained_tensors_alone_and_opens_without_pickle(saved):
@@ -70,6 +76,52 @@ def test_a_checkpoint_of_another_llm_of_the_same_shape_is_refused(saved, flags, 
     args = get_parser().parse_args([*flags, "--llm_model_path", str(other)])
     with pytest.raises(UserError, match="words_hash"):
         load_checkpoint(path, build_model(args), args, load_series(args))
+
+
+def with_other_layers(folder, to):
+    """Copy an LLM and draw the matrices of its layers anew; its words, and all sizes, stay."""
+    shutil.copytree(folder, to)
+    tensors = load_file(to / "model.safetensors")
+    generator = torch.Generator().manual_seed(7)
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2 and "embed" not in name:
+            tensors[name] = (tensor.float().std() * torch.randn(tensor.shape, generator=generator)).half()
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return str(to)
+
+
+@pytest.mark.parametrize("more", [[], ["--llm_dtype", "bfloat16"], ["--load_in_4bit"]], ids=" ".join)
+def test_an_llm_that_keeps_its_words_and_does_something_else_is_refused(flags, tiny_llm, tmp_path, more):
+    args = get_parser().parse_args([*flags, *more])
+    path = save(build_model(args), args, tmp_path)
+    other = with_other_layers(tiny_llm("qwen2"), tmp_path / "other")
+    args = get_parser().parse_args([*flags, *more, "--llm_model_path", other])
+    with pytest.raises(UserError, match=r"another LLM \(its hidden states differ by"):
+        load_checkpoint(path, build_model(args), args, load_series(args))
+
+
+@pytest.mark.parametrize("quantization", [[], ["--load_in_4bit"]], ids=" ".join)
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "llama", "bert"])
+def test_the_same_llm_in_another_precision_is_not(flags, tiny_llm, tmp_path, family, quantization):
+    flags = [*flags, "--llm_model_path", tiny_llm(family), *quantization]
+    for number, dtype in enumerate(("float32", "bfloat16", "float16")):
+        args = get_parser().parse_args([*flags, "--llm_dtype", dtype])
+        path = save(build_model(args), args, tmp_path, f"checkpoint{number}")
+        for other in ("float32", "bfloat16", "float16"):
+            args = get_parser().parse_args([*flags, "--llm_dtype", other])
+            load_checkpoint(path, build_model(args), args, load_series(args))
+
+
+def test_a_checkpoint_from_before_there_were_probe_and_basis_loads(saved):
+    model, args, path = saved
+    contents = torch.load(path, weights_only=True)
+    del contents["llm_probe"], contents["weights"]["mapping_layer.basis"], contents["flags"]["mapping_rate"]
+    torch.save(contents, path)
+    torch.manual_seed(99)
+    other = build_model(args)
+    load_checkpoint(path, other, args, load_series(args))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
 
 
 def test_flags_that_change_forecasts_are_said(saved, flags, capsys):

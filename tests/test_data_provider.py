@@ -234,3 +234,23 @@ def test_a_changed_file_is_read_again(tmp_path):
     assert load_series(options(tmp_path)) is first
     demo_frame(rows=120).to_csv(tmp_path / "custom.csv", index=False)
     assert len(load_series(options(tmp_path)).values) == 120
+
+
+@pytest.mark.parametrize(("embed", "mark"), [("timeF", 3 / 23 - 0.5), ("fixed", 3.0)])
+def test_the_windows_to_come_end_with_the_csv(tmp_path, embed, mark):
+    write(tmp_path, rows=99)  # until 2024-03-02 02:00
+    args = options(tmp_path, "--embed", embed, "--eval_windows", "1")
+    dataset, loader = data_provider(args, "pred")
+    assert (len(dataset), len(loader.dataset)) == (4, 4), "one a channel, whatever --eval_windows"
+    series = load_series(args)
+    for number, item in enumerate(dataset[index] for index in range(4)):
+        seq_x, seq_y, seq_x_mark, seq_y_mark = item
+        assert (seq_x.shape, seq_y.shape) == ((16, 1), (7, 1))
+        np.testing.assert_array_equal(seq_x[:, 0], series.values[-16:, number])
+        np.testing.assert_array_equal(seq_y[:4, 0], series.values[-4:, number])
+        assert np.isnan(seq_y[4:]).all(), "what is to come is not known"
+        np.testing.assert_array_equal(seq_x_mark, series.marks[-16:])
+        hour = 0 if embed == "timeF" else 3
+        assert seq_y_mark[4, hour] == pytest.approx(mark)
+    (batch,) = loader
+    assert batch[0].shape == (4, 16, 1)

@@ -82,7 +82,7 @@ def test_files_that_cannot_grow(flags, tmp_path, monkeypatch):
     assert process.exitcode == 2
     assert last_line.startswith("error: cannot write ") and "File too large" in last_line
     (folder,) = Path("checkpoints").iterdir()
-    assert sorted(file.name for file in folder.iterdir()) == ["args.json", "history.csv"]
+    assert sorted(file.name for file in folder.iterdir()) == [".lock", "args.json", "history.csv"]
 
 
 def test_a_folder_that_cannot_be_made(run, flags, monkeypatch):

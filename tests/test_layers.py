@@ -65,6 +65,41 @@ def test_the_compact_map_reaches_what_the_full_map_reaches():
         compact.load_state_dict({"weight": torch.zeros(50, 299), "bias": torch.zeros(50)})
 
 
+def test_a_compact_map_is_loaded_with_the_basis_it_was_trained_with():
+    words = words_with_one_strong_direction()
+    trained = CompactMappingLayer(words, 50)
+    # In another precision the basis would come out otherwise, by as much as its stretch is rounded.
+    loaded = CompactMappingLayer((words * 1.02).bfloat16(), 50)
+    loaded.load_state_dict(trained.state_dict())
+    assert torch.equal(prototypes_of(loaded), prototypes_of(trained))
+    known = CompactMappingLayer(words, 50, basis=trained.basis)
+    assert known.weight.std().item() == pytest.approx(trained.weight.std().item(), rel=0.2)
+    earlier = {name: tensor for name, tensor in trained.state_dict().items() if name != "basis"}
+    known.load_state_dict(earlier)
+    assert torch.equal(prototypes_of(known), prototypes_of(trained))
+
+
+def prototypes_after_one_step(share):
+    """A map over as many words as a real LLM has, after one step of Adam at a rate of 1e-3."""
+    torch.manual_seed(0)
+    layer = CompactMappingLayer(0.1 * torch.randn(49_152, 64), 100)
+    attention = ReprogrammingLayer(d_model=16, n_heads=8, d_keys=32, d_llm=64, dropout=0.0)
+    patches, aim = torch.randn(8, 20, 16), torch.randn(8, 20, 64)
+    sizes = [prototypes_of(layer).square().mean().sqrt().item()]
+    optimizer = torch.optim.Adam(layer.parameters(), lr=share * 1e-3)
+    (attention(patches, layer()) - aim).square().mean().backward()
+    optimizer.step()
+    return [*sizes, prototypes_of(layer).square().mean().sqrt().item()]
+
+
+def test_at_the_size_of_a_real_vocabulary_one_step_moves_the_prototypes_by_several_times_their_size():
+    """Time-LLM's map does so, and ours as far; a rate of its own keeps the step in bounds."""
+    before, after = prototypes_after_one_step(share=1)
+    assert after > 3 * before
+    before, after = prototypes_after_one_step(share=0.01)
+    assert after < 1.1 * before
+
+
 def test_the_compact_map_needs_no_full_rank():
     words = words_with_one_strong_direction()
     words[:, 3] = words[:, 2]
@@ -107,7 +142,8 @@ def test_prototypes_are_computed_once_an_evaluation_and_anew_when_they_change(ki
     trained = layer()
     assert trained.requires_grad
     trained.sum().backward()
-    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    # As in training; it does not count a tensor's version up.
+    torch.optim.Adam(layer.parameters(), lr=0.1, fused=True).step()
     with torch.inference_mode():
         second = layer()
         assert not torch.equal(second, first)

@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import utils.batch_size
 import utils.memory
 from base_models.make_tiny_llm import make_tiny_llm
 from layers.FrozenLLM import FrozenLLM
+from utils.errors import UserError
 from utils.memory import nearly_full, plan_memory, savings
 from utils.options import get_parser
 from utils.training import Trainer
@@ -224,6 +226,58 @@ def test_auto_batch_size_changes_nothing_where_there_is_room(run, flags):
 def test_auto_batch_size_gives_up_in_one_line(assert_refused, flags, monkeypatch):
     only_up_to(0, monkeypatch)
     assert_refused([*flags, "--auto_batch_size"], "out of memory", "try --batch_size 8")
+
+
+class Processes:
+    """Stands for an accelerator of two processes; the other one can do with so many windows."""
+
+    device = torch.device("cpu")
+    gradient_accumulation_steps = 1
+
+    def __init__(self, other):
+        self.other = other
+        self.gathered = []
+
+    def gather(self, fitting):
+        self.gathered.append(fitting.item())
+        return torch.tensor([fitting.item(), self.other])
+
+    def print(self, *_):
+        pass
+
+
+def test_where_nothing_fits_into_one_process_all_give_up(flags, monkeypatch):
+    args = get_parser().parse_args(flags)
+    for here, other in ((16, 0), (0, 16)):
+        monkeypatch.setattr(utils.batch_size, "_largest_fitting", lambda *_, here=here: here)
+        processes = Processes(other)
+        with pytest.raises(UserError, match="out of memory"):
+            utils.batch_size.fit_batch_size(args, processes, None)
+        assert processes.gathered == [here], "else the other waits for ever"
+    monkeypatch.setattr(utils.batch_size, "_largest_fitting", lambda *_: 16)
+    utils.batch_size.fit_batch_size(args, Processes(4), None)
+    assert (args.batch_size, args.grad_accum) == (4, 4)
+
+
+def test_the_trial_may_not_spill_into_host_memory(monkeypatch):
+    class Card:
+        total_memory = 100
+
+    shares = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
+    with pytest.raises(ValueError, match="stop"), utils.batch_size._no_spilling(torch.device("cuda")):
+        assert shares == [0.8]
+        raise ValueError("stop")
+    assert shares == [0.8, 1.0]
+
+
+def test_a_plan_fits_with_room_to_spare(flags):
+    needed = plan(*flags)
+    assert not replace(needed, free=round(1.05 * needed.total)).fits
+    assert replace(needed, free=round(1.15 * needed.total)).fits
 
 
 @pytest.mark.parametrize(("size", "tried"), [(8, [8, 4, 2, 1]), (6, [6, 3, 1]), (7, [7, 1]), (1, [1])])

@@ -91,7 +91,10 @@ def test_demo_presets_give_way_to_flags():
 
 def test_demo_presets_do_not_contradict_a_flag():
     assert get_parser().parse_args(["--demo", "--prompt_file", "x"]).content == ""
-    assert get_parser().parse_args(["--demo", "--llm_model", "GPT2"]).llm_model_path == ""
+    for name in ("GPT2", "LLAMA"):  # one that is no default, and the default itself
+        args = get_parser().parse_args(["--demo", "--llm_model", name])
+        assert (args.llm_model, args.llm_model_path) == (name, "")
+    assert get_parser().parse_args(["--demo"]).llm_model == get_parser().get_default("llm_model")
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--bathc_size", "3"], ["--data", "ETTh1", "--root_path", "nowhere"]])

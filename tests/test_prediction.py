@@ -2,11 +2,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_provider.series import read_table
+from data_provider.series import continue_dates, read_table
 from dataset.demo import demo_frame
 from utils.errors import UserError
 from utils.options import get_parser
-from utils.prediction import continue_dates
 
 
 def forecast_of(folder):
@@ -40,6 +39,30 @@ def test_training_can_end_with_a_forecast_and_it_is_the_same(run, flags):
     again = run(*flags, "--is_training", "0", "--predict")
     assert "Test | MSE" in trained.out
     assert (again.folder / "forecast.csv").read_bytes() == first
+
+
+def test_under_mixed_precision_too(run, flags):
+    flags = [*flags, "--use_amp", "--learning_rate", "0.1", "--lradj", "constant"]
+    first = (run(*flags, "--predict").folder / "forecast.csv").read_bytes()
+    again = run(*flags, "--is_training", "0", "--predict")
+    assert (again.folder / "forecast.csv").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("dates", "first"),
+    [
+        (pd.date_range("2024-01-01", periods=400, freq="100ms"), "2024-01-01 00:00:40.000"),
+        (pd.date_range("2024-01-01", periods=400, freq="h", tz="+05:30"), "2024-01-17 16:00:00+05:30"),
+        (pd.date_range("2024-01-01", periods=400, freq="D"), "2025-02-04 00:00:00"),
+    ],
+)
+def test_dates_are_written_with_fractions_and_offsets(run, flags, tmp_path, dates, first):
+    demo_frame(rows=400).assign(date=dates).to_csv(tmp_path / "small.csv", index=False)
+    done = run(*flags, "--root_path", tmp_path, "--model", "LastValue", "--predict")
+    assert done.code == 0, done.err
+    written = [line.split(",")[0] for line in (done.folder / "forecast.csv").read_text().splitlines()[1:]]
+    assert written[0] == first
+    assert len(set(written)) == 8
 
 
 def test_earlier_rows_do_not_matter(run, flags, tmp_path):
@@ -89,17 +112,17 @@ def test_dates_go_on_at_the_step_of_the_data(tmp_path, freq, expected):
         dates = dates.floor(freq)
     pd.DataFrame({"date": dates, "a": np.arange(40)}).to_csv(tmp_path / "x.csv", index=False)
     args = get_parser().parse_args(["--data", "custom", "--root_path", str(tmp_path), "--data_path", "x.csv"])
-    assert list(continue_dates(read_table(args), 2, tmp_path)) == [pd.Timestamp(date) for date in expected]
+    assert list(continue_dates(read_table(args).dates, 2, tmp_path)) == [pd.Timestamp(date) for date in expected]
 
 
 def test_dates_with_a_gap_go_on_at_the_commonest_step(tmp_path):
     dates = [*pd.date_range("2024-01-01", periods=10, freq="h"), *pd.date_range("2024-01-03", periods=10, freq="h")]
     pd.DataFrame({"date": dates, "a": range(20)}).to_csv(tmp_path / "x.csv", index=False)
     args = get_parser().parse_args(["--data", "custom", "--root_path", str(tmp_path), "--data_path", "x.csv"])
-    assert continue_dates(read_table(args), 1, tmp_path)[0] == pd.Timestamp("2024-01-03 10:00")
+    assert continue_dates(read_table(args).dates, 1, tmp_path)[0] == pd.Timestamp("2024-01-03 10:00")
     pd.DataFrame({"date": dates[:1] * 3, "a": range(3)}).to_csv(tmp_path / "x.csv", index=False)
     with pytest.raises(UserError, match="no step"):
-        continue_dates(read_table(args), 1, tmp_path)
+        continue_dates(read_table(args).dates, 1, tmp_path)
 
 
 def test_test_forecasts_are_kept(run, flags):

@@ -1,17 +1,29 @@
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import run_main
+from utils.options import get_parser
+from utils.processes import start_processes
 
 ROOT = Path(run_main.__file__).parent
 
 
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
 def launch(argv, folder, *launcher):
+    # A port of its own: tests run side by side.
+    launcher = ("--main_process_port", free_port(), *launcher)
     words = [sys.executable, "-m", "accelerate.commands.launch", *launcher, ROOT / "run_main.py", *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -39,6 +51,40 @@ def test_two_processes_do_what_one_does(run, flags, tmp_path):
     assert ours["windows"] == theirs["windows"] == 41
     assert (ours["mse"], ours["mae"]) == pytest.approx((theirs["mse"], theirs["mae"]), rel=1e-6)
     assert sorted(file.name for file in two.iterdir()) == sorted(file.name for file in one.iterdir())
+    first, second = torch.load(two / "last", weights_only=True)["training"]["random"]
+    assert not torch.equal(first["cpu"], second["cpu"]), "each draws dropout of its own"
+
+
+def test_windows_stay_on_the_host_and_the_basis_stays_where_it_is(flags):
+    """What accelerate is told, for its data parallelism on GPUs."""
+    accelerator = start_processes(get_parser().parse_args(flags))
+    assert os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] == "true"
+    assert not accelerator.ddp_handler.broadcast_buffers
+
+
+@pytest.mark.slow
+def test_two_processes_with_dropout_go_on_where_they_stopped(flags, tmp_path):
+    argv = [
+        *flags,
+        "--dropout",
+        "0.3",
+        "--max_steps",
+        "0",
+        "--percent",
+        "20",
+        "--eval_windows",
+        "14",
+        "--batch_size",
+        "8",
+    ]
+    for folder, epochs in (("whole", ["2"]), ("parts", ["1", "2"])):
+        (tmp_path / folder).mkdir()
+        for number in epochs:
+            words = [*argv, "--lradj", "constant", "--train_epochs", number, "--resume", "auto"]
+            done = launch(words, tmp_path / folder, "--num_processes", "2", "--cpu")
+            assert done.returncode == 0, done.stderr
+    whole, parts = (next((tmp_path / folder / "checkpoints").iterdir()) for folder in ("whole", "parts"))
+    assert losses(whole) == losses(parts)
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import run_main
+from utils.errors import UserError
+from utils.run_lock import RunLock
 from utils.training import Trainer
 
 # Two epochs of 12 batches.
@@ -28,8 +30,9 @@ def weights(folder, name="checkpoint"):
 
 
 def history(folder):
-    lines = (folder / "history.csv").read_text(encoding="utf-8").splitlines()
-    return [line.rsplit(",", 1)[0] for line in lines]  # all but the seconds
+    rows = [line.split(",") for line in (folder / "history.csv").read_text(encoding="utf-8").splitlines()]
+    seconds = rows[0].index("seconds")
+    return [row[:seconds] + row[seconds + 1 :] for row in rows]
 
 
 def outcome(folder):
@@ -262,13 +265,14 @@ def test_a_damaged_state_is_refused(run, flags):
 def test_a_found_batch_size_is_that_of_the_resumed_run(run, flags, monkeypatch):
     import utils.batch_size
 
-    argv = [*flags, *LONGER, "--auto_batch_size"]
+    argv = [*flags, *LONGER, "--auto_batch_size", "--eval_batch_size", "7"]
     monkeypatch.setattr(utils.batch_size, "_sizes", lambda size: iter([size // 2]))
     run_with_stop(run, monkeypatch, argv, "_train_batch", 5)
     monkeypatch.setattr(utils.batch_size, "fit_batch_size", lambda *_: pytest.fail("searched again"))
     resumed = run(*argv, "--resume")
     assert resumed.code == 0, resumed.err
-    assert json.loads((resumed.folder / "args.json").read_text())["batch_size"] == 4
+    kept = json.loads((resumed.folder / "args.json").read_text())
+    assert (kept["batch_size"], kept["eval_batch_size"]) == (4, 4)
 
 
 # --- other processes ----------------------------------------------------------------------------------------------
@@ -342,7 +346,23 @@ def test_two_runs_cannot_share_a_folder(run, flags):
     assert second.err.count("\n") == 1
     assert f"in use by process {first.pid} on " in second.err
     assert not list(second.folder.glob("*.old"))
-    assert not list(second.folder.glob(".*"))
+    assert [file.name for file in second.folder.glob(".*")] == [".lock"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows refuses to open what the first owner has")
+def test_who_waits_for_a_lock_and_who_comes_later_cannot_both_have_it(tmp_path):
+    """In this order: A has it, B has opened the file and waits, A lets go, B has it, C comes."""
+    import fcntl
+
+    with RunLock(tmp_path):
+        waiting = os.open(tmp_path / ".lock", os.O_RDWR)
+    fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with pytest.raises(UserError, match="in use"):
+        RunLock(tmp_path).__enter__()
+    os.close(waiting)
+    with RunLock(tmp_path):
+        assert (tmp_path / ".owner").exists()
+    assert not (tmp_path / ".owner").exists()
 
 
 @needs_forks
@@ -353,4 +373,4 @@ def test_the_lock_of_a_dead_owner_is_taken_over(run, flags):
     first.join()
     second = run(*flags)
     assert second.code == 0, second.err
-    assert not list(second.folder.glob(".*"))
+    assert [file.name for file in second.folder.glob(".*")] == [".lock"]

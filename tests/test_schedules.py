@@ -56,6 +56,26 @@ def test_one_cycle_peaks_where_asked_and_survives_extra_steps():
         schedule.after_step()
 
 
+@pytest.mark.parametrize(("steps", "pct_start"), [(5, 0.2), (10, 0.1), (2, 0.5), (1, 0.2), (4, 0.25)])
+def test_one_cycle_without_room_for_a_way_up(steps, pct_start):
+    """torch's own scheduler divides by zero where the way up is one step long."""
+    seen = rates("TST", 1, steps=steps, pct_start=pct_start) + rates("TST", steps, pct_start=pct_start)
+    assert all(0 < rate <= 1 for rate in seen)
+
+
+@pytest.mark.parametrize("name", ["type1", "type3", "PEMS", "TST", "COS", "constant"])
+def test_groups_keep_the_ratio_of_their_rates(name):
+    groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": lr} for lr in (1.0, 0.03)]
+    optimizer = torch.optim.Adam(groups)
+    schedule = Schedule(optimizer, name, 5, 0.3)
+    for _ in range(5):
+        one, other = (group["lr"] for group in optimizer.param_groups)
+        assert other == pytest.approx(0.03 * one, abs=1e-7)
+        optimizer.step()
+        schedule.after_step()
+        schedule.after_epoch()
+
+
 def test_an_unknown_schedule_is_an_error():
     with pytest.raises(ValueError, match="spiral"):
         rate_of_epoch("spiral", 1.0, 2)

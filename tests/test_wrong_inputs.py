@@ -71,6 +71,8 @@ WRONG_FLAGS = [
     (["--d_ff", "65"], "--d_ff 65"),
     (["--n_heads", "0"], "--n_heads 0"),
     (["--dropout", "1"], "--dropout 1.0"),
+    (["--mapping_rate", "0"], "--mapping_rate 0.0"),
+    (["--mapping_rate", "inf"], "--mapping_rate inf"),
     (["--batch_size", "0"], "--batch_size 0"),
     (["--eval_batch_size", "-1"], "--eval_batch_size -1"),
     (["--learning_rate", "0"], "--learning_rate 0.0"),

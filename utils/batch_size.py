@@ -1,6 +1,7 @@
 """Find out how many windows fit into memory at one time."""
 
 import argparse
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -9,7 +10,7 @@ from accelerate.utils import find_executable_batch_size
 from torch import nn
 from torch.nn import functional
 
-from utils.memory import STATE_BYTES, memory_error
+from utils.memory import STATE_BYTES, free_bytes, memory_error
 
 
 def fit_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> None:
@@ -26,24 +27,48 @@ def fit_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: nn
     Raises:
         UserError: if not even the smallest batch fits.
     """
+    with torch.random.fork_rng(), _no_spilling(accelerator.device):
+        fitting = _largest_fitting(args, model)
+    # All processes take as many steps; and where nothing fits into one, none goes on to wait for it.
+    fitting = int(accelerator.gather(torch.tensor([fitting], device=accelerator.device)).min())
+    if fitting == 0:
+        raise memory_error(args)
+    if fitting < args.batch_size:
+        take_batches(args, accelerator, fitting, args.grad_accum * (args.batch_size // fitting))
+        accelerator.print(f"Memory is short: --batch_size {fitting} --grad_accum {args.grad_accum} from here on")
+
+
+def take_batches(args: argparse.Namespace, accelerator: Accelerator, batch_size: int, grad_accum: int) -> None:
+    """Set the windows at one time, in an evaluation too, and the batches an optimiser step."""
+    args.batch_size, args.grad_accum = batch_size, grad_accum
+    args.eval_batch_size = min(args.eval_batch_size, batch_size)
+    accelerator.gradient_accumulation_steps = grad_accum
+
+
+def _largest_fitting(args: argparse.Namespace, model: nn.Module) -> int:
+    """Return the largest of the batch sizes that a step fits with, 0 if there is none."""
     sizes = _sizes(args.batch_size)
     trial = find_executable_batch_size(_try_step, next(sizes), lambda: next(sizes, 0))
     try:
-        with torch.random.fork_rng():
-            fitting = trial(args, model)
+        return trial(args, model)
     except RuntimeError as problem:
         if "No executable batch size" not in str(problem):
             raise
-        raise memory_error(args) from problem
-    # All processes take as many steps.
-    fitting = int(accelerator.gather(torch.tensor([fitting], device=accelerator.device)).min())
-    if fitting == args.batch_size:
+        return 0
+
+
+@contextlib.contextmanager
+def _no_spilling(device: torch.device) -> Iterator[None]:
+    """Let a GPU that is full raise an error: under Windows its driver would move tensors to host memory instead."""
+    if device.type != "cuda":
+        yield
         return
-    args.grad_accum *= args.batch_size // fitting
-    args.batch_size = fitting
-    args.eval_batch_size = min(args.eval_batch_size, fitting)
-    accelerator.gradient_accumulation_steps = args.grad_accum
-    accelerator.print(f"Memory is short: --batch_size {args.batch_size} --grad_accum {args.grad_accum} from here on")
+    there = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(free_bytes(device) / there, 1.0), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def _sizes(size: int) -> Iterator[int]:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 
 from layers.FrozenLinear import freeze_linears
+from layers.InFloat32 import InFloat32
 from utils.errors import UserError
 from utils.options import looks_like_a_path
 from utils.quiet import quiet_transformers
@@ -26,6 +27,8 @@ BASE_MODELS = Path("base_models")
 
 # What --ablation does to the LLM, in words.
 ABLATIONS = {"none": "", "no_llm": "not run, only its words are used", "random_llm": "random weights"}
+
+_PROBED_TOKENS = 16
 
 _SHAPE_OF_AN_LLM = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -76,6 +79,7 @@ class LoadedLLM:
         layers_there: the layers of the whole model; `identity.layers` are in use.
         context: positions it has, None for no limit.
         identity: see `LLMIdentity`.
+        probe: see `_probe`; None where the LLM is not run.
         note: what --ablation has done to it, empty for nothing.
     """
 
@@ -87,6 +91,7 @@ class LoadedLLM:
     layers_there: int
     context: int | None
     identity: LLMIdentity
+    probe: torch.Tensor | None = None
     note: str = ""
 
     @property
@@ -186,6 +191,7 @@ def load_llm(args: argparse.Namespace) -> LoadedLLM:
             f"{source} has words of width {words.shape[1]} and hidden states of {text_config.hidden_size}:"
             " take an LLM where both are the same"
         )
+    probe = None if args.ablation == "no_llm" else _probe(backbone, state.device)
     if args.mapping == "compact":
         backbone.get_input_embeddings().to("cpu")
     context = getattr(text_config, "max_position_embeddings", None) or 0
@@ -198,6 +204,7 @@ def load_llm(args: argparse.Namespace) -> LoadedLLM:
         layers_there=choice.layers_there,
         context=context if context > 0 else None,
         identity=_identify(text_config, words, choice.in_4bit),
+        probe=probe,
         note=ABLATIONS[args.ablation],
     )
 
@@ -285,6 +292,18 @@ def _fingerprint(words: torch.Tensor) -> str:
     """Return a hash of some word embeddings by their signs, which no precision changes."""
     signs = (words[:64].detach().float().cpu() > 0).numpy()
     return hashlib.sha256(signs.tobytes()).hexdigest()[:16]
+
+
+@torch.no_grad()
+def _probe(backbone: nn.Module, device: torch.device) -> torch.Tensor:
+    """Return what an LLM makes of a few tokens of its vocabulary, (_PROBED_TOKENS, d_llm) float32 on the CPU.
+
+    Every weight that is run has a part in it. It is computed in float32, so that it tells of the weights alone and
+    not of the precision they are run in.
+    """
+    ids = torch.linspace(0, backbone.get_input_embeddings().num_embeddings - 1, _PROBED_TOKENS).long()
+    with InFloat32():
+        return backbone(ids[None].to(device), use_cache=False).last_hidden_state[0].cpu()
 
 
 def _load_backbone(choice: LLMChoice, dtype: torch.dtype, state: PartialState, seed: int | None) -> nn.Module:

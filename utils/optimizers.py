@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Iterable
 
 import torch
+from torch import nn
 
 from utils.errors import UserError
 
@@ -23,13 +24,34 @@ def check_optimizer(name: str, device: torch.device) -> None:
         raise UserError(f"--optimizer {name} needs the package bitsandbytes: pip install bitsandbytes")
 
 
-def build_optimizer(name: str, parameters: Iterable[torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+def parameter_groups(model: nn.Module, learning_rate: float, mapping_rate: float) -> list[dict]:
+    """Return the parameters of a model with the rates of the first step; the map to the prototypes may have its own.
+
+    One step of Adam moves a prototype by as many words at once as there are in the vocabulary.
+
+    Args:
+        model: possibly wrapped by accelerate.
+        learning_rate: of all parameters but the map's.
+        mapping_rate: of the map's, as a share of that; with 1 there is one group of all.
+    """
+    # An optimiser and its schedule want something to hold, also of a model without parameters.
+    named = dict(model.named_parameters()) or {"nothing": torch.zeros(1, requires_grad=True)}
+    of_map = [name for name in named if mapping_rate != 1 and "mapping_layer." in name]
+    groups = [{"params": [parameter for name, parameter in named.items() if name not in of_map], "lr": learning_rate}]
+    if of_map:
+        groups.append({"params": [named[name] for name in of_map], "lr": learning_rate * mapping_rate})
+    return groups
+
+
+def build_optimizer(
+    name: str, parameters: Iterable[torch.nn.Parameter] | list[dict], learning_rate: float
+) -> torch.optim.Optimizer:
     """Return the optimiser that `--optimizer` names, checked before.
 
     Args:
         name: adam, adamw, adamw8bit or paged_adamw8bit.
-        parameters: to train, float32.
-        learning_rate: of the first step.
+        parameters: to train, float32; or groups of them.
+        learning_rate: of the first step, for those whose group names none.
     """
     if name in ("adam", "adamw"):
         kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW

@@ -73,25 +73,31 @@ class OptionParser(OneLineParser):
     def parse_known_args(self, args=None, namespace=None):
         parsed, rest = super().parse_known_args(args, namespace)
         if parsed.demo:
+            # Whether an LLM was named at all: even the default's name is not the tiny one's.
+            unnamed, _ = self._parse_with_defaults({"llm_model": None}, args)
             presets = dict(DEMO_DEFAULTS)
             # What a flag beside --demo stands for, the preset must not contradict.
             if parsed.prompt_file or parsed.prompt_domain:
                 del presets["content"]
-            if parsed.llm_model != self.get_default("llm_model"):
+            if unnamed.llm_model:
                 del presets["llm_model_path"]
             if not parsed.is_training:  # there --predict would stand for a forecast without a test
                 del presets["predict"]
-            ordinary = {name: self.get_default(name) for name in presets}
-            self.set_defaults(**presets)
-            try:
-                parsed, rest = super().parse_known_args(args, namespace)
-            finally:
-                self.set_defaults(**ordinary)
+            parsed, rest = self._parse_with_defaults(presets, args, namespace)
         if parsed.data is None and not rest:
             self.error(f"--data is required (one of {', '.join(DATA_NAMES)}); --demo needs no data")
         parsed.data_path = parsed.data_path or f"{parsed.data}.csv"
         parsed.model_id = parsed.model_id or f"{parsed.data}_{parsed.seq_len}_{parsed.pred_len}"
         return parsed, rest
+
+    def _parse_with_defaults(self, defaults: dict, args=None, namespace=None):
+        """Parse with other defaults, this once."""
+        ordinary = {name: self.get_default(name) for name in defaults}
+        self.set_defaults(**defaults)
+        try:
+            return super().parse_known_args(args, namespace)
+        finally:
+            self.set_defaults(**ordinary)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -239,6 +245,12 @@ def get_parser() -> argparse.ArgumentParser:
     train.add_argument("--patience", type=int, default=10, help="validations without gain before an early stop")
     train.add_argument("--learning_rate", type=float, default=1e-4, help="peak learning rate")
     train.add_argument(
+        "--mapping_rate",
+        type=float,
+        default=1.0,
+        help="TimeLLM: learning rate of the map to the text prototypes, as a share of --learning_rate",
+    )
+    train.add_argument(
         "--optimizer",
         choices=OPTIMIZER_NAMES,
         default="adam",
@@ -340,6 +352,10 @@ def _requirements(args: argparse.Namespace) -> tuple[tuple[bool, str], ...]:
             0 < args.learning_rate < math.inf,
             f"--learning_rate {args.learning_rate} must be above 0 and finite",
         ),
+        (
+            0 < args.mapping_rate < math.inf,
+            f"--mapping_rate {args.mapping_rate} must be above 0 and finite",
+        ),
         (0 <= args.dropout < 1, f"--dropout {args.dropout} must be at least 0 and below 1"),
         (0 < args.pct_start < 1, f"--pct_start {args.pct_start} must be between 0 and 1"),
         (0 <= args.grad_clip < math.inf, f"--grad_clip {args.grad_clip} must be at least 0 and finite"),
@@ -407,6 +423,11 @@ def check_paths(args: argparse.Namespace) -> None:
             folder = trained_folder(args, repetition)
             if not (folder / "checkpoint").is_file():
                 raise UserError(f"no checkpoint in {folder}: train first, or name a run's folder with --checkpoint")
+
+
+def default_of(name: str) -> object:
+    """Return the default of a flag: what a run from before there was this flag did."""
+    return get_parser().get_default(name)
 
 
 def has_llm(args: argparse.Namespace) -> bool:

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from data_provider.series import Table, read_table
+from data_provider.series import continue_dates, read_table
 from utils.errors import UserError
 from utils.files import write_text
 from utils.options import csv_path
@@ -58,32 +58,20 @@ def forecast_beyond(args: argparse.Namespace, model: nn.Module, contents: dict) 
     model.eval()
     parts = [model(batch).float().cpu() for batch in windows.split(args.eval_batch_size or args.batch_size)]
     values = torch.cat(parts)[..., 0].T.double().numpy() * deviation + mean
-    return Forecast(continue_dates(table, args.pred_len, path), values, table.channels)
+    return Forecast(continue_dates(table.dates, args.pred_len, path), values, table.channels)
 
 
-def continue_dates(table: Table, count: int, path: Path) -> pd.DatetimeIndex:
-    """Return the dates after a table's last, at its own step.
-
-    Raises:
-        UserError: if the dates have no step.
-    """
-    recent = table.dates[-1000:]
-    # A calendar's steps, such as months, are not all of one length.
-    with pd.option_context("future.infer_freq_returns_offset", True):
-        offset = pd.infer_freq(recent) if len(recent) > 2 else None
-    if offset is not None:
-        return pd.date_range(recent[-1], periods=count + 1, freq=offset)[1:]
-    steps = pd.Series(recent).diff().dropna()
-    step = steps[steps > pd.Timedelta(0)].mode()
-    if step.empty:
-        raise UserError(f"{path}: the dates have no step to go on with")
-    return pd.DatetimeIndex([recent[-1] + step[0] * number for number in range(1, count + 1)])
+def written_out(dates: pd.DatetimeIndex) -> list[str]:
+    """Return dates as text, all with as many digits of a second as any needs, and with their offset from UTC if any."""
+    precisions = (("s", "seconds"), ("ms", "milliseconds"), ("us", "microseconds"), ("ns", "nanoseconds"))
+    digits = next(name for unit, name in precisions if unit == "ns" or (dates == dates.floor(unit)).all())
+    return [date.isoformat(sep=" ", timespec=digits) for date in dates]
 
 
 def write_forecast(folder: Path, args: argparse.Namespace, forecast: Forecast) -> None:
     """Write forecast.csv, a row a date and a column a channel, and forecast.png."""
     frame = pd.DataFrame(forecast.values, columns=list(forecast.channels))
-    frame.insert(0, "date", forecast.dates.strftime("%Y-%m-%d %H:%M:%S"))
+    frame.insert(0, "date", written_out(forecast.dates))
     write_text(folder / "forecast.csv", frame.to_csv(index=False, lineterminator="\n"))
     table = read_table(args)
     draw_forecast(

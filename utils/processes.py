@@ -12,7 +12,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, gather_object, set_seed
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, gather_object, set_seed
 
 from utils.errors import UserError
 
@@ -29,10 +29,15 @@ def start_processes(args: argparse.Namespace) -> Accelerator:
     # accelerate keeps its settings for the life of the interpreter and refuses others; `main` may be called
     # again with another precision.
     AcceleratorState._reset_state()
+    # Data parallelism that knows of devices moves the windows to one, and `forward` would wait to have them back: the
+    # prompts are written on the host.
+    os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
     accelerator = Accelerator(
         mixed_precision=_half_precision() if args.use_amp else None,
         gradient_accumulation_steps=args.grad_accum,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed, non_blocking=True),
+        # The one buffer there is, the basis of the prototypes, never changes.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and accelerator.num_processes == 1:
@@ -46,6 +51,15 @@ def start_processes(args: argparse.Namespace) -> Accelerator:
     # Where a kernel has no deterministic form, torch warns and names it.
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     return accelerator
+
+
+def draw_apart(accelerator: Accelerator, seed: int) -> None:
+    """Let each process draw random numbers of its own from here on: their windows differ, so must their dropout.
+
+    The first goes on as a single process would. The weights are drawn before, from one seed for all.
+    """
+    if accelerator.process_index > 0:
+        set_seed(seed + accelerator.process_index)
 
 
 def is_there_for_all(path: Path) -> bool:

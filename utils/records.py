@@ -7,7 +7,7 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ _PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "numpy", "pa
 
 HISTORY_COLUMNS = (
     *("epoch", "steps", "lr", "train_loss", "vali_loss", "vali_mae", "test_loss", "test_mae", "seconds"),
+    *("attention_entropy", "prototype_rms"),
 )
 
 
@@ -65,9 +66,17 @@ def open_run_folder(folder: Path, args: argparse.Namespace, device: str, resumes
                 _keep_earlier_files(folder)
     except OSError as problem:
         raise UserError(f"cannot write to {folder}: {problem.strerror or problem} (--checkpoints)") from problem
-    versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     what_ran = {**vars(args), "data_sha256": hash_of(csv_path(args)), "versions": versions, "device": device}
     _write_json(folder / "args.json", what_ran)
+
+
+def _version(package: str) -> str | None:
+    """Return an installed package's version, None if it is not there: bitsandbytes is needed for 4 bits alone."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _keep_earlier_files(folder: Path) -> None:
@@ -175,6 +184,9 @@ def _write_json(path: Path, contents: dict) -> None:
 class History:
     """history.csv: a row a validation, written as soon as it is known.
 
+    It is a record: where it cannot be written (Excel under Windows keeps others from a file that it shows), that is
+    said once, and it is written with the next row. The rows are in the state to resume from, too.
+
     Args:
         path: the file.
         rows: of the run so far, if it is resumed: lists of cells.
@@ -183,14 +195,29 @@ class History:
     def __init__(self, path: Path, rows: Sequence[list[str]] = ()):
         self.path = path
         self.rows = [list(row) for row in rows]
+        self._is_behind = self._has_warned = False
         self._write()
 
     def add(self, **row: float | None) -> None:
-        """Append a row; a column that is None stays empty."""
-        self.rows.append(["" if row[name] is None else str(row[name]) for name in HISTORY_COLUMNS])
+        """Append a row; a column that is not given, or None, stays empty."""
+        self.rows.append(["" if row.get(name) is None else str(row[name]) for name in HISTORY_COLUMNS])
         self._write()
+
+    def write_if_behind(self) -> None:
+        """Write the rows that could not be written before."""
+        if self._is_behind:
+            self._write()
 
     def _write(self) -> None:
         text = io.StringIO()
-        csv.writer(text).writerows([HISTORY_COLUMNS, *self.rows])
-        write_text(self.path, text.getvalue())
+        # A run that an earlier version began has fewer columns.
+        padded = [[*row, *[""] * (len(HISTORY_COLUMNS) - len(row))] for row in self.rows]
+        csv.writer(text).writerows([HISTORY_COLUMNS, *padded])
+        try:
+            write_text(self.path, text.getvalue())
+        except UserError as problem:
+            if not self._has_warned:
+                print(f"Warning: {problem}; training goes on, it is tried again at the next validation", flush=True)
+            self._is_behind = self._has_warned = True
+        else:
+            self._is_behind = False

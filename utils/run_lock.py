@@ -50,9 +50,8 @@ class RunLock:
     def __exit__(self, *problem) -> None:
         with contextlib.suppress(OSError):
             self._owner.unlink(missing_ok=True)
+        # The lock's file stays: who waited for it would hold a file that has no name any more, beside the next owner.
         self._lock.release()
-        with contextlib.suppress(OSError):  # Windows keeps a file that another process has just opened
-            Path(self._lock.lock_file).unlink(missing_ok=True)
 
     def _describe_owner(self) -> str:
         try:

@@ -40,18 +40,21 @@ class Schedule:
     Only TST, torch's OneCycleLR, starts lower and reaches it after `pct_start` of the steps.
 
     Args:
-        optimizer: with the rate of the first epoch.
+        optimizer: with the rate of the first epoch; groups of parameters keep the ratio of their rates.
         name: as in `--lradj`.
         total_steps: optimiser steps of the run, for TST.
         pct_start: share of them until the peak, for TST.
     """
 
     def __init__(self, optimizer: Optimizer, name: str, total_steps: int, pct_start: float):
-        rate = optimizer.param_groups[0]["lr"]
+        rates = [group["lr"] for group in optimizer.param_groups]
+        rate = rates[0]
         self.is_per_step = name == "TST"
         self.scheduler: LRScheduler
         if self.is_per_step:
-            self.scheduler = OneCycleLR(optimizer, max_lr=rate, total_steps=total_steps, pct_start=pct_start)
+            if pct_start * total_steps == 1:  # torch would divide by the length of the way up, which is 0 then
+                pct_start *= 1 - 1e-9
+            self.scheduler = OneCycleLR(optimizer, max_lr=rates, total_steps=total_steps, pct_start=pct_start)
         elif name == "COS":
             self.scheduler = CosineAnnealingLR(optimizer, T_max=20, eta_min=1e-8)
         else:

@@ -13,14 +13,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from data_provider.series import Series
-from data_provider.windows import WindowDataset
+from data_provider.windows import WindowDataset, evenly_spaced
 from utils.checkpoint import save_checkpoint, save_last
 from utils.early_stopping import EarlyStopping
 from utils.errors import UserError
 from utils.evaluation import Scores, evaluate
 from utils.interrupts import Interrupts
 from utils.memory import nearly_full
-from utils.optimizers import build_optimizer
+from utils.optimizers import build_optimizer, parameter_groups
 from utils.options import headline_target
 from utils.progress import show_loss, windows_bar
 from utils.records import History
@@ -30,6 +30,9 @@ LOSSES = {"MSE": nn.MSELoss, "MAE": nn.L1Loss}
 
 # Batches from one progress line to the next; between two lines nothing is read back from the device.
 REPORT_EVERY = 100
+
+# Validation windows that the state of the map to the prototypes is taken on.
+_WATCHED_WINDOWS = 16
 
 
 class Trainer:
@@ -68,10 +71,9 @@ class Trainer:
         self.folder = folder
         self.interrupts = interrupts
         self.loss = LOSSES[args.loss]()
-        trained = list(model.parameters())
-        self.has_nothing_to_train = not trained
-        # An optimiser and its schedule want something to hold.
-        optimizer = build_optimizer(args.optimizer, trained or [torch.zeros(1, requires_grad=True)], args.learning_rate)
+        self.has_nothing_to_train = not list(model.parameters())
+        groups = parameter_groups(model, args.learning_rate, args.mapping_rate)
+        optimizer = build_optimizer(args.optimizer, groups, args.learning_rate)
         self.schedule = Schedule(optimizer, args.lradj, self._total_steps(), args.pct_start)
         self.optimizer = accelerator.prepare(optimizer)
         self.stopping = EarlyStopping(args.patience, accelerator.print)
@@ -104,6 +106,8 @@ class Trainer:
                 self._train_epoch()
         if self.stopping.should_stop:
             self.accelerator.print("Early stopping")
+        if self.history:
+            self.history.write_if_behind()
 
     def _score_untrained(self) -> None:
         """Leave the files of a trained model, so that testing, forecasting and resuming need not know."""
@@ -230,18 +234,23 @@ class Trainer:
             raise
         self._report(train_loss, vali, test)
         if self.stopping.update(vali.mse) and self.accelerator.is_main_process:
-            model = self.accelerator.unwrap_model(self.model)
-            progress = {
-                "epoch": self.epoch,
-                "steps": self.steps,
-                "vali_loss": vali.mse,
-                "seconds_per_step": self.learning_seconds / self.steps if self.steps else None,
-            }
-            save_checkpoint(self.folder / "checkpoint", model, self.args, self.series, progress)
+            self._save_best(vali)
+        if self.history:  # after the weights: it is only a record
+            self._record(train_loss, vali, test)
         self.validated_at = self.steps
         self.validating_seconds += time.perf_counter() - started
         self._forget_losses()
         self._watch_memory()
+
+    def _save_best(self, vali: Scores) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        progress = {
+            "epoch": self.epoch,
+            "steps": self.steps,
+            "vali_loss": vali.mse,
+            "seconds_per_step": self.learning_seconds / self.steps if self.steps else None,
+        }
+        save_checkpoint(self.folder / "checkpoint", model, self.args, self.series, progress)
 
     def _watch_memory(self) -> None:
         """Warn, once, if the device is nearly full."""
@@ -276,18 +285,28 @@ class Trainer:
         trained = "" if train_loss is None else f"Train Loss: {train_loss:.7f} "
         tested = f" Test Loss: {test.mse:.7f} MAE Loss: {test.mae:.7f}" if test else ""
         self.accelerator.print(f"Epoch: {self.epoch}{step} | {trained}Vali Loss: {vali.mse:.7f}{tested}")
-        if self.history:
-            self.history.add(
-                epoch=self.epoch,
-                steps=self.steps,
-                lr=self.schedule.rate,
-                train_loss=train_loss,
-                vali_loss=vali.mse,
-                vali_mae=vali.mae,
-                test_loss=test.mse if test else None,
-                test_mae=test.mae if test else None,
-                seconds=round(time.perf_counter() - self.started, 3),
-            )
+
+    def _record(self, train_loss: float | None, vali: Scores, test: Scores | None) -> None:
+        self.history.add(
+            epoch=self.epoch,
+            steps=self.steps,
+            lr=self.schedule.rate,
+            train_loss=train_loss,
+            vali_loss=vali.mse,
+            vali_mae=vali.mae,
+            test_loss=test.mse if test else None,
+            test_mae=test.mae if test else None,
+            seconds=round(time.perf_counter() - self.started, 3),
+            **self._map_state(),
+        )
+
+    def _map_state(self) -> dict[str, float]:
+        """Return `map_state` of some validation windows, always the same, for a model that has it."""
+        model, dataset = self.accelerator.unwrap_model(self.model), self.datasets["val"]
+        if not hasattr(model, "map_state"):
+            return {}
+        context, *_ = dataset.__getitems__(evenly_spaced(len(dataset), _WATCHED_WINDOWS))
+        return model.map_state(context)
 
     def _check_finite(self, loss: float, which: str) -> None:
         """Stop the run if a loss is infinite or not a number."""
