@@ -220,8 +220,8 @@ def test_wrong_positions_are_found_out_in_every_precision(tiny_llm, more):
     liar = load_llm(get_parser().parse_args(["--data", "ETTh1", "--llm_model_path", tiny_llm("qwen2"), *more])).backbone
     assert frozen(liar).uses_prefix
     rotary = copy.deepcopy(liar.rotary_emb.forward)
-    # What stands behind a prefix stands a fiftieth of a place too far. That changes the hidden states of this LLM, which
-    # is made to react, by 0.1%, as a whole place changes those of real ones.
+    # What stands behind a prefix stands a fiftieth of a place too far. That changes the hidden states of this LLM,
+    # which is made to react, by 0.1%, as a whole place changes those of real ones.
     liar.rotary_emb.forward = lambda hidden, positions: rotary(hidden, positions + 0.02 * (positions[:, :1] > 0))
     llm = frozen(liar)
     assert not llm.uses_prefix
