@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_provider.series import read_table
 from models import build_model
-from utils.checkpoint import load_checkpoint, read_checkpoint
+from utils.checkpoint import load_checkpoint, read_checkpoint, saved_basis
 from utils.command import OneLineParser, exit_code_of
 from utils.errors import UserError
 from utils.options import check_options, check_paths, csv_path, get_parser
@@ -230,7 +230,7 @@ def show_prototypes(options: argparse.Namespace) -> None:
     window = choose_window(
         args, contents, options.channel, options.row
     )  # before the LLM: what is wrong is found sooner
-    model = build_model(args).eval()
+    model = build_model(args, saved_basis(checkpoint)).eval()
     load_checkpoint(checkpoint, model, args, None)
     prototypes = strongest_prototypes(model, window, options.prototypes, options.tokens)
     print(describe(window, prototypes, len(model.mapping_layer.bias)))

@@ -12,7 +12,7 @@ from data_provider.series import Series
 from utils.errors import UserError
 from utils.files import write_whole
 from utils.llm import LoadedLLM, llm_of
-from utils.options import default_of
+from utils.options import defaults
 
 FORMAT = 1
 
@@ -110,7 +110,7 @@ def load_last(path: Path, model: nn.Module, args: argparse.Namespace, series: Se
     """
     contents = read_checkpoint(path, {"training"})
     for name, now in vars(args).items():
-        before = contents["flags"].get(name, default_of(name))
+        before = contents["flags"].get(name, defaults().get(name))
         if name not in _MAY_CHANGE and before != now:
             raise UserError(f"{path} is of a run with --{name} {before}, not {now}: resume with the flags of the run")
     present = _contents(model, args, series)

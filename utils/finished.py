@@ -5,7 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from utils.options import csv_path, default_of
+from utils.options import csv_path, defaults
 
 # Flags in which a run may differ from the one that is asked for and still be it: they change no weight and no score.
 _MAY_DIFFER = {
@@ -31,7 +31,7 @@ def is_of(folder: Path, args: argparse.Namespace) -> bool:
     same_step = not found or windows == args.batch_size * args.grad_accum
     names = vars(args).keys() - _MAY_DIFFER - found
     same_data = before.get("data_sha256") == hash_of(csv_path(args))
-    return same_data and same_step and all(before.get(name, default_of(name)) == vars(args)[name] for name in names)
+    return same_data and same_step and all(before.get(name, defaults().get(name)) == vars(args)[name] for name in names)
 
 
 def is_finished(folder: Path, args: argparse.Namespace) -> bool:

@@ -6,6 +6,7 @@ Nothing here imports torch, so that ``--help`` and a typo answer at once.
 import argparse
 import difflib
 import math
+from functools import cache
 from pathlib import Path
 
 from utils.command import OneLineParser
@@ -425,9 +426,10 @@ def check_paths(args: argparse.Namespace) -> None:
                 raise UserError(f"no checkpoint in {folder}: train first, or name a run's folder with --checkpoint")
 
 
-def default_of(name: str) -> object:
-    """Return the default of a flag: what a run from before there was this flag did."""
-    return get_parser().get_default(name)
+@cache
+def defaults() -> dict[str, object]:
+    """Return the default of every flag: what a run did from before there was this flag."""
+    return {action.dest: action.default for action in get_parser()._actions}
 
 
 def has_llm(args: argparse.Namespace) -> bool:
