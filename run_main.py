@@ -18,9 +18,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.demo import farewell, introduction
-from utils.errors import UserError
-from utils.options import (
+from utils.cli.demo import farewell, introduction
+from utils.cli.options import (
     check_options,
     check_paths,
     csv_path,
@@ -32,6 +31,7 @@ from utils.options import (
     run_folder,
     trained_folder,
 )
+from utils.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from data_provider.windows import WindowDataset
-    from utils.evaluation import Scores
-    from utils.interrupts import Interrupts
+    from utils.training.evaluation import Scores
+    from utils.training.interrupts import Interrupts
 
 __all__ = ["get_parser", "main"]
 
@@ -107,7 +107,7 @@ def plan(args: argparse.Namespace) -> None:
     if not has_llm(args):
         print(f"{args.model} has no LLM: it fits wherever the data fit.")
         return
-    from utils.memory import NoPlan, advice, plan_memory, plan_table
+    from utils.memory.plan import NoPlan, advice, plan_memory, plan_table
 
     try:
         memory = plan_memory(args)
@@ -121,8 +121,8 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """Run every repetition; if the device is full, say in one line what helps."""
     from accelerate.utils.memory import should_reduce_batch_size
 
-    from utils.interrupts import Interrupts
-    from utils.processes import missing_processes
+    from utils.training.interrupts import Interrupts
+    from utils.training.processes import missing_processes
 
     try:
         with missing_processes(Path(__file__), argv), Interrupts() as interrupts:
@@ -135,7 +135,7 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> None:
     except RuntimeError as problem:
         if not should_reduce_batch_size(problem):
             raise
-        from utils.memory import memory_error
+        from utils.memory.plan import memory_error
 
         raise memory_error(args) from problem
 
@@ -145,12 +145,12 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
     # torch and transformers take seconds to import: not before the command line is known to be sound.
     from data_provider.series import load_series
     from models import build_model
-    from utils.checkpoint import load_checkpoint, saved_basis
-    from utils.memory import memory_in_short
-    from utils.optimizers import check_optimizer
-    from utils.processes import draw_apart, is_there_for_all, start_processes
-    from utils.records import open_run_folder
-    from utils.run_lock import RunLock
+    from utils.memory.plan import memory_in_short
+    from utils.runs.checkpoint import load_checkpoint, saved_basis
+    from utils.runs.records import open_run_folder
+    from utils.runs.run_lock import RunLock
+    from utils.training.optimizers import check_optimizer
+    from utils.training.processes import draw_apart, is_there_for_all, start_processes
 
     accelerator = start_processes(args)
     check_optimizer(args.optimizer, accelerator.device)
@@ -196,10 +196,10 @@ def train(
 ) -> None:
     """Train, from the start or from the state in the run folder."""
     from data_provider.series import load_series
-    from utils.checkpoint import load_last
-    from utils.processes import is_there_for_all
-    from utils.records import open_run_folder
-    from utils.training import Trainer
+    from utils.runs.checkpoint import load_last
+    from utils.runs.records import open_run_folder
+    from utils.training.processes import is_there_for_all
+    from utils.training.trainer import Trainer
 
     series, state = load_series(args), None
     if resumes:
@@ -215,8 +215,8 @@ def train(
 
 def settle_batch_size(accelerator: "Accelerator", args: argparse.Namespace, model: "Module", last: Path | None) -> None:
     """Set the batch size to what fits into memory, or to that of the state `last` that the run goes on from."""
-    from utils.batch_size import fit_batch_size, take_batches
-    from utils.checkpoint import resumed_batches
+    from utils.runs.checkpoint import resumed_batches
+    from utils.training.batch_size import fit_batch_size, take_batches
 
     if last is None:
         fit_batch_size(args, accelerator, model)
@@ -228,9 +228,9 @@ def run_prediction(args: argparse.Namespace, repetition: int) -> None:
     """Forecast beyond the CSV with a trained checkpoint; the CSV needs no more rows than a window has."""
     from data_provider.series import read_table
     from models import build_model
-    from utils.checkpoint import saved_basis
-    from utils.processes import start_processes
-    from utils.records import open_run_folder
+    from utils.runs.checkpoint import saved_basis
+    from utils.runs.records import open_run_folder
+    from utils.training.processes import start_processes
 
     accelerator = start_processes(args)
     read_table(args)  # before the LLM: a wrong CSV is found sooner
@@ -245,8 +245,8 @@ def predict(
     accelerator: "Accelerator", args: argparse.Namespace, model: "Module", checkpoint: Path, folder: Path
 ) -> None:
     """Write forecast.csv and forecast.png with the weights of a checkpoint."""
-    from utils.checkpoint import load_checkpoint
-    from utils.prediction import forecast_beyond, write_forecast
+    from utils.runs.checkpoint import load_checkpoint
+    from utils.runs.prediction import forecast_beyond, write_forecast
 
     contents = load_checkpoint(checkpoint, model, args, None)
     with accelerator.autocast():  # as in training and testing, whether accelerate has prepared the model or not
@@ -288,9 +288,9 @@ def test(
 
     `checkpoint` is where its weights are from, `progress` what that says of the training.
     """
-    from utils.evaluation import evaluate, window_numbers
-    from utils.llm import llm_of
-    from utils.records import cost_of, write_metrics, write_predictions
+    from utils.llm.loading import llm_of
+    from utils.runs.records import cost_of, write_metrics, write_predictions
+    from utils.training.evaluation import evaluate, window_numbers
 
     started = time.perf_counter()
     kept = [] if args.save_predictions else None
@@ -317,7 +317,7 @@ def score_last_season(
     """Score the plainest forecast on the same windows, and print its scores; None if no season fits into a window."""
     from data_provider.series import read_table
     from models.SeasonalNaive import Model
-    from utils.evaluation import evaluate
+    from utils.training.evaluation import evaluate
 
     if (args.season or read_table(args).rows_of_a_season()) > args.seq_len:
         return None
@@ -338,7 +338,7 @@ def describe(
     Raises:
         UserError: if a prompt and the patches do not fit into the LLM.
     """
-    from utils.llm import llm_of
+    from utils.llm.loading import llm_of
 
     llm = llm_of(model)
     trainable = sum(parameter.numel() for parameter in model.parameters())

@@ -24,9 +24,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from utils.command import OneLineParser, exit_code_of
+from utils.cli.command import OneLineParser, exit_code_of
 from utils.errors import UserError
-from utils.quiet import quiet_transformers
+from utils.llm.quiet import quiet_transformers
 
 HIDDEN_SIZE = 64
 LAYERS = 2

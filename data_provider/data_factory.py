@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader, Subset
 
 from data_provider.series import SPLITS, continue_dates, load_series, read_table, time_marks
 from data_provider.windows import WindowDataset, evenly_spaced
+from utils.cli.options import csv_path
 from utils.errors import UserError
-from utils.options import csv_path
 
 
 def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, DataLoader]:

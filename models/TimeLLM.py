@@ -11,8 +11,8 @@ from layers.FrozenLLM import FrozenLLM
 from layers.Reprogramming import CompactMappingLayer, MappingLayer, ReprogrammingLayer
 from layers.StandardNorm import Normalize
 from utils.errors import UserError
-from utils.llm import LoadedLLM, load_llm
-from utils.prompt import PromptBuilder, load_description
+from utils.llm.loading import LoadedLLM, load_llm
+from utils.llm.prompt import PromptBuilder, load_description
 
 
 class Model(nn.Module):

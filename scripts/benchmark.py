@@ -28,9 +28,9 @@ from data_provider.windows import WindowDataset
 from dataset.demo import demo_frame
 from layers.FrozenLinear import frozen_product
 from models.TimeLLM import Model
-from utils.command import exit_code_of
-from utils.llm import LoadedLLM, load_llm
-from utils.options import check_options, get_parser
+from utils.cli.command import exit_code_of
+from utils.cli.options import check_options, get_parser
+from utils.llm.loading import LoadedLLM, load_llm
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from torch.nn import functional
 
 from data_provider.data_factory import data_provider
 from models.TimeLLM import Model
-from utils.command import OneLineParser, exit_code_of
+from utils.cli.command import OneLineParser, exit_code_of
+from utils.cli.options import check_options, csv_path, get_parser
 from utils.errors import UserError
-from utils.memory import plan_memory
-from utils.optimizers import build_optimizer
-from utils.options import check_options, csv_path, get_parser
+from utils.memory.plan import plan_memory
+from utils.training.optimizers import build_optimizer
 
 USERS_FLAGS = [
     *("--data", "ETTm1", "--seq_len", "512", "--pred_len", "96", "--d_model", "32", "--d_ff", "32"),

@@ -26,11 +26,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.command import OneLineParser, command_line, exit_code_of, run_child
-from utils.errors import UserError
-from utils.files import keep_earlier, write_text
-from utils.finished import is_finished, is_of
-from utils.options import (
+from utils.cli.command import OneLineParser, command_line, exit_code_of, run_child
+from utils.cli.options import (
     check_options,
     check_paths,
     csv_path,
@@ -39,6 +36,9 @@ from utils.options import (
     get_parser,
     run_folder,
 )
+from utils.errors import UserError
+from utils.runs.files import keep_earlier, write_text
+from utils.runs.finished import is_finished, is_of
 
 RUN_MAIN = Path(__file__).resolve().parents[1] / "run_main.py"
 
@@ -239,7 +239,7 @@ def write_results(folder: Path, ways: Sequence[Way], command: str) -> None:
     write_text(files[0], _as_csv(done))
     write_text(files[1], f"{table(ways)}\n\n{where}; mean ± deviation over the seeds\n\n    {command}\n")
 
-    from utils.pictures import draw_comparison
+    from utils.runs.pictures import draw_comparison
 
     draw_comparison(
         files[2],

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.command import OneLineParser, exit_code_of
+from utils.cli.command import OneLineParser, exit_code_of
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -30,10 +30,10 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.command import command_line, exit_code_of, run_child
+from utils.cli.command import command_line, exit_code_of, run_child
+from utils.cli.options import check_options, flags_of_repetition, get_parser, has_llm, run_folder
 from utils.errors import UserError
-from utils.finished import is_of
-from utils.options import check_options, flags_of_repetition, get_parser, has_llm, run_folder
+from utils.runs.finished import is_of
 
 ROOT = Path(__file__).resolve().parents[1]
 HORIZONS = ("96", "192", "336", "720")

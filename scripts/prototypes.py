@@ -29,11 +29,11 @@ from transformers import PreTrainedTokenizerBase
 
 from data_provider.series import read_table
 from models import build_model
-from utils.checkpoint import load_checkpoint, read_checkpoint, saved_basis
-from utils.command import OneLineParser, exit_code_of
+from utils.cli.command import OneLineParser, exit_code_of
+from utils.cli.options import check_options, check_paths, csv_path, get_parser
 from utils.errors import UserError
-from utils.options import check_options, check_paths, csv_path, get_parser
-from utils.pictures import save_picture
+from utils.runs.checkpoint import load_checkpoint, read_checkpoint, saved_basis
+from utils.runs.pictures import save_picture
 
 # Files of a run that may have been moved since.
 PLACES = ("root_path", "data_path", "prompt_file", "llm_model_path")

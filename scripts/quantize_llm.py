@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from utils.command import OneLineParser, exit_code_of
+from utils.cli.command import OneLineParser, exit_code_of
 from utils.errors import UserError
-from utils.llm import load_pretrained, nf4
-from utils.quiet import quiet_transformers
+from utils.llm.loading import load_pretrained, nf4
+from utils.llm.quiet import quiet_transformers
 
 
 def quantize_llm(source: str, target: Path) -> None:

@@ -7,8 +7,8 @@ from transformers import AutoConfig, AutoModel, BloomConfig, MistralConfig, Robe
 from layers.FrozenLLM import FrozenLLM
 from layers.InFloat32 import InFloat32
 from tests.conftest import largest_difference
-from utils.llm import load_llm
-from utils.options import get_parser
+from utils.cli.options import get_parser
+from utils.llm.loading import load_llm
 
 CAUSAL = ("qwen2", "llama", "gpt2")
 FAMILIES = (*CAUSAL, "bert")

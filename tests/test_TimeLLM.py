@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from models import build_model
 from models.TimeLLM import Model
 from tests.conftest import SHARED, largest_difference, needs_shared
-from utils.options import get_parser
+from utils.cli.options import get_parser
 
 GOLDEN = ("qwen2_ETTh1", "gpt2_ETTm1", "bert_ETTh2")
 MODES = {"right": "right_padded", "left": "alone"}

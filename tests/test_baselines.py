@@ -13,7 +13,7 @@ from models.DLinear import moving_average
 from models.LastValue import Model as LastValue
 from models.SeasonalNaive import Model as SeasonalNaive
 from tests.conftest import largest_difference
-from utils.options import get_parser
+from utils.cli.options import get_parser
 
 
 def configs(*argv):

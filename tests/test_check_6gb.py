@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from scripts.check_6gb import GIB, check, main
-from utils.options import get_parser
+from utils.cli.options import get_parser
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -7,9 +7,9 @@ from safetensors.torch import load_file, save_file
 from base_models.make_tiny_llm import make_tiny_llm
 from data_provider.series import load_series
 from models import build_model
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.cli.options import get_parser
 from utils.errors import UserError
-from utils.options import get_parser
+from utils.runs.checkpoint import load_checkpoint, save_checkpoint
 
 
 def save(model, args, folder, name="checkpoint"):

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from utils.command import OneLineParser, command_line, exit_code_of
+from utils.cli.command import OneLineParser, command_line, exit_code_of
 from utils.errors import UserError
 
 

@@ -12,7 +12,7 @@ from data_provider.series import load_series
 from data_provider.windows import WindowDataset, evenly_spaced
 from dataset.demo import demo_frame
 from tests.conftest import SHARED, needs_shared
-from utils.options import get_parser
+from utils.cli.options import get_parser
 
 CASES = SHARED / "golden" / "data"
 

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils import demo
-from utils.options import get_parser
+from utils.cli import demo
+from utils.cli.options import get_parser
 
 QUICK = ["--demo", "--max_steps", "3", "--eval_windows", "14", "--batch_size", "8"]
 

@@ -1,4 +1,4 @@
-from utils.early_stopping import EarlyStopping
+from utils.training.early_stopping import EarlyStopping
 
 
 def test_it_counts_validations_without_gain_and_says_so():

@@ -4,9 +4,9 @@ import torch
 from accelerate import Accelerator
 
 from data_provider.data_factory import data_provider
+from utils.cli.options import get_parser
 from utils.errors import UserError
-from utils.evaluation import evaluate
-from utils.options import get_parser
+from utils.training.evaluation import evaluate
 
 
 class LastValue(torch.nn.Module):

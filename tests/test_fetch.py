@@ -535,7 +535,7 @@ def test_hf_endpoint_names_the_hub(serve, tmp_path):
 
 
 def test_qwen_gets_the_folder_that_the_flag_of_its_name_looks_for():
-    from utils.llm import BASE_MODELS, KNOWN_LLMS
+    from utils.llm.loading import BASE_MODELS, KNOWN_LLMS
 
     known = KNOWN_LLMS["QWEN"]
     args = fetch.get_parser().parse_args(["qwen2.5-3b"])

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import run_main
-import utils.memory
+import utils.memory.plan
+from utils.cli.options import get_parser
 from utils.errors import UserError
-from utils.options import get_parser
 
 from .test_wrong_inputs import GOOD
 
@@ -66,7 +66,7 @@ def test_any_csv(fuzzed, flags, tmp_path, monkeypatch):
     def enough(args):
         raise UserError("the CSV was read")
 
-    monkeypatch.setattr(utils.memory, "plan_memory", enough)
+    monkeypatch.setattr(utils.memory.plan, "plan_memory", enough)
     path = tmp_path / "fuzz.csv"
 
     @fuzzed

@@ -9,10 +9,10 @@ from transformers import AutoModel, AutoTokenizer, ElectraConfig, T5Config, ViTC
 
 from layers.FrozenLLM import FrozenLLM
 from tests.conftest import largest_difference
-from utils import llm as llm_module
+from utils.cli.options import get_parser
 from utils.errors import UserError
-from utils.llm import KNOWN_LLMS, choose_dtype, choose_source, load_llm
-from utils.options import get_parser
+from utils.llm import loading as llm_module
+from utils.llm.loading import KNOWN_LLMS, choose_dtype, choose_source, load_llm
 
 
 def options(*argv):

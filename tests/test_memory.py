@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoModel, Qwen2Config
 
-import utils.batch_size
-import utils.memory
+import utils.memory.plan
+import utils.training.batch_size
 from base_models.make_tiny_llm import make_tiny_llm
 from layers.FrozenLLM import FrozenLLM
+from utils.cli.options import get_parser
 from utils.errors import UserError
-from utils.memory import nearly_full, plan_memory, savings
-from utils.options import get_parser
-from utils.training import Trainer
+from utils.memory.plan import nearly_full, plan_memory, savings
+from utils.training.trainer import Trainer
 
 from .conftest import SHARED, largest_difference, needs_shared
 
@@ -43,7 +43,7 @@ def test_the_plan_needs_the_config_alone(run, flags, tiny_llm, tmp_path):
 
 
 def test_a_plan_that_does_not_fit_says_what_helps(run, flags, monkeypatch):
-    monkeypatch.setattr(utils.memory, "free_bytes", lambda device: 10_000_000)
+    monkeypatch.setattr(utils.memory.plan, "free_bytes", lambda device: 10_000_000)
     done = run(*flags, "--mapping", "full", "--plan")
     assert done.code == 0
     assert "It does not fit: try " in done.out
@@ -55,7 +55,7 @@ def test_an_llm_without_a_plan_runs_all_the_same(run, flags, monkeypatch):
     def looks_at_values(*_):
         raise RuntimeError("Tensor.item() cannot be called on meta tensors")
 
-    monkeypatch.setattr(utils.memory, "try_step", looks_at_values)
+    monkeypatch.setattr(utils.memory.plan, "try_step", looks_at_values)
     done = run(*flags)
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith("Memory: no plan for this LLM (qwen2: Tensor.item() cannot be called")
@@ -101,7 +101,7 @@ def test_what_is_advised_is_what_it_saves():
 def test_further_layers_are_counted_as_if_all_were_tried(flags, tmp_path, monkeypatch):
     flags = [*flags, "--llm_model_path", str(make_tiny_llm("llama", tmp_path / "six", layers=6))]
     by_few = plan(*flags)
-    monkeypatch.setattr(utils.memory, "layers_to_try", lambda choice: (6,))
+    monkeypatch.setattr(utils.memory.plan, "layers_to_try", lambda choice: (6,))
     assert plan(*flags).total == pytest.approx(by_few.total, rel=0.02)
 
 
@@ -123,9 +123,9 @@ def reduced_qwen(tmp_path_factory):
 _MEASURE = """
 import json, sys
 from resource import RUSAGE_SELF, getrusage
-import bitsandbytes, models.TimeLLM, run_main, utils.batch_size, utils.training
+import bitsandbytes, models.TimeLLM, run_main, utils.training.batch_size, utils.training.trainer
 from transformers.models.qwen2 import modeling_qwen2
-from utils.memory import plan_memory
+from utils.memory.plan import plan_memory
 
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
@@ -188,18 +188,18 @@ def test_other_errors_of_torch_are_not_taken_for_a_full_device(run, flags, monke
     def broken(batch_size, args, model):
         raise RuntimeError("shapes")
 
-    monkeypatch.setattr(utils.batch_size, "_try_step", broken)
+    monkeypatch.setattr(utils.training.batch_size, "_try_step", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         run(*flags, "--auto_batch_size")
 
 
 def only_up_to(windows, monkeypatch):
-    try_step = utils.batch_size._try_step
+    try_step = utils.training.batch_size._try_step
 
     def limited(batch_size, args, model):
         return try_step(batch_size, args, model) if batch_size <= windows else full_device()
 
-    monkeypatch.setattr(utils.batch_size, "_try_step", limited)
+    monkeypatch.setattr(utils.training.batch_size, "_try_step", limited)
 
 
 def test_auto_batch_size_keeps_the_windows_of_an_optimiser_step(run, flags, monkeypatch):
@@ -249,13 +249,13 @@ class Processes:
 def test_where_nothing_fits_into_one_process_all_give_up(flags, monkeypatch):
     args = get_parser().parse_args(flags)
     for here, other in ((16, 0), (0, 16)):
-        monkeypatch.setattr(utils.batch_size, "_largest_fitting", lambda *_, here=here: here)
+        monkeypatch.setattr(utils.training.batch_size, "_largest_fitting", lambda *_, here=here: here)
         processes = Processes(other)
         with pytest.raises(UserError, match="out of memory"):
-            utils.batch_size.fit_batch_size(args, processes, None)
+            utils.training.batch_size.fit_batch_size(args, processes, None)
         assert processes.gathered == [here], "else the other waits for ever"
-    monkeypatch.setattr(utils.batch_size, "_largest_fitting", lambda *_: 16)
-    utils.batch_size.fit_batch_size(args, Processes(4), None)
+    monkeypatch.setattr(utils.training.batch_size, "_largest_fitting", lambda *_: 16)
+    utils.training.batch_size.fit_batch_size(args, Processes(4), None)
     assert (args.batch_size, args.grad_accum) == (4, 4)
 
 
@@ -268,7 +268,7 @@ def test_the_trial_may_not_spill_into_host_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 100))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
-    with pytest.raises(ValueError, match="stop"), utils.batch_size._no_spilling(torch.device("cuda")):
+    with pytest.raises(ValueError, match="stop"), utils.training.batch_size._no_spilling(torch.device("cuda")):
         assert shares == [0.8]
         raise ValueError("stop")
     assert shares == [0.8, 1.0]
@@ -282,7 +282,7 @@ def test_a_plan_fits_with_room_to_spare(flags):
 
 @pytest.mark.parametrize(("size", "tried"), [(8, [8, 4, 2, 1]), (6, [6, 3, 1]), (7, [7, 1]), (1, [1])])
 def test_batch_sizes_that_are_tried(size, tried):
-    assert list(utils.batch_size._sizes(size)) == tried
+    assert list(utils.training.batch_size._sizes(size)) == tried
 
 
 def test_a_warning_before_the_driver_spills(monkeypatch):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.options import check_options, get_parser, looks_like_a_path, run_folder
+from utils.cli.options import check_options, get_parser, looks_like_a_path, run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 

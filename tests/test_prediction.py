@@ -4,8 +4,8 @@ import pytest
 
 from data_provider.series import continue_dates, read_table
 from dataset.demo import demo_frame
+from utils.cli.options import get_parser
 from utils.errors import UserError
-from utils.options import get_parser
 
 
 def forecast_of(folder):

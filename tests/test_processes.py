@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import run_main
-from utils.options import get_parser
-from utils.processes import start_processes
+from utils.cli.options import get_parser
+from utils.training.processes import start_processes
 
 ROOT = Path(run_main.__file__).parent
 

@@ -7,7 +7,7 @@ import pytest
 import transformers
 from tqdm import tqdm
 
-import utils.progress
+import utils.training.progress
 
 
 class Terminal(io.StringIO):
@@ -22,7 +22,7 @@ def open_terminal(monkeypatch):
     def open_now():
         transformers.logging.enable_progress_bar()
         monkeypatch.setattr(sys, "stderr", Terminal())
-        monkeypatch.setattr(utils.progress, "tqdm", partial(tqdm, mininterval=0, miniters=1))
+        monkeypatch.setattr(utils.training.progress, "tqdm", partial(tqdm, mininterval=0, miniters=1))
         return sys.stderr
 
     yield open_now

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from layers.FrozenLLM import FrozenLLM
 from tests.conftest import SHARED, needs_shared
-from utils.options import get_parser
-from utils.prompt import (
+from utils.cli.options import get_parser
+from utils.llm.prompt import (
     DEFAULT_DESCRIPTION,
     PromptBuilder,
     WindowStatistics,

@@ -18,7 +18,7 @@ from torch.distributed.run import get_args_parser
 import run_main
 from base_models.make_tiny_llm import make_tiny_llm
 from dataset.demo import demo_frame, write_demo_csv
-from utils.options import get_parser
+from utils.cli.options import get_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.zh-CN.md")
@@ -197,5 +197,5 @@ def test_contributing_names_what_is_there():
     text = text_of("CONTRIBUTING.md")
     for name in re.findall(r"`((?:utils|layers|models|data_provider|base_models|scripts|tests)/[\w./*-]+)`", text):
         assert list(ROOT.glob(name.replace("NAME", "*"))), name
-    for name, module in (("KNOWN_LLMS", "utils.llm"), ("LAYOUTS", "data_provider.series")):
+    for name, module in (("KNOWN_LLMS", "utils.llm.loading"), ("LAYOUTS", "data_provider.series")):
         assert name in text and hasattr(importlib.import_module(module), name)

@@ -15,8 +15,8 @@ import torch
 
 import run_main
 from utils.errors import UserError
-from utils.run_lock import RunLock
-from utils.training import Trainer
+from utils.runs.run_lock import RunLock
+from utils.training.trainer import Trainer
 
 # Two epochs of 12 batches.
 LONGER = [
@@ -263,12 +263,12 @@ def test_a_damaged_state_is_refused(run, flags):
 
 
 def test_a_found_batch_size_is_that_of_the_resumed_run(run, flags, monkeypatch):
-    import utils.batch_size
+    import utils.training.batch_size
 
     argv = [*flags, *LONGER, "--auto_batch_size", "--eval_batch_size", "7"]
-    monkeypatch.setattr(utils.batch_size, "_sizes", lambda size: iter([size // 2]))
+    monkeypatch.setattr(utils.training.batch_size, "_sizes", lambda size: iter([size // 2]))
     run_with_stop(run, monkeypatch, argv, "_train_batch", 5)
-    monkeypatch.setattr(utils.batch_size, "fit_batch_size", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr(utils.training.batch_size, "fit_batch_size", lambda *_: pytest.fail("searched again"))
     resumed = run(*argv, "--resume")
     assert resumed.code == 0, resumed.err
     kept = json.loads((resumed.folder / "args.json").read_text())
@@ -280,7 +280,7 @@ def test_a_found_batch_size_is_that_of_the_resumed_run(run, flags, monkeypatch):
 # A server that has imported everything is forked for each process: a start takes no time.
 FORKS = multiprocessing.get_context("forkserver") if sys.platform != "win32" else None
 needs_forks = pytest.mark.skipif(FORKS is None, reason="Windows has no fork server")
-PRELOADED = ("run_main", "models.TimeLLM", "utils.training", "utils.batch_size", "utils.memory")
+PRELOADED = ("run_main", "models.TimeLLM", "utils.training.trainer", "utils.training.batch_size", "utils.memory.plan")
 
 
 def run_in_process(argv, log):

@@ -17,8 +17,8 @@ import run_main
 from base_models.make_tiny_llm import make_tiny_llm
 from dataset.demo import write_demo_csv
 from layers import Reprogramming
-from utils import files, records
-from utils.options import get_parser
+from utils.cli.options import get_parser
+from utils.runs import files, records
 
 ROOT = Path(run_main.__file__).parent
 NUMBER = r"\d+\.\d{7}"
@@ -238,7 +238,9 @@ def test_a_loss_that_is_not_finite_between_validations_is_found_at_the_next_repo
 
 
 def test_the_best_checkpoint_survives_a_loss_that_is_not_finite(run, flags, monkeypatch):
-    monkeypatch.setattr("utils.schedules.rate_of_epoch", lambda name, rate, epoch: rate if epoch == 1 else 1e25)
+    monkeypatch.setattr(
+        "utils.training.schedules.rate_of_epoch", lambda name, rate, epoch: rate if epoch == 1 else 1e25
+    )
     flags = [*flags, "--max_steps", 0, "--percent", 20, "--batch_size", 100, "--train_epochs", 3]
     done = run(*flags)
     assert done.code == 2
@@ -430,8 +432,8 @@ def test_the_demo_needs_nothing_and_other_flags_count(run):
 @pytest.mark.parametrize(
     ("where", "hint"),
     [
-        ("utils.training.Trainer.fit", "there is no state to resume from yet"),
-        ("utils.records.write_metrics", "the state is saved, the same command with --resume goes on from there"),
+        ("utils.training.trainer.Trainer.fit", "there is no state to resume from yet"),
+        ("utils.runs.records.write_metrics", "the state is saved, the same command with --resume goes on from there"),
     ],
 )
 def test_ctrl_c_leaves_with_130_and_a_line(run, flags, monkeypatch, where, hint):

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from data_provider.series import load_series
 from dataset.demo import write_demo_csv
 from tests.conftest import SHARED
+from utils.cli.options import get_parser
 from utils.exact import mean_and_variance
-from utils.options import get_parser
-from utils.prompt import render, window_statistics
+from utils.llm.prompt import render, window_statistics
 
 # How libraries are told to compute as they would on another CPU. On some CPUs a few of these change nothing.
 MACHINES = {
@@ -38,8 +38,8 @@ import torch
 from transformers import AutoTokenizer
 from data_provider.data_factory import data_provider
 from data_provider.series import load_series
-from utils.options import get_parser
-from utils.prompt import DEFAULT_DESCRIPTION, PromptBuilder
+from utils.cli.options import get_parser
+from utils.llm.prompt import DEFAULT_DESCRIPTION, PromptBuilder
 
 sha = lambda data: hashlib.sha256(data).hexdigest()
 found = {}

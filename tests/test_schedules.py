@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from utils.schedules import Schedule, rate_of_epoch
+from utils.training.schedules import Schedule, rate_of_epoch
 
 
 def rates(name, epochs, steps=1, rate=1.0, pct_start=0.2):

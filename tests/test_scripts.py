@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from scripts import launch
-from utils.options import check_options, csv_path, get_parser, run_folder
-from utils.records import open_run_folder
+from utils.cli.options import check_options, csv_path, get_parser, run_folder
+from utils.runs.records import open_run_folder
 
 SCRIPTS = Path(launch.__file__).parent
 DATA = ("ETTh1", "ETTh2", "ETTm1", "ETTm2")

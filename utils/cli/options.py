@@ -9,7 +9,7 @@ import math
 from functools import cache
 from pathlib import Path
 
-from utils.command import OneLineParser
+from utils.cli.command import OneLineParser
 from utils.errors import UserError
 
 DATA_NAMES = ("ETTh1", "ETTh2", "ETTm1", "ETTm2", "custom", "ECL", "Traffic", "Weather")

@@ -14,7 +14,7 @@ from layers.StandardNorm import EPS
 from utils.errors import UserError
 from utils.exact import mean_and_variance
 
-PROMPT_BANK = Path(__file__).resolve().parents[1] / "dataset" / "prompt_bank"
+PROMPT_BANK = Path(__file__).resolve().parents[2] / "dataset" / "prompt_bank"
 
 # Time-LLM's own sentence, whatever the data set: it is part of the original's numbers.
 DEFAULT_DESCRIPTION = (

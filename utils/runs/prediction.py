@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from data_provider.series import continue_dates, read_table
+from utils.cli.options import csv_path
 from utils.errors import UserError
-from utils.files import write_text
-from utils.options import csv_path
-from utils.pictures import draw_forecast
+from utils.runs.files import write_text
+from utils.runs.pictures import draw_forecast
 
 
 @dataclass(frozen=True)

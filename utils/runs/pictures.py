@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font, get_font_names
 from matplotlib.text import Text
 
-from utils.files import write_whole
+from utils.runs.files import write_whole
 
 SEEN, TRUE, FORECAST = "0.45", "tab:green", "tab:orange"
 

@@ -3,8 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
-from utils.command import command_line
-from utils.options import csv_path, demo_makes, get_parser, has_llm
+from utils.cli.command import command_line
+from utils.cli.options import csv_path, demo_makes, get_parser, has_llm
 
 
 def command_behind(args: argparse.Namespace) -> str:

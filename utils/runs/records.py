@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from data_provider.windows import WindowDataset
+from utils.cli.options import csv_path
 from utils.errors import UserError
-from utils.evaluation import Scores
-from utils.files import UNFINISHED, keep_earlier, write_text, write_whole
-from utils.finished import hash_of
-from utils.llm import LoadedLLM
-from utils.options import csv_path
-from utils.pictures import draw_windows
+from utils.llm.loading import LoadedLLM
+from utils.runs.files import UNFINISHED, keep_earlier, write_text, write_whole
+from utils.runs.finished import hash_of
+from utils.runs.pictures import draw_windows
+from utils.training.evaluation import Scores
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "numpy", "pandas", "scikit-learn", "tqdm")
 

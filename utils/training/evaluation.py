@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from data_provider.windows import WindowDataset
-from utils.progress import show_loss, windows_bar
+from utils.training.progress import show_loss, windows_bar
 
 
 @dataclass(frozen=True)

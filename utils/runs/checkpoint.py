@@ -9,10 +9,10 @@ from accelerate import PartialState
 from torch import nn
 
 from data_provider.series import Series
+from utils.cli.options import defaults
 from utils.errors import UserError
-from utils.files import write_whole
-from utils.llm import LoadedLLM, llm_of
-from utils.options import defaults
+from utils.llm.loading import LoadedLLM, llm_of
+from utils.runs.files import write_whole
 
 FORMAT = 1
 

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AutoModel
 from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 
 from models.TimeLLM import Model
-from utils.llm import LLMChoice, LLMIdentity, LoadedLLM, choose_dtype
+from utils.llm.loading import LLMChoice, LLMIdentity, LoadedLLM, choose_dtype
 
 # Of NF4 with double quantisation: half a byte, a byte a block of 64, four bytes a block of 256 such blocks.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)

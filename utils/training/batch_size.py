@@ -10,7 +10,7 @@ from accelerate.utils import find_executable_batch_size
 from torch import nn
 from torch.nn import functional
 
-from utils.memory import STATE_BYTES, free_bytes, memory_error
+from utils.memory.plan import STATE_BYTES, free_bytes, memory_error
 
 
 def fit_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> None:

@@ -7,10 +7,10 @@ import psutil
 import torch
 from accelerate import PartialState
 
+from utils.cli.options import has_llm
 from utils.errors import UserError
-from utils.llm import choose_llm, share_keys_on_cpu
-from utils.options import has_llm
-from utils.trial_step import Step, layers_to_try, try_step
+from utils.llm.loading import choose_llm, share_keys_on_cpu
+from utils.memory.trial_step import Step, layers_to_try, try_step
 
 # Bytes of optimiser state for each trained number.
 STATE_BYTES = {"adam": 8, "adamw": 8, "adamw8bit": 2 + 8 / 256, "paged_adamw8bit": 2 + 8 / 256}

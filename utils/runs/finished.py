@@ -5,7 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from utils.options import csv_path, defaults
+from utils.cli.options import csv_path, defaults
 
 # Flags in which a run may differ from the one that is asked for and still be it: they change no weight and no score.
 _MAY_DIFFER = {

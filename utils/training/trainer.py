@@ -14,17 +14,17 @@ from torch.utils.data import DataLoader
 
 from data_provider.series import Series
 from data_provider.windows import WindowDataset, evenly_spaced
-from utils.checkpoint import save_checkpoint, save_last
-from utils.early_stopping import EarlyStopping
+from utils.cli.options import headline_target
 from utils.errors import UserError
-from utils.evaluation import Scores, evaluate
-from utils.interrupts import Interrupts
-from utils.memory import nearly_full
-from utils.optimizers import build_optimizer, parameter_groups
-from utils.options import headline_target
-from utils.progress import show_loss, windows_bar
-from utils.records import History
-from utils.schedules import Schedule
+from utils.memory.plan import nearly_full
+from utils.runs.checkpoint import save_checkpoint, save_last
+from utils.runs.records import History
+from utils.training.early_stopping import EarlyStopping
+from utils.training.evaluation import Scores, evaluate
+from utils.training.interrupts import Interrupts
+from utils.training.optimizers import build_optimizer, parameter_groups
+from utils.training.progress import show_loss, windows_bar
+from utils.training.schedules import Schedule
 
 LOSSES = {"MSE": nn.MSELoss, "MAE": nn.L1Loss}
 
