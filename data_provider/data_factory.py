@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from data_provider.series import SPLITS, continue_dates, load_series, read_table, time_marks
+from data_provider.series import SPLITS, last_window, load_series, time_marks
 from data_provider.windows import WindowDataset, evenly_spaced
-from utils.cli.options import csv_path
 from utils.errors import UserError
 
 
@@ -70,10 +69,7 @@ def _leave_signals_to_the_main_process(_worker: int) -> None:
 
 def _windows_to_come(args: argparse.Namespace) -> WindowDataset:
     """Return the windows that end with the CSV's last row, one a channel, followed by rows that nobody knows."""
-    series, dates = load_series(args), read_table(args).dates
-    if len(dates) < args.seq_len:
-        raise UserError(f"{args.data_path} has {len(dates)} rows: a forecast needs --seq_len {args.seq_len}")
-    to_come = continue_dates(dates, args.pred_len, csv_path(args))
+    series, to_come = load_series(args), last_window(args).dates_to_come
     unknown = np.full((args.pred_len, len(series.channels)), np.nan, np.float32)
     return WindowDataset(
         np.concatenate([series.values[-args.seq_len :], unknown]),

@@ -167,6 +167,39 @@ def _load_series(table: Table, path: Path, data: str, embed: str, freq: str) -> 
     )
 
 
+@dataclass(frozen=True)
+class LastWindow:
+    """The last rows of a CSV, and when the next ones will be.
+
+    Attributes:
+        dates, values: (seq_len,) and (seq_len, channels), in the CSV's units.
+        channels: the channels' names.
+        dates_to_come: (pred_len,).
+    """
+
+    dates: pd.DatetimeIndex
+    values: np.ndarray
+    channels: tuple[str, ...]
+    dates_to_come: pd.DatetimeIndex
+
+
+def last_window(args: argparse.Namespace) -> LastWindow:
+    """Return the window that the forecast beyond the CSV is made from.
+
+    Raises:
+        UserError: if the CSV is wrong, has fewer rows than a window or dates without a step.
+    """
+    table, path = read_table(args), csv_path(args)
+    if len(table.raw) < args.seq_len:
+        raise UserError(f"{path} has {len(table.raw)} rows: a forecast needs --seq_len {args.seq_len}")
+    return LastWindow(
+        dates=table.dates[-args.seq_len :],
+        values=table.raw[-args.seq_len :],
+        channels=table.channels,
+        dates_to_come=continue_dates(table.dates, args.pred_len, path),
+    )
+
+
 def continue_dates(dates: pd.DatetimeIndex, count: int, path: Path) -> pd.DatetimeIndex:
     """Return so many dates after the last of those that a CSV has, at their own step.
 

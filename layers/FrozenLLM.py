@@ -26,6 +26,20 @@ Prompts = Sequence[Sequence[int]]
 _TRIED = 8
 
 
+class NoLLM(nn.Module):
+    """Stands for a `FrozenLLM` where none is run: hands the patches on."""
+
+    reads_prompts = uses_prefix = False
+
+    def forward(self, prompts: Prompts, patches: torch.Tensor) -> torch.Tensor:
+        """(B, P, d_llm) -> the same."""
+        return patches
+
+    def limitations(self) -> list[str]:
+        """Return no lines."""
+        return []
+
+
 class FrozenLLM(nn.Module):
     """Run prompts and patches through a language model that is never trained and never saved.
 
@@ -51,8 +65,10 @@ class FrozenLLM(nn.Module):
         sees_pads: whether masked pads change this model's result all the same; it then gets no pads: prompts
             of one length are run together.
         uses_prefix: whether prompts are run before the patches.
-        why_not: why they are not, although `use_prefix` asked for it and the model is causal; else empty.
+        prefix_disabled_reason: why they are not, although `use_prefix` asks for it and the model is causal; else empty.
     """
+
+    reads_prompts = True
 
     def __init__(
         self,
@@ -76,7 +92,7 @@ class FrozenLLM(nn.Module):
         self._window = getattr(backbone.config.get_text_config(), "sliding_window", None)
         self._takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
         self.sees_pads = self.uses_prefix = False
-        self.why_not = ""
+        self.prefix_disabled_reason = ""
         if recompute:
             for block in self.blocks(backbone):
                 block.forward = partial(_forgetful, block.forward)
@@ -115,6 +131,16 @@ class FrozenLLM(nn.Module):
                 return self._run_rows(run, prompts, patches)
             scale = GradientScale()
             return scale.behind(self._run_rows(run, prompts, scale.before(patches)))
+
+    def limitations(self) -> list[str]:
+        """Return what this LLM cannot do, in lines to print."""
+        lines = []
+        if self.sees_pads:
+            lines.append("This LLM cannot mask pads: prompts of one length are run together (slower, as exact)")
+        if self.prefix_disabled_reason:
+            reason = self.prefix_disabled_reason
+            lines.append(f"No prefix cache ({reason}): prompt and patches in one pass (slower, as exact)")
+        return lines
 
     def prefix_bytes(self, tokens: int) -> int:
         """Return the size of the keys and values of so many tokens of prompts."""
@@ -220,7 +246,7 @@ class FrozenLLM(nn.Module):
             self.head, self._head_prefix = whole, None
 
     def _compare(self, prompts: Prompts, patches: int, use_prefix: bool, device: torch.device) -> None:
-        """Set `sees_pads`, `uses_prefix` and `why_not` by what the model says in one pass.
+        """Set `sees_pads`, `uses_prefix` and `prefix_disabled_reason` by what the model says in one pass.
 
         With masked pads the truth is what it says of each prompt alone.
         """
@@ -234,15 +260,15 @@ class FrozenLLM(nn.Module):
         if not use_prefix or not self._is_causal(prompts[0], stand_ins[:1]):
             return
         if not self._takes_positions:
-            self.why_not = "the model takes no position_ids"
+            self.prefix_disabled_reason = "the model takes no position_ids"
             return
         self.uses_prefix = True
         try:
             if not _alike(self(prompts, stand_ins), truth):
-                self.why_not = "it gives other hidden states"
+                self.prefix_disabled_reason = "it gives other hidden states"
         except Exception as problem:  # of whatever kind: the line at start says it
-            self.why_not = f"{type(problem).__name__}: {problem}"
-        self.uses_prefix = not self.why_not
+            self.prefix_disabled_reason = f"{type(problem).__name__}: {problem}"
+        self.uses_prefix = not self.prefix_disabled_reason
 
     def _is_causal(self, prompt: Sequence[int], patches: torch.Tensor) -> bool:
         """Return whether a change of the last patch leaves the patches before it alone."""

@@ -3,12 +3,13 @@
 import argparse
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from torch.nn import functional
 
+from models.baseline import Baseline
 
-class Model(nn.Module):
+
+class Model(Baseline):
     """A moving average splits a window into trend and rest; a linear map forecasts each. All channels share both.
 
     Args:
@@ -17,7 +18,6 @@ class Model(nn.Module):
 
     def __init__(self, configs: argparse.Namespace):
         super().__init__()
-        self.device = PartialState().device
         self.moving_avg = configs.moving_avg
         self.trend = nn.Linear(configs.seq_len, configs.pred_len)
         self.rest = nn.Linear(configs.seq_len, configs.pred_len)
@@ -25,15 +25,9 @@ class Model(nn.Module):
             nn.init.constant_(linear.weight, 1 / configs.seq_len)  # each forecast starts as the window's mean
         self.to(self.device)
 
-    def forward(
-        self,
-        x_enc: torch.Tensor,
-        x_mark_enc: torch.Tensor | None = None,
-        x_dec: torch.Tensor | None = None,
-        x_mark_dec: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Forecast: (B, seq_len, N) -> (B, pred_len, N). The other arguments are not looked at."""
-        windows = x_enc.to(self.device, non_blocking=True).transpose(1, 2)  # (B, N, seq_len)
+    def forecast(self, contexts: torch.Tensor) -> torch.Tensor:
+        """(B, seq_len, N) -> (B, pred_len, N)."""
+        windows = contexts.transpose(1, 2)  # (B, N, seq_len)
         trend = moving_average(windows, self.moving_avg)
         return (self.trend(trend) + self.rest(windows - trend)).transpose(1, 2)
 

@@ -3,11 +3,11 @@
 import argparse
 
 import torch
-from accelerate import PartialState
-from torch import nn
+
+from models.baseline import Baseline
 
 
-class Model(nn.Module):
+class Model(Baseline):
     """Nothing to train.
 
     Args:
@@ -16,15 +16,8 @@ class Model(nn.Module):
 
     def __init__(self, configs: argparse.Namespace):
         super().__init__()
-        self.device = PartialState().device
         self.pred_len = configs.pred_len
 
-    def forward(
-        self,
-        x_enc: torch.Tensor,
-        x_mark_enc: torch.Tensor | None = None,
-        x_dec: torch.Tensor | None = None,
-        x_mark_dec: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Forecast: (B, seq_len, N) -> (B, pred_len, N). The other arguments are not looked at."""
-        return x_enc[:, -1:].to(self.device, non_blocking=True).repeat(1, self.pred_len, 1)
+    def forecast(self, contexts: torch.Tensor) -> torch.Tensor:
+        """(B, seq_len, N) -> (B, pred_len, N)."""
+        return contexts[:, -1:].repeat(1, self.pred_len, 1)

@@ -1,18 +1,17 @@
-"""The last season once more: what a forecast of a series with a daily or weekly course must beat."""
+"""The seasonal-naive forecast: what a forecast of a series with a daily or weekly course must beat."""
 
 import argparse
 import math
 
 import torch
-from accelerate import PartialState
-from torch import nn
 
 from data_provider.series import read_table
+from models.baseline import Baseline
 from utils.errors import UserError
 
 
-class Model(nn.Module):
-    """Nothing to train. A season is `season` rows, or what `rows_of_a_season` says of the CSV's dates.
+class Model(Baseline):
+    """The last season, repeated. Nothing to train.
 
     Args:
         configs: the parsed flags; season, seq_len, pred_len and those that name the CSV are read.
@@ -23,19 +22,17 @@ class Model(nn.Module):
 
     def __init__(self, configs: argparse.Namespace):
         super().__init__()
-        self.device = PartialState().device
-        self.season = configs.season or read_table(configs).rows_of_a_season()
+        self.season = season_of(configs)
         if self.season > configs.seq_len:
             raise UserError(f"--seq_len {configs.seq_len} is shorter than a season: give at least {self.season}")
         self.pred_len = configs.pred_len
 
-    def forward(
-        self,
-        x_enc: torch.Tensor,
-        x_mark_enc: torch.Tensor | None = None,
-        x_dec: torch.Tensor | None = None,
-        x_mark_dec: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Forecast: (B, seq_len, N) -> (B, pred_len, N). The other arguments are not looked at."""
-        last = x_enc[:, -self.season :].to(self.device, non_blocking=True)
-        return last.repeat(1, math.ceil(self.pred_len / self.season), 1)[:, : self.pred_len]
+    def forecast(self, contexts: torch.Tensor) -> torch.Tensor:
+        """(B, seq_len, N) -> (B, pred_len, N)."""
+        repeats = math.ceil(self.pred_len / self.season)
+        return contexts[:, -self.season :].repeat(1, repeats, 1)[:, : self.pred_len]
+
+
+def season_of(configs: argparse.Namespace) -> int:
+    """Return the rows of a season: as the flag says, or as `rows_of_a_season` reads them off the CSV's dates."""
+    return configs.season or read_table(configs).rows_of_a_season()

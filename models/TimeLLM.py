@@ -1,18 +1,43 @@
 """Time-LLM (Jin et al., ICLR 2024): forecasting by reprogramming a frozen large language model."""
 
 import argparse
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from layers.Embed import PatchEmbedding
 from layers.FlattenHead import FlattenHead
-from layers.FrozenLLM import FrozenLLM
+from layers.FrozenLLM import FrozenLLM, NoLLM
 from layers.Reprogramming import CompactMappingLayer, MappingLayer, ReprogrammingLayer
 from layers.StandardNorm import Normalize
 from utils.errors import UserError
 from utils.llm.loading import LoadedLLM, load_llm
-from utils.llm.prompt import PromptBuilder, load_description
+from utils.llm.prompt import NoPrompts, PromptBuilder, load_description
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the model is built around.
+
+    Attributes:
+        llm: the frozen LLM and its tokenizer.
+        description: of the data set, for the prompts.
+        basis: of the compact map, if it is known, from a checkpoint; None works it out.
+    """
+
+    llm: LoadedLLM
+    description: str
+    basis: torch.Tensor | None = None
+
+
+def load_parts(configs: argparse.Namespace, basis: torch.Tensor | None = None) -> Parts:
+    """Load the parts that the flags name.
+
+    Raises:
+        UserError: if the LLM or the description is not there, or does not fit the flags.
+    """
+    return Parts(load_llm(configs), load_description(configs), basis)
 
 
 class Model(nn.Module):
@@ -20,52 +45,31 @@ class Model(nn.Module):
 
     Args:
         configs: the parsed flags of `run_main.py`.
-        llm: an LLM that is loaded already; None loads the one that the flags name.
-        basis: of the compact map, if it is known, from a checkpoint; None works it out.
+        parts: what it is built around; None loads what the flags name.
 
     Raises:
         UserError: if the flags do not fit the LLM.
     """
 
-    def __init__(self, configs: argparse.Namespace, llm: LoadedLLM | None = None, basis: torch.Tensor | None = None):
+    def __init__(self, configs: argparse.Namespace, parts: Parts | None = None):
         super().__init__()
-        self.llm_info = llm or load_llm(configs)
-        d_llm = self.llm_info.identity.hidden_size
+        parts = parts or load_parts(configs)
+        self.llm_info = parts.llm
+        self.d_ff = configs.d_ff
+        d_llm = parts.llm.identity.hidden_size
         if configs.d_ff > d_llm:
             raise UserError(f"--d_ff {configs.d_ff} is wider than the LLM: give at most {d_llm}, its hidden size")
-        if configs.gradient_checkpointing and not FrozenLLM.blocks(self.llm_info.backbone):
-            raise UserError(f"{self.llm_info.source} has no blocks to recompute: leave out --gradient_checkpointing")
-        self.d_ff = configs.d_ff
         self.normalize = Normalize()
         self.patch_embedding = PatchEmbedding(configs.d_model, configs.patch_len, configs.stride, configs.dropout)
         patches = self.patch_embedding.count(configs.seq_len)
-        self.prompts = PromptBuilder(
-            self.llm_info.tokenizer,
-            load_description(configs),
-            configs.seq_len,
-            configs.pred_len,
-            configs.prompt_decimals,
-            patches,
-            self.llm_info.context,
-        )
-        self.llm = None  # --ablation no_llm
-        if configs.ablation != "no_llm":
-            self.llm = FrozenLLM(
-                self.llm_info.backbone,
-                configs.prompt_padding,
-                self.llm_info.pad_id,
-                self.prompts.examples(),
-                patches,
-                self.device,
-                use_prefix=not configs.no_prefix_cache,
-                recompute=configs.gradient_checkpointing,
-            )
-        words = self.llm_info.backbone.get_input_embeddings().weight
+        self.prompts, self.llm = _prompts_and_llm(configs, parts, patches)
+        embeddings = parts.llm.backbone.get_input_embeddings().weight
         if configs.mapping == "full":
-            self.mapping_layer = MappingLayer(words, device=self.device)
+            self.mapping_layer = MappingLayer(embeddings, device=self.device)
         else:
-            fits = basis is not None and len(basis) == d_llm  # else it is another LLM's, as loading will say
-            self.mapping_layer = CompactMappingLayer(words, device=self.device, basis=basis if fits else None)
+            # A basis of another width is another LLM's, as loading the checkpoint will say.
+            basis = parts.basis if parts.basis is not None and len(parts.basis) == d_llm else None
+            self.mapping_layer = CompactMappingLayer(embeddings, device=self.device, basis=basis)
         self.reprogramming_layer = ReprogrammingLayer(
             configs.d_model, configs.n_heads, configs.d_ff, d_llm, configs.dropout
         )
@@ -85,12 +89,12 @@ class Model(nn.Module):
         prompts are written there. The other arguments are Time-LLM's and are not looked at.
         """
         windows = x_enc.transpose(1, 2).flatten(0, 1)  # (B*N, seq_len)
-        prompts = self.tokenize(windows) if self.llm else []  # B*N lists of token ids
+        prompts = self.tokenize(windows)  # B*N lists of token ids
         windows, statistics = self.normalize(windows.to(self.device, non_blocking=True))
         patches = self.patch_embedding(windows)  # (B*N, P, d_model)
         prototypes = self.mapping_layer()  # (1000, d_llm)
         patches = self.reprogramming_layer(patches, prototypes)  # (B*N, P, d_llm)
-        hidden = self.llm(prompts, patches) if self.llm else patches  # (B*N, P, d_llm)
+        hidden = self.llm(prompts, patches)  # (B*N, P, d_llm)
         forecast = self.output_projection(hidden[..., : self.d_ff])  # (B*N, pred_len)
         forecast = self.normalize.inverse(forecast, statistics)
         return forecast.unflatten(0, (len(x_enc), -1)).transpose(1, 2)  # (B, pred_len, N)
@@ -120,3 +124,39 @@ class Model(nn.Module):
     def tokenize(self, windows: torch.Tensor) -> list[list[int]]:
         """Return the token ids of the prompts of windows (B, seq_len)."""
         return self.prompts(windows.detach().cpu())
+
+
+def build_around(configs: argparse.Namespace, llm: LoadedLLM) -> Model:
+    """Return the model that the flags describe, built around an LLM that is loaded, or a stand-in for one."""
+    return Model(configs, Parts(llm, load_description(configs)))
+
+
+def _prompts_and_llm(
+    configs: argparse.Namespace, parts: Parts, patches: int
+) -> tuple[PromptBuilder | NoPrompts, FrozenLLM | NoLLM]:
+    """Return what writes the prompts of windows and what runs them with their patches."""
+    llm = parts.llm
+    if configs.ablation == "no_llm":
+        return NoPrompts(), NoLLM()
+    if configs.gradient_checkpointing and not FrozenLLM.blocks(llm.backbone):
+        raise UserError(f"{llm.source} has no blocks to recompute: leave out --gradient_checkpointing")
+    prompts = PromptBuilder(
+        llm.tokenizer,
+        parts.description,
+        configs.seq_len,
+        configs.pred_len,
+        configs.prompt_decimals,
+        patches,
+        llm.context,
+    )
+    frozen = FrozenLLM(
+        llm.backbone,
+        configs.prompt_padding,
+        llm.pad_id,
+        prompts.examples(),
+        patches,
+        llm.device,
+        use_prefix=not configs.no_prefix_cache,
+        recompute=configs.gradient_checkpointing,
+    )
+    return prompts, frozen

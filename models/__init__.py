@@ -14,5 +14,16 @@ def build_model(args: argparse.Namespace, basis: torch.Tensor | None = None) -> 
         args: the parsed flags.
         basis: of TimeLLM's compact map, if it is known, from a checkpoint.
     """
-    more = {} if basis is None else {"basis": basis}
-    return import_module(f"models.{args.model}").Model(args, **more)
+    module = import_module(f"models.{args.model}")
+    return module.Model(args) if basis is None else module.Model(args, module.load_parts(args, basis))
+
+
+def build_around(args: argparse.Namespace, llm: object) -> nn.Module:
+    """Return TimeLLM as the flags describe it, built around a `LoadedLLM` or a stand-in for one."""
+    return import_module("models.TimeLLM").build_around(args, llm)
+
+
+def build_seasonal_naive(args: argparse.Namespace) -> nn.Module | None:
+    """Return the seasonal-naive forecaster for these flags, None if a window does not hold a season."""
+    naive = import_module("models.SeasonalNaive")
+    return naive.Model(args) if naive.season_of(args) <= args.seq_len else None

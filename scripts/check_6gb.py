@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional
 
 from data_provider.data_factory import data_provider
-from models.TimeLLM import Model
+from models.TimeLLM import Model, build_around
 from utils.cli.command import OneLineParser, exit_code_of
 from utils.cli.options import check_options, csv_path, get_parser
 from utils.errors import UserError
@@ -70,7 +70,7 @@ def check(name: str, args: argparse.Namespace, limit: float | None) -> Outcome:
     torch.cuda.reset_peak_memory_stats()
     there = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(limit * GIB / there, 1.0) if limit else 1.0)
-    planned = plan_memory(args).total
+    planned = plan_memory(args, build_around).total
     model = Model(args)
     loading = torch.cuda.max_memory_allocated() / GIB
     torch.cuda.reset_peak_memory_stats()

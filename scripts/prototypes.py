@@ -231,7 +231,7 @@ def show_prototypes(options: argparse.Namespace) -> None:
         args, contents, options.channel, options.row
     )  # before the LLM: what is wrong is found sooner
     model = build_model(args, saved_basis(checkpoint)).eval()
-    load_checkpoint(checkpoint, model, args, None)
+    load_checkpoint(checkpoint, model, vars(args), None)
     prototypes = strongest_prototypes(model, window, options.prototypes, options.tokens)
     print(describe(window, prototypes, len(model.mapping_layer.bias)))
     draw(picture, window, prototypes, args.patch_len, args.stride)

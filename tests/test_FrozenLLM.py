@@ -211,7 +211,7 @@ def test_a_model_whose_cache_cannot_be_trusted_is_found_out(tiny_llm):
     ).requires_grad_(False)
     llm = frozen(bloom)  # counts positions from the mask: there is nothing to tell it where the patches stand
     assert not llm.uses_prefix
-    assert "position_ids" in llm.why_not
+    assert "position_ids" in llm.prefix_disabled_reason
     assert llm(PROMPTS, patches()).isfinite().all()
 
 
@@ -225,7 +225,7 @@ def test_wrong_positions_are_found_out_in_every_precision(tiny_llm, more):
     liar.rotary_emb.forward = lambda hidden, positions: rotary(hidden, positions + 0.02 * (positions[:, :1] > 0))
     llm = frozen(liar)
     assert not llm.uses_prefix
-    assert "other hidden states" in llm.why_not
+    assert "other hidden states" in llm.prefix_disabled_reason
     assert llm.head == HEAD
 
 

@@ -9,12 +9,18 @@ from data_provider.series import load_series
 from models import build_model
 from utils.cli.options import get_parser
 from utils.errors import UserError
-from utils.runs.checkpoint import load_checkpoint, save_checkpoint
+from utils.runs.checkpoint import Run, facts_of, load_checkpoint, save_checkpoint
 
 
-def save(model, args, folder, name="checkpoint"):
-    save_checkpoint(folder / name, model, args, load_series(args), {"epoch": 1, "steps": 3, "vali_loss": 0.5})
-    return folder / name
+def save(model, args, folder, name="run"):
+    (folder / name).mkdir()
+    run = Run(folder / name, vars(args), facts_of(load_series(args)))
+    save_checkpoint(run, model, {"epoch": 1, "steps": 3, "vali_loss": 0.5})
+    return folder / name / "checkpoint"
+
+
+def load(path, model, args):
+    return load_checkpoint(path, model, vars(args), facts_of(load_series(args)))
 
 
 @pytest.fixture
@@ -43,7 +49,7 @@ def test_loading_brings_the_weights_back(saved):
     torch.manual_seed(99)
     other = build_model(args)
     assert not torch.equal(other.mapping_layer.weight, model.mapping_layer.weight)
-    assert load_checkpoint(path, other, args, load_series(args))["progress"] == {
+    assert load(path, other, args)["progress"] == {
         "epoch": 1,
         "steps": 3,
         "vali_loss": 0.5,
@@ -67,7 +73,7 @@ def test_a_checkpoint_of_another_model_is_refused(saved, flags, more, words):
     _, _, path = saved
     args = get_parser().parse_args([*flags, *more])
     with pytest.raises(UserError, match=words):
-        load_checkpoint(path, build_model(args), args, load_series(args))
+        load(path, build_model(args), args)
 
 
 def test_a_checkpoint_of_another_llm_of_the_same_shape_is_refused(saved, flags, tmp_path):
@@ -75,7 +81,7 @@ def test_a_checkpoint_of_another_llm_of_the_same_shape_is_refused(saved, flags, 
     other = make_tiny_llm("qwen2", tmp_path / "other", seed=1)
     args = get_parser().parse_args([*flags, "--llm_model_path", str(other)])
     with pytest.raises(UserError, match="words_hash"):
-        load_checkpoint(path, build_model(args), args, load_series(args))
+        load(path, build_model(args), args)
 
 
 def with_other_layers(folder, to):
@@ -97,7 +103,7 @@ def test_an_llm_that_keeps_its_words_and_does_something_else_is_refused(flags, t
     other = with_other_layers(tiny_llm("qwen2"), tmp_path / "other")
     args = get_parser().parse_args([*flags, *more, "--llm_model_path", other])
     with pytest.raises(UserError, match=r"another LLM \(its hidden states differ by"):
-        load_checkpoint(path, build_model(args), args, load_series(args))
+        load(path, build_model(args), args)
 
 
 @pytest.mark.parametrize("quantization", [[], ["--load_in_4bit"]], ids=" ".join)
@@ -106,10 +112,10 @@ def test_the_same_llm_in_another_precision_is_not(flags, tiny_llm, tmp_path, fam
     flags = [*flags, "--llm_model_path", tiny_llm(family), *quantization]
     for number, dtype in enumerate(("float32", "bfloat16", "float16")):
         args = get_parser().parse_args([*flags, "--llm_dtype", dtype])
-        path = save(build_model(args), args, tmp_path, f"checkpoint{number}")
+        path = save(build_model(args), args, tmp_path, f"run{number}")
         for other in ("float32", "bfloat16", "float16"):
             args = get_parser().parse_args([*flags, "--llm_dtype", other])
-            load_checkpoint(path, build_model(args), args, load_series(args))
+            load(path, build_model(args), args)
 
 
 def test_a_checkpoint_from_before_there_were_probe_and_basis_loads(saved):
@@ -119,7 +125,7 @@ def test_a_checkpoint_from_before_there_were_probe_and_basis_loads(saved):
     torch.save(contents, path)
     torch.manual_seed(99)
     other = build_model(args)
-    load_checkpoint(path, other, args, load_series(args))
+    load(path, other, args)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
 
@@ -127,7 +133,7 @@ def test_a_checkpoint_from_before_there_were_probe_and_basis_loads(saved):
 def test_flags_that_change_forecasts_are_said(saved, flags, capsys):
     model, _, path = saved
     args = get_parser().parse_args([*flags, "--prompt_padding", "right", "--content", "Other."])
-    load_checkpoint(path, model, args, load_series(args))
+    load(path, model, args)
     said = capsys.readouterr().out
     assert "trained with --prompt_padding left, not right" in said
     assert "trained with --content Demo.  , not Other." in said
@@ -140,7 +146,7 @@ def test_other_data_is_said_unless_asked_for(saved, flags, csv_folder, tmp_path,
     other = get_parser().parse_args([*flags, "--root_path", str(tmp_path), "--data_path", "other.csv"])
     for args.checkpoint, said in (("", True), (str(tmp_path), False)):
         other.checkpoint = args.checkpoint
-        load_checkpoint(path, model, other, load_series(other))
+        load(path, model, other)
         assert ("trained on other data: the mean" in capsys.readouterr().out) == said
 
 
@@ -154,7 +160,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_whole(saved, monkeypatch):
 
     monkeypatch.setattr(torch, "save", cut_off)
     with pytest.raises(UserError, match=r"cannot write .*checkpoint: disk full"):
-        save_checkpoint(path, model, args, load_series(args), {})
+        save_checkpoint(Run(path.parent, vars(args), facts_of(load_series(args))), model, {})
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["checkpoint"]
 
@@ -180,5 +186,5 @@ def test_foreign_files_are_refused_and_never_run(saved, tmp_path):
     (tmp_path / "empty").write_bytes(b"")
     for name in ("bomb", "other", "list", "cut", "text", "empty"):
         with pytest.raises(UserError, match=name):
-            load_checkpoint(tmp_path / name, model, args, load_series(args))
+            load(tmp_path / name, model, args)
     assert not (tmp_path / "ran").exists()

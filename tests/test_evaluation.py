@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from data_provider.data_factory import data_provider
 from utils.cli.options import get_parser
 from utils.errors import UserError
-from utils.training.evaluation import evaluate
+from utils.training.evaluation import Split, evaluate
 
 
 class LastValue(torch.nn.Module):
@@ -25,7 +25,7 @@ def scored(flags):
         args = get_parser().parse_args([*flags, "--eval_windows", "0", *more])
         dataset, loader = data_provider(args, "test")
         accelerator = Accelerator()
-        return evaluate(accelerator, LastValue(), accelerator.prepare(loader), dataset, target), dataset
+        return evaluate(accelerator, LastValue(), Split(dataset, accelerator.prepare(loader)), target), dataset
 
     return score
 
@@ -68,5 +68,5 @@ def test_the_model_goes_on_in_the_mode_it_came_in(flags):
     dataset, loader = data_provider(get_parser().parse_args(flags), "val")
     for training in (True, False):
         model = LastValue().train(training)
-        evaluate(Accelerator(), model, loader, dataset)
+        evaluate(Accelerator(), model, Split(dataset, loader))
         assert model.training is training

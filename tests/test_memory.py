@@ -13,8 +13,8 @@ import utils.memory.plan
 import utils.training.batch_size
 from base_models.make_tiny_llm import make_tiny_llm
 from layers.FrozenLLM import FrozenLLM
+from models import build_around
 from utils.cli.options import get_parser
-from utils.errors import UserError
 from utils.memory.plan import nearly_full, plan_memory, savings
 from utils.training.trainer import Trainer
 
@@ -29,7 +29,7 @@ USERS_COMMAND = [
 
 
 def plan(*argv):
-    return plan_memory(get_parser().parse_args([str(word) for word in argv]))
+    return plan_memory(get_parser().parse_args([str(word) for word in argv]), build_around)
 
 
 def test_the_plan_needs_the_config_alone(run, flags, tiny_llm, tmp_path):
@@ -90,8 +90,8 @@ def test_the_plan_of_the_users_command_agrees_with_arithmetic():
 @needs_shared("qwen2.5-3b")
 def test_what_is_advised_is_what_it_saves():
     args = get_parser().parse_args([*USERS_COMMAND, "--mapping", "full"])
-    before = plan_memory(args)
-    saved = dict(savings(args, before))
+    before = plan_memory(args, build_around)
+    saved = dict(savings(args, before, build_around))
     assert list(saved.values()) == sorted(saved.values(), reverse=True)
     assert {"--mapping compact", "--llm_layers 18", "--batch_size 4 --grad_accum 2"} < set(saved)
     after = plan(*USERS_COMMAND, "--mapping", "full", "--gradient_checkpointing")
@@ -130,7 +130,7 @@ from utils.memory.plan import plan_memory
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
 
-planned = plan_memory(run_main.get_parser().parse_args(sys.argv[1:])).total
+planned = plan_memory(run_main.get_parser().parse_args(sys.argv[1:]), models.build_around).total
 before = resident()
 code = run_main.main(sys.argv[1:])
 print(json.dumps([code, planned, 1024 * (getrusage(RUSAGE_SELF).ru_maxrss - before)]))
@@ -251,7 +251,7 @@ def test_where_nothing_fits_into_one_process_all_give_up(flags, monkeypatch):
     for here, other in ((16, 0), (0, 16)):
         monkeypatch.setattr(utils.training.batch_size, "_largest_fitting", lambda *_, here=here: here)
         processes = Processes(other)
-        with pytest.raises(UserError, match="out of memory"):
+        with pytest.raises(torch.OutOfMemoryError):
             utils.training.batch_size.fit_batch_size(args, processes, None)
         assert processes.gathered == [here], "else the other waits for ever"
     monkeypatch.setattr(utils.training.batch_size, "_largest_fitting", lambda *_: 16)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import run_main
-from utils.cli.options import get_parser
 from utils.training.processes import start_processes
 
 ROOT = Path(run_main.__file__).parent
@@ -55,9 +54,9 @@ def test_two_processes_do_what_one_does(run, flags, tmp_path):
     assert not torch.equal(first["cpu"], second["cpu"]), "each draws dropout of its own"
 
 
-def test_windows_stay_on_the_host_and_the_basis_stays_where_it_is(flags):
+def test_windows_stay_on_the_host_and_the_basis_stays_where_it_is():
     """What accelerate is told, for its data parallelism on GPUs."""
-    accelerator = start_processes(get_parser().parse_args(flags))
+    accelerator = start_processes(seed=1, grad_accum=1, use_amp=False, deterministic=False)
     assert os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] == "true"
     assert not accelerator.ddp_handler.broadcast_buffers
 

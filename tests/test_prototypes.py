@@ -198,7 +198,7 @@ def test_a_csv_shorter_than_a_window_is_refused(folder, show, csv_folder):
 
 
 def test_an_interrupt_leaves_one_line(folder, show, monkeypatch):
-    def interrupted(_args):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prototypes, "build_model", interrupted)

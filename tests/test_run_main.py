@@ -333,7 +333,7 @@ def test_the_weights_are_safe_before_the_record_is_written(run, flags, monkeypat
 
 
 def test_the_state_of_the_map_is_on_record(run, flags):
-    rows = run(*flags, "--max_steps", 30, "--eval_steps", 10, "--skip_epoch_test", "--learning_rate", 0.1).history()
+    rows = run(*flags, "--max_steps", 10, "--eval_steps", 1, "--skip_epoch_test").history()
     entropies, sizes = ([float(row[name]) for row in rows] for name in ("attention_entropy", "prototype_rms"))
     assert all(0 < entropy < math.log(1000) for entropy in entropies) and entropies[-1] < entropies[0]
     assert sizes[-1] > sizes[0] > 0
@@ -433,7 +433,10 @@ def test_the_demo_needs_nothing_and_other_flags_count(run):
     ("where", "hint"),
     [
         ("utils.training.trainer.Trainer.fit", "there is no state to resume from yet"),
-        ("utils.runs.records.write_metrics", "the state is saved, the same command with --resume goes on from there"),
+        (
+            "utils.training.testing.write_metrics",
+            "the state is saved, the same command with --resume goes on from there",
+        ),
     ],
 )
 def test_ctrl_c_leaves_with_130_and_a_line(run, flags, monkeypatch, where, hint):

@@ -160,7 +160,7 @@ def test_what_was_run_with_other_flags_is_not_skipped(children, run, csv_folder,
     line = ["ETTh1", "8", *shared, "--model", "DLinear", "--season", "7"]
     (planned,) = launch.plan_runs("ETTh1", line[1:])
     folder = run_folder(planned.args, 0)
-    open_run_folder(folder, planned.args, "cpu", resumes=False)
+    open_run_folder(folder, vars(planned.args), csv_path(planned.args), "cpu", resumes=False)
     (folder / "metrics.json").touch()
     assert (launch.main(line), children) == (0, [])
     for more in (["--learning_rate", "0.5"], ["--is_training", "0"], ["--plan"]):

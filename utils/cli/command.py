@@ -21,25 +21,33 @@ class OneLineParser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def exit_code_of(work: Callable[[], int | None], after_interrupt: str) -> int:
+def is_first_process() -> bool:
+    """Return whether this is the process that speaks; known before torch is loaded."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def exit_code_of(work: Callable[[], int | None], after_interrupt: str | Callable[[], str]) -> int:
     """Do the work of a command line and return its exit code.
 
-    0, or what the work returns; 2, with one line, if the input is wrong; 130 if it was interrupted.
+    0, or what the work returns; 2, with one line, if the input is wrong; 130 if it was interrupted. However many
+    processes there are, one speaks.
 
     Args:
         work: what to do; argparse may leave in it.
-        after_interrupt: what to say then of how to go on.
+        after_interrupt: what to say then of how to go on, or a function that finds that out.
     """
     try:
         return work() or 0
     except SystemExit as leave:
         return int(leave.code or 0)
     except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+        line, code = f"error: {problem}", 2
     except KeyboardInterrupt:
-        print(f"interrupted: {after_interrupt}", file=sys.stderr)
-        return 130
+        hint = after_interrupt if isinstance(after_interrupt, str) else after_interrupt()
+        line, code = f"interrupted: {hint}", 130
+    if is_first_process():
+        print(line, file=sys.stderr)
+    return code
 
 
 def command_line(words: Sequence[str]) -> str:

@@ -468,6 +468,14 @@ def run_folder(args: argparse.Namespace, repetition: int) -> Path:
     return Path(args.checkpoints) / name
 
 
+def hint_after_interrupt(args: argparse.Namespace) -> str:
+    """Return how to go on with a run that was stopped."""
+    folders = [run_folder(args, repetition) for repetition in range(args.itr)]
+    if args.is_training and any((folder / "last").is_file() for folder in folders):
+        return "the state is saved, the same command with --resume goes on from there"
+    return "there is no state to resume from yet" if args.is_training else "nothing was changed"
+
+
 def flags_of_repetition(args: argparse.Namespace, repetition: int) -> argparse.Namespace:
     """Return the flags with which repetition 0, 1, ... could be run by itself: with its own seed."""
     return argparse.Namespace(**{**vars(args), "seed": args.seed + repetition})

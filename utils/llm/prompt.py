@@ -203,6 +203,14 @@ class PromptBuilder:
             )
 
 
+class NoPrompts:
+    """Stands for a `PromptBuilder` where no prompt is read."""
+
+    def __call__(self, windows: torch.Tensor) -> list[list[int]]:
+        """Return a prompt without tokens for each window."""
+        return [[] for _ in windows]
+
+
 def load_description(args: argparse.Namespace) -> str:
     """Return the description of the data set: the user's own, the prompt bank's, or Time-LLM's sentence.
 

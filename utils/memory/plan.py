@@ -10,9 +10,9 @@ from accelerate import PartialState
 from utils.cli.options import has_llm
 from utils.errors import UserError
 from utils.llm.loading import choose_llm, share_keys_on_cpu
-from utils.memory.trial_step import Step, layers_to_try, try_step
+from utils.memory.trial_step import ModelBuilder, Step, layers_to_try, try_step
 
-# Bytes of optimiser state for each trained number.
+# Bytes of optimiser state for each trainable parameter.
 STATE_BYTES = {"adam": 8, "adamw": 8, "adamw8bit": 2 + 8 / 256, "paged_adamw8bit": 2 + 8 / 256}
 
 # What a run holds beside the tensors where it computes on the CPU: the tokenizer by its words, the data and the
@@ -71,11 +71,15 @@ class MemoryPlan:
 
 
 class NoPlan(Exception):  # noqa: N818 - the run may go well without
-    """The step of this LLM cannot be run on tensors without contents."""
+    """The step of this LLM cannot be run on meta tensors."""
 
 
-def plan_memory(args: argparse.Namespace) -> MemoryPlan:
+def plan_memory(args: argparse.Namespace, build: ModelBuilder) -> MemoryPlan:
     """Return what the run that the flags describe will need.
+
+    Args:
+        args: the parsed flags.
+        build: makes the model, here around an LLM of meta tensors.
 
     Raises:
         UserError: if the LLM's config is not there or does not fit the flags.
@@ -86,7 +90,7 @@ def plan_memory(args: argparse.Namespace) -> MemoryPlan:
     share_keys_on_cpu(device)
     try:
         with torch.random.fork_rng(devices=[]):  # the weights to come must not depend on what is planned
-            steps = [try_step(args, choice, device, layers) for layers in layers_to_try(choice)]
+            steps = [try_step(build, args, choice, device, layers) for layers in layers_to_try(choice)]
     except UserError:
         raise
     except Exception as problem:  # of whatever kind: it is the LLM's code that runs
@@ -127,13 +131,13 @@ def describe_plan(plan: MemoryPlan) -> str:
     return f"Memory: about {_gib(plan.total)} GiB of {_gib(plan.free)} free on {plan.device} ({named}; see --plan)"
 
 
-def memory_in_short(args: argparse.Namespace) -> str:
+def memory_in_short(args: argparse.Namespace, build: ModelBuilder) -> str:
     """Return what the run needs in one line, and one more if that is not there."""
     try:
-        plan = plan_memory(args)
+        plan = plan_memory(args, build)
         if plan.fits:
             return describe_plan(plan)
-        return f"{describe_plan(plan)}\nWarning: that may be too much: {advice(args, plan)}"
+        return f"{describe_plan(plan)}\nWarning: that may be too much: {advice(args, plan, build)}"
     except NoPlan as problem:
         return f"Memory: no plan for this LLM ({problem})"
 
@@ -161,12 +165,13 @@ def plan_table(plan: MemoryPlan) -> str:
     return "\n".join(lines)
 
 
-def savings(args: argparse.Namespace, plan: MemoryPlan) -> list[tuple[str, int]]:
+def savings(args: argparse.Namespace, plan: MemoryPlan, build: ModelBuilder) -> list[tuple[str, int]]:
     """Return what would make a run smaller, with the bytes that each change alone saves, the largest first.
 
     Args:
         args: the run's flags.
         plan: what it needs with them.
+        build: makes the model.
     """
     layers = choose_llm(args).text_config.num_hidden_layers
     changes = {
@@ -180,26 +185,26 @@ def savings(args: argparse.Namespace, plan: MemoryPlan) -> list[tuple[str, int]]
         half, twice = args.batch_size // 2, 2 * args.grad_accum
         changes[f"--batch_size {half} --grad_accum {twice}"] = {"batch_size": half, "grad_accum": twice}
     saved = [
-        (words, plan.total - plan_memory(argparse.Namespace(**{**vars(args), **change})).total)
+        (words, plan.total - plan_memory(argparse.Namespace(**{**vars(args), **change}), build).total)
         for words, change in changes.items()
     ]
     worthwhile = [(words, size) for words, size in saved if size > plan.total / 100]
     return sorted(worthwhile, key=lambda change: -change[1])
 
 
-def advice(args: argparse.Namespace, plan: MemoryPlan) -> str:
+def advice(args: argparse.Namespace, plan: MemoryPlan, build: ModelBuilder) -> str:
     """Return what to change for a smaller run, in part of a sentence."""
-    changes = [f"{words} (saves {_gib(size)} GiB)" for words, size in savings(args, plan)]
+    changes = [f"{words} (saves {_gib(size)} GiB)" for words, size in savings(args, plan, build)]
     return "try " + ", ".join(changes) if changes else "take a smaller LLM"
 
 
-def memory_error(args: argparse.Namespace) -> UserError:
+def memory_error(args: argparse.Namespace, build: ModelBuilder) -> UserError:
     """Return the one line for a device that is full."""
     if not has_llm(args):
         return UserError("out of memory: give a smaller --batch_size or --eval_batch_size")
     try:
-        plan = plan_memory(args)
-        what_helps = advice(args, plan)
+        plan = plan_memory(args, build)
+        what_helps = advice(args, plan, build)
     except NoPlan:
         return UserError("out of memory: try --gradient_checkpointing, --load_in_4bit, --llm_layers or --batch_size 1")
     return UserError(

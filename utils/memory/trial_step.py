@@ -1,4 +1,4 @@
-"""A training step on tensors that have a shape and no contents (torch's device "meta"), its bytes counted.
+"""A training step on meta tensors, its bytes counted.
 
 It is the model's own code that runs, so the count follows it by itself, for any architecture.
 """
@@ -7,6 +7,7 @@ import argparse
 import copy
 import re
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -18,11 +19,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModel
 from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 
-from models.TimeLLM import Model
 from utils.llm.loading import LLMChoice, LLMIdentity, LoadedLLM, choose_dtype
 
 # Of NF4 with double quantisation: half a byte, a byte a block of 64, four bytes a block of 256 such blocks.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+# From the parsed flags and an LLM to the model.
+ModelBuilder = Callable[[argparse.Namespace, LoadedLLM], nn.Module]
 
 # Layers that the step is tried with; what each further layer adds is the difference.
 _FEW, _MORE = 2, 3
@@ -33,7 +36,7 @@ class Step:
     """A step on few layers, in bytes; `EXTENSIVE` names what grows with the layers.
 
     `kept`: alive when the way forward ends, the prompts' keys and values (`cache`) among it. `llm_moment`: the most
-    until the gradient has come back through the LLM. `end_moment`: the most from there on. `constants`: the basis
+    until backward leaves the LLM. `end_moment`: the most from there on. `constants`: the basis
     of the text prototypes. `dequantized`: the largest matrix that is unpacked from 4 bits at one time.
     """
 
@@ -57,17 +60,20 @@ def layers_to_try(choice: LLMChoice) -> tuple[int, ...]:
     return (_FEW, _MORE) if there > _MORE else (there,)
 
 
-def try_step(args: argparse.Namespace, choice: LLMChoice, device: torch.device, layers: int) -> Step:
+def try_step(
+    build: ModelBuilder, args: argparse.Namespace, choice: LLMChoice, device: torch.device, layers: int
+) -> Step:
     """Run a training step of the model that the flags describe, with so many layers of its LLM.
 
     Args:
+        build: makes the model.
         args: the parsed flags.
         choice: their LLM.
         device: that the step is planned for.
         layers: of the LLM.
     """
     dtype = choose_dtype(args.llm_dtype, device)
-    model = Model(args, _shapes_of(choice, layers, dtype))
+    model = build(args, _shapes_of(choice, layers, dtype))
     backbone = model.llm_info.backbone
     words = backbone.get_input_embeddings().weight
     matrices = [module.weight for module in backbone.modules() if type(module) is nn.Linear] if choice.in_4bit else []
@@ -81,12 +87,12 @@ def try_step(args: argparse.Namespace, choice: LLMChoice, device: torch.device, 
         trainable=4 * sum(parameter.numel() for parameter in model.parameters()),
         constants=0 if basis is None else basis.nbytes,
         dequantized=max((matrix.nbytes for matrix in matrices), default=0),
-        cache=model.llm.prefix_bytes(max(tokens) * len(tokens)) if model.llm and model.llm.uses_prefix else 0,
+        cache=model.llm.prefix_bytes(max(tokens) * len(tokens)) if model.llm.uses_prefix else 0,
         **_moments(model, args),
     )
 
 
-def _moments(model: Model, args: argparse.Namespace) -> dict[str, int]:
+def _moments(model: nn.Module, args: argparse.Namespace) -> dict[str, int]:
     """Run a training step and return `kept`, `llm_moment` and `end_moment`."""
     constants = [*model.parameters(), *model.llm_info.backbone.parameters()]
     constants += [basis for basis in [getattr(model.mapping_layer, "basis", None)] if basis is not None]

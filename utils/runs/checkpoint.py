@@ -1,14 +1,16 @@
 """Save and load the trained layers. The frozen LLM is never in a checkpoint."""
 
-import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from data_provider.series import Series
 from utils.cli.options import defaults
 from utils.errors import UserError
 from utils.llm.loading import LoadedLLM, llm_of
@@ -17,38 +19,64 @@ from utils.runs.files import write_whole
 FORMAT = 1
 
 
-def save_checkpoint(path: Path, model: nn.Module, args: argparse.Namespace, series: Series, progress: dict) -> None:
-    """Write the trained tensors and what a later load must check.
+class ScaledSeries(Protocol):
+    """Data with channels and the scaler they were scaled by."""
+
+    channels: tuple[str, ...]
+    scaler: StandardScaler
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a checkpoint says of its training data: the channels, and the scaler's mean and deviation of each."""
+
+    channels: list[str]
+    mean: list[float]
+    deviation: list[float]
+
+
+def facts_of(series: ScaledSeries) -> DataFacts:
+    """Return what a checkpoint keeps of a series."""
+    return DataFacts(list(series.channels), series.scaler.mean_.tolist(), series.scaler.scale_.tolist())
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: its folder, which exists, all its flags, and what its data are."""
+
+    folder: Path
+    flags: dict
+    data: DataFacts
+
+
+def save_checkpoint(run: Run, model: nn.Module, progress: dict) -> None:
+    """Write the best weights so far and what a later load must check, as `checkpoint`.
 
     Args:
-        path: the file; it is replaced at once, never half-written.
+        run: where to, and what of.
         model: unwrapped.
-        args: the run's flags.
-        series: the run's data, for its channels and scaler.
         progress: where in the run this is, plain numbers.
 
     Raises:
         UserError: if the disk is full or cannot be written.
     """
-    _save(path, {**_contents(model, args, series), "progress": progress})
+    _save(run.folder / "checkpoint", {**_contents(run, model), "progress": progress})
 
 
-def save_last(path: Path, model: nn.Module, args: argparse.Namespace, series: Series, training: dict) -> None:
-    """Write the state to resume from: what `save_checkpoint` writes, and `training`, all of the trainer's own state."""
-    _save(path, {**_contents(model, args, series), "training": training})
+def save_last(run: Run, model: nn.Module, training: dict) -> None:
+    """Write the state to resume from, as `last`: what `save_checkpoint` writes, and all of the trainer's own state."""
+    _save(run.folder / "last", {**_contents(run, model), "training": training})
 
 
-def _contents(model: nn.Module, args: argparse.Namespace, series: Series) -> dict:
+def _contents(run: Run, model: nn.Module) -> dict:
     llm = llm_of(model)
     return {
         "format": FORMAT,
         "weights": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
         "llm": llm.as_dict() if llm else None,
         "llm_probe": llm.probe if llm else None,
-        "flags": vars(args),
-        "channels": list(series.channels),
-        "mean": series.scaler.mean_.tolist(),
-        "deviation": series.scaler.scale_.tolist(),
+        "flags": run.flags,
+        **asdict(run.data),
     }
 
 
@@ -61,8 +89,6 @@ _MUST_AGREE = ("model", "seq_len", "pred_len")
 _OF_A_MODEL = {"TimeLLM": ("ablation", "patch_len", "stride"), "DLinear": ("moving_avg",), "SeasonalNaive": ("season",)}
 _SHOULD_AGREE = ("prompt_padding", "prompt_decimals", "prompt_domain", "content", "prompt_file")
 
-_OF_THE_DATA = ("channels", "mean", "deviation")
-
 # Flags that a run may be resumed with other values of: they change no weight, or say how long to go on.
 _MAY_CHANGE = {
     *("resume", "save_steps", "train_epochs", "max_steps", "patience", "itr", "is_training", "plan", "demo"),
@@ -72,51 +98,54 @@ _MAY_CHANGE = {
 }
 
 
-def load_checkpoint(path: Path, model: nn.Module, args: argparse.Namespace, series: Series | None) -> dict:
+def load_checkpoint(path: Path, model: nn.Module, flags: dict, data: DataFacts | None) -> dict:
     """Load the trained tensors into `model` and return everything the checkpoint says.
 
     Args:
         path: the file.
         model: unwrapped.
-        args: the flags it is to be run with; a difference that changes forecasts is printed.
-        series: the data it is to be tested on, None for none. Other data than the run's own is printed, unless
+        flags: that it is to be run with; a difference that changes forecasts is printed.
+        data: that it is to be tested on, None for none. Other data than the run's own is printed, unless
             --checkpoint asked for it.
 
     Raises:
         UserError: if the file is no checkpoint of ours, or of another model or another LLM.
     """
     contents = read_checkpoint(path, {"progress"})
-    _compare_flags(path, contents["flags"], vars(args))
-    if series and not args.checkpoint:
-        present = _contents(model, args, series)
-        for name in _OF_THE_DATA:
-            if not _same(contents[name], present[name]):
-                PartialState().print(f"Note: {path} was trained on other data: the {name} of its training rows differ")
+    _compare_flags(path, contents["flags"], flags)
+    if data and not flags["checkpoint"]:
+        for name in _differing(contents, data):
+            PartialState().print(f"Note: {path} was trained on other data: the {name} of its training rows differ")
     _load_weights(path, contents, model)
     return contents
 
 
-def load_last(path: Path, model: nn.Module, args: argparse.Namespace, series: Series) -> dict:
-    """Load the trained tensors into `model` and return the `training` that was saved with them.
+def check_channels(contents: dict, channels: Sequence[str], csv: Path) -> None:
+    """Refuse data of other channels than a checkpoint was trained on.
 
-    Args:
-        path: the file.
-        model: unwrapped.
-        args: the flags to go on with.
-        series: the data to go on with.
+    Raises:
+        UserError: if they differ.
+    """
+    if list(channels) != contents["channels"]:
+        raise UserError(
+            f"{csv} has the channels {list(channels)}, the checkpoint was trained on {contents['channels']}"
+        )
+
+
+def load_last(run: Run, model: nn.Module) -> dict:
+    """Load the tensors of the state to resume from into `model`, unwrapped; return its `training`.
 
     Raises:
         UserError: if the file is none of ours, or a flag, the LLM or the data is not what it was.
     """
+    path = run.folder / "last"
     contents = read_checkpoint(path, {"training"})
-    for name, now in vars(args).items():
+    for name, now in run.flags.items():
         before = contents["flags"].get(name, defaults().get(name))
         if name not in _MAY_CHANGE and before != now:
             raise UserError(f"{path} is of a run with --{name} {before}, not {now}: resume with the flags of the run")
-    present = _contents(model, args, series)
-    for name in _OF_THE_DATA:
-        if not _same(contents[name], present[name]):
-            raise UserError(f"{path} is of a run on other data (their {name} differ): leave out --resume to train anew")
+    for name in _differing(contents, run.data):
+        raise UserError(f"{path} is of a run on other data (their {name} differ): leave out --resume to train anew")
     _load_weights(path, contents, model)
     return contents["training"]
 
@@ -129,6 +158,11 @@ def resumed_batches(path: Path) -> tuple[int, int]:
     """
     flags = read_checkpoint(path, {"training"})["flags"]
     return flags["batch_size"], flags["grad_accum"]
+
+
+def _differing(contents: dict, data: DataFacts) -> list[str]:
+    """Return what of the data is not as it was."""
+    return [name for name, now in asdict(data).items() if not _same(contents[name], now)]
 
 
 def _same(before: list, now: list) -> bool:

@@ -1,6 +1,5 @@
 """Forecast what comes after the last row of a CSV."""
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +8,6 @@ import pandas as pd
 import torch
 from torch import nn
 
-from data_provider.series import continue_dates, read_table
-from utils.cli.options import csv_path
-from utils.errors import UserError
 from utils.runs.files import write_text
 from utils.runs.pictures import draw_forecast
 
@@ -32,33 +28,27 @@ class Forecast:
 
 
 @torch.inference_mode()
-def forecast_beyond(args: argparse.Namespace, model: nn.Module, contents: dict) -> Forecast:
-    """Forecast the `pred_len` rows after the CSV's last.
+def forecast_beyond(
+    model: nn.Module, context: np.ndarray, dates: pd.DatetimeIndex, contents: dict, batch_size: int
+) -> Forecast:
+    """Forecast what follows the last window of a series.
 
     The channels are scaled as they were in training, so that the rows before the window do not matter.
 
     Args:
-        args: the parsed flags.
         model: with the checkpoint's weights; left in evaluation mode.
+        context: the window, (seq_len, channels), in the CSV's units.
+        dates: of the rows to come, (pred_len,).
         contents: of the checkpoint, for its channels and scaler.
-
-    Raises:
-        UserError: if the CSV has other channels or too few rows.
+        batch_size: channels at one time.
     """
-    table, path = read_table(args), csv_path(args)
-    if list(table.channels) != contents["channels"]:
-        raise UserError(
-            f"{path} has the channels {list(table.channels)}, the checkpoint was trained on {contents['channels']}"
-        )
-    if len(table.raw) < args.seq_len:
-        raise UserError(f"{path} has {len(table.raw)} rows: a forecast needs --seq_len {args.seq_len}")
     mean, deviation = np.array(contents["mean"]), np.array(contents["deviation"])
-    scaled = ((table.raw[-args.seq_len :] - mean) / deviation).astype(np.float32)
+    scaled = ((context - mean) / deviation).astype(np.float32)
     windows = torch.from_numpy(scaled.T.copy())[..., None]  # (channels, seq_len, 1)
     model.eval()
-    parts = [model(batch).float().cpu() for batch in windows.split(args.eval_batch_size or args.batch_size)]
+    parts = [model(batch).float().cpu() for batch in windows.split(batch_size)]
     values = torch.cat(parts)[..., 0].T.double().numpy() * deviation + mean
-    return Forecast(continue_dates(table.dates, args.pred_len, path), values, table.channels)
+    return Forecast(dates, values, tuple(contents["channels"]))
 
 
 def written_out(dates: pd.DatetimeIndex) -> list[str]:
@@ -68,17 +58,9 @@ def written_out(dates: pd.DatetimeIndex) -> list[str]:
     return [date.isoformat(sep=" ", timespec=digits) for date in dates]
 
 
-def write_forecast(folder: Path, args: argparse.Namespace, forecast: Forecast) -> None:
-    """Write forecast.csv, a row a date and a column a channel, and forecast.png."""
+def write_forecast(folder: Path, forecast: Forecast, context_dates: pd.DatetimeIndex, context: np.ndarray) -> None:
+    """Write forecast.csv, a row a date and a column a channel, and forecast.png, the forecast behind its window."""
     frame = pd.DataFrame(forecast.values, columns=list(forecast.channels))
     frame.insert(0, "date", written_out(forecast.dates))
     write_text(folder / "forecast.csv", frame.to_csv(index=False, lineterminator="\n"))
-    table = read_table(args)
-    draw_forecast(
-        folder / "forecast.png",
-        table.dates[-args.seq_len :],
-        table.raw[-args.seq_len :],
-        forecast.dates,
-        forecast.values,
-        table.channels,
-    )
+    draw_forecast(folder / "forecast.png", context_dates, context, forecast.dates, forecast.values, forecast.channels)

@@ -1,6 +1,5 @@
 """The text files of a run folder: args.json, metrics.json, history.csv."""
 
-import argparse
 import csv
 import io
 import json
@@ -15,14 +14,12 @@ import psutil
 import torch
 from torch import nn
 
-from data_provider.windows import WindowDataset
-from utils.cli.options import csv_path
 from utils.errors import UserError
 from utils.llm.loading import LoadedLLM
 from utils.runs.files import UNFINISHED, keep_earlier, write_text, write_whole
 from utils.runs.finished import hash_of
 from utils.runs.pictures import draw_windows
-from utils.training.evaluation import Scores
+from utils.runs.scores import ChannelWindows, Scores
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "numpy", "pandas", "scikit-learn", "tqdm")
 
@@ -39,7 +36,7 @@ _FILES = (
 )
 
 
-def open_run_folder(folder: Path, args: argparse.Namespace, device: str, resumes: bool) -> None:
+def open_run_folder(folder: Path, flags: dict, csv: Path, device: str, resumes: bool) -> None:
     """Make the run folder and write args.json: every flag, a hash of the CSV, the versions of the packages, the device.
 
     Training starts with a clean set of files: those of an earlier run of the same name are kept as *.old, *.old2
@@ -47,19 +44,20 @@ def open_run_folder(folder: Path, args: argparse.Namespace, device: str, resumes
 
     Args:
         folder: the run folder.
-        args: the run's flags.
+        flags: all of the run's.
+        csv: its data.
         device: that it runs on.
         resumes: whether training goes on with the files that are there.
 
     Raises:
         UserError: if the folder cannot be written.
     """
-    tests_itself = not args.checkpoint or Path(args.checkpoint).resolve() == folder.resolve()
-    if not args.is_training and tests_itself:
+    tests_itself = not flags["checkpoint"] or Path(flags["checkpoint"]).resolve() == folder.resolve()
+    if not flags["is_training"] and tests_itself:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if args.is_training:
+        if flags["is_training"]:
             for leftover in folder.glob(f"*{UNFINISHED}"):
                 leftover.unlink()
             if not resumes:
@@ -67,7 +65,7 @@ def open_run_folder(folder: Path, args: argparse.Namespace, device: str, resumes
     except OSError as problem:
         raise UserError(f"cannot write to {folder}: {problem.strerror or problem} (--checkpoints)") from problem
     versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
-    what_ran = {**vars(args), "data_sha256": hash_of(csv_path(args)), "versions": versions, "device": device}
+    what_ran = {**flags, "data_sha256": hash_of(csv), "versions": versions, "device": device}
     _write_json(folder / "args.json", what_ran)
 
 
@@ -94,25 +92,23 @@ def _holds_results(file: Path) -> bool:
 
 def write_metrics(
     folder: Path,
-    args: argparse.Namespace,
     scores: Scores,
     naive: Scores | None,
     seconds: float,
     llm: LoadedLLM | None,
-    checkpoint: Path,
     cost: dict,
+    origin: dict,
 ) -> None:
     """Write metrics.json.
 
     Args:
         folder: the run folder.
-        args: the run's flags.
         scores: of the best checkpoint.
-        naive: of the last season once more, on the same windows; None if a window holds none.
+        naive: of the seasonal-naive forecast on the same windows; None if a window holds no season.
         seconds: that the test took.
         llm: of the model, None if it has none.
-        checkpoint: that was tested.
         cost: see `cost_of`.
+        origin: see `origin_of`.
     """
     contents = {
         "split": "test",
@@ -123,13 +119,20 @@ def write_metrics(
         "seasonal_naive": {"mse": naive.mse, "mae": naive.mae} if naive else None,
         "seconds": round(seconds, 3),
         "llm": llm.as_dict() if llm else None,
-        "checkpoint": str(checkpoint),
-        "data": str(csv_path(args)),
-        "data_sha256": hash_of(csv_path(args)),
-        "eval_windows": args.eval_windows,
+        **origin,
         "cost": cost,
     }
     _write_json(folder / "metrics.json", contents)
+
+
+def origin_of(checkpoint: Path, csv: Path, eval_windows: int) -> dict:
+    """Return what metrics.json says of where its scores are from: the weights, the data, how many windows at most."""
+    return {
+        "checkpoint": str(checkpoint),
+        "data": str(csv),
+        "data_sha256": hash_of(csv),
+        "eval_windows": eval_windows,
+    }
 
 
 def cost_of(model: nn.Module, device: torch.device, progress: dict) -> dict:
@@ -153,28 +156,28 @@ def _peak_of_process() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def write_predictions(folder: Path, kept: Sequence[torch.Tensor], dataset: WindowDataset, numbers: np.ndarray) -> None:
+def write_predictions(folder: Path, kept: Sequence[torch.Tensor], windows: ChannelWindows, numbers: np.ndarray) -> None:
     """Write pred.npy and true.npy, (windows, pred_len), and test.png with the best, the median and the worst window.
 
     Args:
         folder: the run folder.
         kept: what `evaluate` kept.
-        dataset: the windows.
+        windows: those of the split.
         numbers: which of them were scored, in order.
     """
-    forecast, truth = torch.cat(list(kept)).unbind(1)
-    for name, values in (("pred.npy", forecast), ("true.npy", truth)):
+    forecast, target = torch.cat(list(kept)).unbind(1)
+    for name, values in (("pred.npy", forecast), ("true.npy", target)):
         write_whole(folder / name, lambda file, values=values: np.save(file, values.numpy()))
-    errors = (forecast - truth).square().mean(-1)
+    errors = (forecast - target).square().mean(-1)
     order = errors.argsort()
-    windows = []
+    drawn = []
     for title, place in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
         number = int(numbers[place])
-        seen = dataset.__getitems__([number])[0][0, :, 0].numpy()
-        channel = dataset.channels[dataset.channel_of([number])[0]]
+        context = windows.__getitems__([number])[0][0, :, 0].numpy()
+        channel = windows.channels[windows.channel_of([number])[0]]
         name = f"{title} of {len(errors)}: window {number}, {channel}, MSE {errors[place]:.4f}"
-        windows.append((name, seen, truth[place].numpy(), forecast[place].numpy()))
-    draw_windows(folder / "test.png", windows)
+        drawn.append((name, context, target[place].numpy(), forecast[place].numpy()))
+    draw_windows(folder / "test.png", drawn)
 
 
 def _write_json(path: Path, contents: dict) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -10,7 +11,8 @@ from accelerate.utils import find_executable_batch_size
 from torch import nn
 from torch.nn import functional
 
-from utils.memory.plan import STATE_BYTES, free_bytes, memory_error
+from utils.memory.plan import STATE_BYTES, free_bytes
+from utils.runs.checkpoint import resumed_batches
 
 
 def fit_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> None:
@@ -25,17 +27,25 @@ def fit_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: nn
         model: not prepared yet.
 
     Raises:
-        UserError: if not even the smallest batch fits.
+        torch.OutOfMemoryError: if not even the smallest batch fits.
     """
     with torch.random.fork_rng(), _no_spilling(accelerator.device):
         fitting = _largest_fitting(args, model)
     # All processes take as many steps; and where nothing fits into one, none goes on to wait for it.
     fitting = int(accelerator.gather(torch.tensor([fitting], device=accelerator.device)).min())
     if fitting == 0:
-        raise memory_error(args)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
     if fitting < args.batch_size:
         take_batches(args, accelerator, fitting, args.grad_accum * (args.batch_size // fitting))
         accelerator.print(f"Memory is short: --batch_size {fitting} --grad_accum {args.grad_accum} from here on")
+
+
+def settle_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module, last: Path | None) -> None:
+    """Set the batch size to what fits into memory, or to that of the state `last` that the run goes on from."""
+    if last is None:
+        fit_batch_size(args, accelerator, model)
+    else:
+        take_batches(args, accelerator, *resumed_batches(last))
 
 
 def take_batches(args: argparse.Namespace, accelerator: Accelerator, batch_size: int, grad_accum: int) -> None:

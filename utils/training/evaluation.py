@@ -9,58 +9,56 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from data_provider.windows import WindowDataset
+from utils.runs.scores import ChannelWindows, Scores
 from utils.training.progress import show_loss, windows_bar
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Errors of the scaled series, means over windows.
+class Split:
+    """The windows of a split, and a prepared loader over all or some of them."""
 
-    Attributes:
-        mse, mae: the headline: over all windows, or the target's alone.
-        windows: how many windows the headline is the mean of.
-        per_channel: mse, mae and windows of each channel.
+    windows: ChannelWindows
+    loader: DataLoader
+
+
+def share_out(accelerator: Accelerator, windows: ChannelWindows, loader: DataLoader) -> Split:
+    """Return a split whose batches are shared out to the processes.
+
+    They stay on the CPU: there a model writes the prompts, without waiting for the device.
     """
-
-    mse: float
-    mae: float
-    windows: int
-    per_channel: dict[str, dict[str, float]]
+    return Split(windows, accelerator.prepare_data_loader(loader, device_placement=False))
 
 
 @torch.inference_mode()
 def evaluate(
     accelerator: Accelerator,
     model: nn.Module,
-    loader: DataLoader,
-    dataset: WindowDataset,
+    split: Split,
     target: str | None = None,
     title: str = "",
     before_batch: Callable[[], None] = lambda: None,
     keep: list[torch.Tensor] | None = None,
 ) -> Scores:
-    """Forecast the windows of a loader and score them.
+    """Forecast the windows of a split's loader and score them.
 
     Args:
         accelerator: gathers the errors of all processes.
         model: (B, seq_len, 1) -> (B, pred_len, 1); left in the mode it came in.
-        loader: prepared, in order, nothing dropped.
-        dataset: the windows that `loader` is over, all or some of them.
+        split: the windows to score.
         target: the channel of the headline, None for all channels.
         title: of the progress bar.
         before_batch: called before each batch; what it raises ends the evaluation.
-        keep: where to put the forecasts and truths of each batch, (batch, 2, pred_len); None to forget them.
+        keep: where to put the forecasts and targets of each batch, (batch, 2, pred_len); None to forget them.
     """
     was_training = model.training
     model.eval()
     squared, absolute = [], []
-    bar = windows_bar(loader, title)
+    bar = windows_bar(split.loader, title)
     for number, (seq_x, seq_y, *_) in enumerate(bar):
         before_batch()
         forecast = model(seq_x)
-        truth = seq_y[:, -forecast.shape[1] :].to(forecast.device, non_blocking=True)
-        error = forecast - truth
+        target_rows = seq_y[:, -forecast.shape[1] :].to(forecast.device, non_blocking=True)
+        error = forecast - target_rows
         both = torch.stack([error.square().mean((1, 2)), error.abs().mean((1, 2))])
         # Windows that fill up the last batch of some process are cut off again here.
         gathered = accelerator.gather_for_metrics(both.T)
@@ -68,11 +66,12 @@ def evaluate(
         absolute.append(gathered[:, 1])
         show_loss(bar, number, gathered[:, 0])
         if keep is not None:
-            pair = torch.stack([forecast, truth], dim=1)[..., 0].float()  # (batch, 2, pred_len)
+            pair = torch.stack([forecast, target_rows], dim=1)[..., 0].float()  # (batch, 2, pred_len)
             keep.append(accelerator.gather_for_metrics(pair).cpu())
     model.train(was_training)
     errors = np.stack([torch.cat(part).double().cpu().numpy() for part in (squared, absolute)])
-    return _score(errors, dataset.channel_of(window_numbers(loader)), dataset.channels, target)
+    windows = split.windows
+    return _score(errors, windows.channel_of(window_numbers(split.loader)), windows.channels, target)
 
 
 def window_numbers(loader: DataLoader) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Device, precision, processes and random seeds, through accelerate."""
 
-import argparse
 import contextlib
 import os
 import subprocess
@@ -17,11 +16,12 @@ from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwa
 from utils.errors import UserError
 
 
-def start_processes(args: argparse.Namespace) -> Accelerator:
+def start_processes(seed: int, grad_accum: int, use_amp: bool, deterministic: bool) -> Accelerator:
     """Return the accelerator of this run and seed every random generator.
 
     Args:
-        args: the parsed flags; their seed is that of the weights, of dropout and of the order of the windows.
+        seed: of the weights, of dropout and of the order of the windows.
+        grad_accum, use_amp, deterministic: the flags of these names.
 
     Raises:
         UserError: if several processes were started that would not work together.
@@ -33,9 +33,9 @@ def start_processes(args: argparse.Namespace) -> Accelerator:
     # prompts are written on the host.
     os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
     accelerator = Accelerator(
-        mixed_precision=_half_precision() if args.use_amp else None,
-        gradient_accumulation_steps=args.grad_accum,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed, non_blocking=True),
+        mixed_precision=_half_precision() if use_amp else None,
+        gradient_accumulation_steps=grad_accum,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed, non_blocking=True),
         # The one buffer there is, the basis of the prototypes, never changes.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
@@ -45,11 +45,11 @@ def start_processes(args: argparse.Namespace) -> Accelerator:
             f"{started} processes were started, and each takes itself for the only one: start them with accelerate"
             " launch, or, on the CPU, set ACCELERATE_USE_CPU=1"
         )
-    set_seed(args.seed)
-    if args.deterministic:
+    set_seed(seed)
+    if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first product is made
     # Where a kernel has no deterministic form, torch warns and names it.
-    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
     return accelerator
 
 

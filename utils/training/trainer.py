@@ -4,23 +4,20 @@ import argparse
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass, fields
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from torch.utils.data import DataLoader
 
-from data_provider.series import Series
-from data_provider.windows import WindowDataset, evenly_spaced
-from utils.cli.options import headline_target
 from utils.errors import UserError
 from utils.memory.plan import nearly_full
-from utils.runs.checkpoint import save_checkpoint, save_last
+from utils.runs.checkpoint import Run, save_checkpoint, save_last
 from utils.runs.records import History
+from utils.runs.scores import Scores
 from utils.training.early_stopping import EarlyStopping
-from utils.training.evaluation import Scores, evaluate
+from utils.training.evaluation import Split, evaluate
 from utils.training.interrupts import Interrupts
 from utils.training.optimizers import build_optimizer, parameter_groups
 from utils.training.progress import show_loss, windows_bar
@@ -35,48 +32,71 @@ REPORT_EVERY = 100
 _WATCHED_WINDOWS = 16
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: the flags of the same names."""
+
+    model: str
+    loss: str
+    optimizer: str
+    learning_rate: float
+    mapping_rate: float
+    lradj: str
+    pct_start: float
+    train_epochs: int
+    max_steps: int
+    patience: int
+    grad_accum: int
+    grad_clip: float
+    eval_steps: int
+    save_steps: int
+    skip_epoch_test: bool
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Recipe":
+        """Take what training needs from all flags."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+
 class Trainer:
     """Train a model and keep its best weights in the run folder.
 
     Args:
-        args: the parsed flags.
+        recipe: how.
         accelerator: device, precision and processes; it has prepared the model and the loaders.
         model: (B, seq_len, 1) -> (B, pred_len, 1).
-        datasets: the windows of each split.
-        loaders: a loader for each split.
-        series: the data the windows are of.
-        folder: the run folder; it exists.
+        splits: windows and loader of train, val and test.
+        target: the channel of the headline metric, None for all channels.
+        run: where to keep what is learnt.
         interrupts: says when to stop early.
         state: what `load_last` returned, to go on from there; the model has its weights already.
     """
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        recipe: Recipe,
         accelerator: Accelerator,
         model: nn.Module,
-        datasets: dict[str, WindowDataset],
-        loaders: dict[str, DataLoader],
-        series: Series,
-        folder: Path,
+        splits: dict[str, Split],
+        target: str | None,
+        run: Run,
         interrupts: Interrupts,
         state: dict | None = None,
     ):
-        self.args = args
+        self.recipe = recipe
         self.accelerator = accelerator
         self.model = model
-        self.datasets = datasets
-        self.loaders = loaders
-        self.series = series
-        self.folder = folder
+        self.splits = splits
+        self.target = target
+        self.run = run
         self.interrupts = interrupts
-        self.loss = LOSSES[args.loss]()
+        self.loss = LOSSES[recipe.loss]()
         self.has_nothing_to_train = not list(model.parameters())
-        groups = parameter_groups(model, args.learning_rate, args.mapping_rate)
-        optimizer = build_optimizer(args.optimizer, groups, args.learning_rate)
-        self.schedule = Schedule(optimizer, args.lradj, self._total_steps(), args.pct_start)
+        groups = parameter_groups(model, recipe.learning_rate, recipe.mapping_rate)
+        optimizer = build_optimizer(recipe.optimizer, groups, recipe.learning_rate)
+        self.schedule = Schedule(optimizer, recipe.lradj, self._total_steps(), recipe.pct_start)
         self.optimizer = accelerator.prepare(optimizer)
-        self.stopping = EarlyStopping(args.patience, accelerator.print)
+        self.stopping = EarlyStopping(recipe.patience, accelerator.print)
         self.epoch = 1  # in hand
         self.batch = 0  # of the epoch, the last one learnt from
         self.steps = 0  # of the optimiser
@@ -89,7 +109,7 @@ class Trainer:
         self._random_to_restore: dict | None = None
         rows = self._load_state(state) if state else []
         self.was_scored = bool(rows)
-        self.history = History(folder / "history.csv", rows) if accelerator.is_main_process else None
+        self.history = History(run.folder / "history.csv", rows) if accelerator.is_main_process else None
 
     def fit(self) -> None:
         """Train until the epochs, the steps or the patience are at their end.
@@ -111,7 +131,7 @@ class Trainer:
 
     def _score_untrained(self) -> None:
         """Leave the files of a trained model, so that testing, forecasting and resuming need not know."""
-        self.accelerator.print(f"{self.args.model} has nothing to train")
+        self.accelerator.print(f"{self.recipe.model} has nothing to train")
         if not self.was_scored:  # as all processes know, not the one that keeps the history alone
             self._validate()
         self._save_state(self._random_states())
@@ -137,10 +157,11 @@ class Trainer:
                 break
             self._save_or_stop()
         self.accelerator.print(f"Epoch: {self.epoch} cost time: {self._learning_clock() - started:.2f}")
-        is_last = self.epoch >= self.args.train_epochs or self._is_finished()
-        if self.validated_at < self.steps and (is_last or not self.args.eval_steps):
+        is_last = self.epoch >= self.recipe.train_epochs or self._is_finished()
+        if self.validated_at < self.steps and (is_last or not self.recipe.eval_steps):
             self._validate()
-        if self.batch >= len(self.loaders["train"]):  # else --max_steps or patience ended it, and more may be given
+        # Else --max_steps or patience ended it, and more may be given.
+        if self.batch >= len(self.splits["train"].loader):
             self.schedule.after_epoch()
             self.epoch += 1
             self.batch = 0
@@ -149,13 +170,13 @@ class Trainer:
 
     def _batches(self) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
         """Yield the epoch's batches with their numbers, 1, 2, ...; those that were learnt from are left out."""
-        loader = self.loaders["train"]
+        loader = self.splits["train"].loader
         loader.set_epoch(self.epoch - 1)
         if self.batch == 0:
             self._restore_random()  # saved between two epochs
         else:
             loader = self.accelerator.skip_first_batches(loader, self.batch)
-        self.bar = windows_bar(loader, f"Epoch {self.epoch}", whole=self.loaders["train"])
+        self.bar = windows_bar(loader, f"Epoch {self.epoch}", whole=self.splits["train"].loader)
         for number, batch in enumerate(self.bar, start=self.batch + 1):
             self._restore_random()  # saved within an epoch: its loader had drawn its numbers before
             if self._validation_is_due():
@@ -179,12 +200,12 @@ class Trainer:
             self._watch_memory()
 
     def _validation_is_due(self) -> bool:
-        every = self.args.eval_steps
+        every = self.recipe.eval_steps
         return bool(every) and self.steps % every == 0 and self.validated_at < self.steps
 
     def _save_or_stop(self) -> None:
         """Save the state to resume from when it is time, or when this is to be the last step."""
-        if self.args.save_steps and self.steps % self.args.save_steps == 0:
+        if self.recipe.save_steps and self.steps % self.recipe.save_steps == 0:
             self._save_state(self._random_states())
         self._stop_if_asked()
 
@@ -198,19 +219,19 @@ class Trainer:
             raise KeyboardInterrupt
 
     def _train_batch(self, batch: tuple[torch.Tensor, ...], number: int) -> torch.Tensor:
-        """Learn from the epoch's batch of this number, 1, 2, ...; return its loss, left on the device."""
+        """Run one micro-batch, the epoch's 1st, 2nd, ...; return its loss, left on the device."""
         seq_x, seq_y, *_ = batch
-        accumulated = self.args.grad_accum
+        accumulated = self.recipe.grad_accum
         first_of_group = (number - 1) // accumulated * accumulated
         # accelerate divides by grad_accum; an epoch's last group may have fewer batches.
-        scale = accumulated / min(accumulated, len(self.loaders["train"]) - first_of_group)
+        scale = accumulated / min(accumulated, len(self.splits["train"].loader) - first_of_group)
         with self.accelerator.accumulate(self.model):
             forecast = self.model(seq_x)
-            truth = seq_y[:, -forecast.shape[1] :].to(forecast.device, non_blocking=True)
-            loss = self.loss(forecast, truth)
+            target = seq_y[:, -forecast.shape[1] :].to(forecast.device, non_blocking=True)
+            loss = self.loss(forecast, target)
             self.accelerator.backward(loss * scale)
-            if self.args.grad_clip and self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
+            if self.recipe.grad_clip and self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
             self.optimizer.step()
             self.optimizer.zero_grad()
         self.loss_sum += loss.detach()
@@ -228,7 +249,7 @@ class Trainer:
         try:
             vali = self._scores("val")
             self._check_finite(vali.mse, "validation")
-            test = None if self.args.skip_epoch_test else self._scores("test")
+            test = None if self.recipe.skip_epoch_test else self._scores("test")
         except KeyboardInterrupt:
             self._save_state(before)  # it is validated again, from the start
             raise
@@ -250,7 +271,7 @@ class Trainer:
             "vali_loss": vali.mse,
             "seconds_per_step": self.learning_seconds / self.steps if self.steps else None,
         }
-        save_checkpoint(self.folder / "checkpoint", model, self.args, self.series, progress)
+        save_checkpoint(self.run, model, progress)
 
     def _watch_memory(self) -> None:
         """Warn, once, if the device is nearly full."""
@@ -260,9 +281,7 @@ class Trainer:
             self.memory_is_watched = False
 
     def _scores(self, split: str) -> Scores:
-        target = headline_target(self.args)
-        loader, dataset = self.loaders[split], self.datasets[split]
-        return evaluate(self.accelerator, self.model, loader, dataset, target, split, self._leave_if_asked)
+        return evaluate(self.accelerator, self.model, self.splits[split], self.target, split, self._leave_if_asked)
 
     def _leave_if_asked(self) -> None:
         if self._asked_to_stop():
@@ -272,16 +291,16 @@ class Trainer:
         """Print the lines in the middle of an epoch; `seconds` are those of one batch."""
         loss = self.accelerator.reduce(batch_loss, "mean").item()  # of all processes: they stop together
         self._check_finite(loss, "training")
-        left = (self.args.train_epochs - self.epoch + 1) * len(self.loaders["train"]) - batches
-        if self.args.max_steps:
-            left = min(left, (self.args.max_steps - self.steps) * self.args.grad_accum)
+        left = (self.recipe.train_epochs - self.epoch + 1) * len(self.splits["train"].loader) - batches
+        if self.recipe.max_steps:
+            left = min(left, (self.recipe.max_steps - self.steps) * self.recipe.grad_accum)
         self.accelerator.print(
             f"\titers: {batches}, epoch: {self.epoch} | loss: {loss:.7f}\n"
             f"\tspeed: {seconds:.4f}s/iter; left time: {seconds * left:.4f}s"
         )
 
     def _report(self, train_loss: float | None, vali: Scores, test: Scores | None) -> None:
-        step = f", step: {self.steps}" if self.args.eval_steps else ""
+        step = f", step: {self.steps}" if self.recipe.eval_steps else ""
         trained = "" if train_loss is None else f"Train Loss: {train_loss:.7f} "
         tested = f" Test Loss: {test.mse:.7f} MAE Loss: {test.mae:.7f}" if test else ""
         self.accelerator.print(f"Epoch: {self.epoch}{step} | {trained}Vali Loss: {vali.mse:.7f}{tested}")
@@ -302,10 +321,11 @@ class Trainer:
 
     def _map_state(self) -> dict[str, float]:
         """Return `map_state` of some validation windows, always the same, for a model that has it."""
-        model, dataset = self.accelerator.unwrap_model(self.model), self.datasets["val"]
+        model, windows = self.accelerator.unwrap_model(self.model), self.splits["val"].windows
         if not hasattr(model, "map_state"):
             return {}
-        context, *_ = dataset.__getitems__(evenly_spaced(len(dataset), _WATCHED_WINDOWS))
+        spread = range(0, len(windows), math.ceil(len(windows) / _WATCHED_WINDOWS))
+        context, *_ = windows.__getitems__(spread)
         return model.map_state(context)
 
     def _check_finite(self, loss: float, which: str) -> None:
@@ -318,12 +338,12 @@ class Trainer:
             )
 
     def _total_steps(self) -> int:
-        steps = self.args.train_epochs * math.ceil(len(self.loaders["train"]) / self.args.grad_accum)
-        return min(steps, self.args.max_steps) if self.args.max_steps else steps
+        steps = self.recipe.train_epochs * math.ceil(len(self.splits["train"].loader) / self.recipe.grad_accum)
+        return min(steps, self.recipe.max_steps) if self.recipe.max_steps else steps
 
     def _is_finished(self) -> bool:
-        reached = bool(self.args.max_steps) and self.steps >= self.args.max_steps
-        is_over = reached or self.stopping.should_stop or self.epoch > self.args.train_epochs
+        reached = bool(self.recipe.max_steps) and self.steps >= self.recipe.max_steps
+        is_over = reached or self.stopping.should_stop or self.epoch > self.recipe.train_epochs
         return is_over or self.has_nothing_to_train
 
     def _forget_losses(self) -> None:
@@ -369,7 +389,7 @@ class Trainer:
             "history": self.history.rows,
         }
         model = self.accelerator.unwrap_model(self.model)
-        save_last(self.folder / "last", model, self.args, self.series, training)
+        save_last(self.run, model, training)
 
     def _load_state(self, state: dict) -> list[list[str]]:
         """Take over a saved state; return the rows of its history."""
@@ -381,7 +401,7 @@ class Trainer:
         self.stopping.load_state_dict(state["stopping"])
         if self.schedule.total_steps != state["schedule"].get("total_steps"):
             raise UserError(
-                f"--lradj {self.args.lradj} lays its rates out over all steps: resume with the --train_epochs and"
+                f"--lradj {self.recipe.lradj} lays its rates out over all steps: resume with the --train_epochs and"
                 " --max_steps of the run"
             )
         self.optimizer.load_state_dict(state["optimizer"])
@@ -390,7 +410,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if len(state["random"]) != self.accelerator.num_processes:
             raise UserError(
-                f"{self.folder / 'last'} is of {len(state['random'])} processes, here are"
+                f"{self.run.folder / 'last'} is of {len(state['random'])} processes, here are"
                 f" {self.accelerator.num_processes}: resume with as many"
             )
         self._random_to_restore = state["random"][self.accelerator.process_index]

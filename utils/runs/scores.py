@@ -1,0 +1,39 @@
+"""What a model is scored on, and its scores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+class ChannelWindows(Protocol):
+    """The windows of a split; each is of one channel."""
+
+    channels: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Return how many windows there are."""
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """Return the windows of a batch: contexts (B, seq_len, 1), what follows them, and their time marks."""
+
+    def channel_of(self, indices: Sequence[int]) -> np.ndarray:
+        """Return the channel number of each window."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Errors of the scaled series, means over windows.
+
+    Attributes:
+        mse, mae: the headline: over all windows, or the target's alone.
+        windows: how many windows the headline is the mean of.
+        per_channel: mse, mae and windows of each channel.
+    """
+
+    mse: float
+    mae: float
+    windows: int
+    per_channel: dict[str, dict[str, float]]
