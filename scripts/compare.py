@@ -28,11 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli.command import OneLineParser, command_line, exit_code_of, run_child
 from utils.cli.options import (
+    COMPARE_SETS,
     check_options,
     check_paths,
     csv_path,
     demo_makes,
     flags_of_repetition,
+    flags_tagged,
     get_parser,
     run_folder,
 )
@@ -55,9 +57,6 @@ WAYS = {
 DEMO_FLAGS = ("--max_steps", "60", "--eval_steps", "20", "--eval_windows", "256")
 
 UNTRAINED = ("SeasonalNaive", "LastValue")
-
-# What this script sets, or what leaves no scores to compare.
-NOT_OURS = ("--plan", "--is_training", "--predict", "--checkpoint", "--checkpoints", "--des", "--itr", "--resume")
 
 
 @dataclass
@@ -118,7 +117,7 @@ def plan_ways(asked: Sequence[str], seeds: int, flags: Sequence[str], out: str) 
 
 
 def _plan_way(name: str, slug: str, argv: list[str], seeds: int, out: str) -> Way:
-    for flag in {word.partition("=")[0] for word in argv} & set(NOT_OURS):
+    for flag in {word.partition("=")[0] for word in argv} & {f"--{name}" for name in flags_tagged(COMPARE_SETS)}:
         raise UserError(f"{flag} is not for a comparison: leave it out (--out, --seeds and --way are)")
     args = get_parser().parse_args(argv)
     count = 1 if args.model in UNTRAINED else seeds

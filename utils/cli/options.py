@@ -101,6 +101,30 @@ class OptionParser(OneLineParser):
             self.set_defaults(**ordinary)
 
 
+# What else a flag is about, said where it is defined.
+NEEDED = "a checkpoint means nothing with another value"
+SAID = "with another value a checkpoint forecasts otherwise: that is said"
+RESUME_MAY_CHANGE = "a run may be resumed with another value: it changes no weight, or says how long to go on"
+SAME_RUN = "a run with another value is still the same run: it changes no weight and no score"
+COMPARE_SETS = "compare.py sets it, or it would leave no scores to compare"
+
+
+def needed_by(model: str) -> str:
+    """Return the tag of a flag that is `NEEDED` by the checkpoints of one model."""
+    return f"{NEEDED}, of {model}"
+
+
+def _flag(group: argparse._ArgumentGroup, name: str, *tags: str, **settings: object) -> None:
+    """Define a flag that is about more than its value, as the tags say."""
+    group.add_argument(name, **settings).tags = tags
+
+
+@cache
+def flags_tagged(tag: str) -> frozenset[str]:
+    """Return the names of the flags that are marked so."""
+    return frozenset(action.dest for action in get_parser()._actions if tag in getattr(action, "tags", ()))
+
+
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of `run_main.py`; every flag of Time-LLM's keeps its name, type and default."""
     parser = OptionParser(
@@ -111,14 +135,40 @@ def get_parser() -> argparse.ArgumentParser:
     )
 
     basic = parser.add_argument_group("basic")
-    basic.add_argument("--demo", action="store_true", help="made-up data and a tiny LLM, nothing to download")
-    basic.add_argument("--plan", action="store_true", help="print what the run needs of memory, and run nothing")
+    _flag(
+        basic,
+        "--demo",
+        RESUME_MAY_CHANGE,
+        SAME_RUN,
+        action="store_true",
+        help="made-up data and a tiny LLM, nothing to download",
+    )
+    _flag(
+        basic,
+        "--plan",
+        RESUME_MAY_CHANGE,
+        SAME_RUN,
+        COMPARE_SETS,
+        action="store_true",
+        help="print what the run needs of memory, and run nothing",
+    )
     basic.add_argument("--task_name", choices=TASK_NAMES, default="long_term_forecast", help="names the run")
-    basic.add_argument("--is_training", type=int, choices=(0, 1), default=1, help="1: train, then test; 0: test only")
+    _flag(
+        basic,
+        "--is_training",
+        RESUME_MAY_CHANGE,
+        COMPARE_SETS,
+        type=int,
+        choices=(0, 1),
+        default=1,
+        help="1: train, then test; 0: test only",
+    )
     basic.add_argument("--model_id", default="", help="names the run; empty: {data}_{seq_len}_{pred_len}")
     basic.add_argument("--model_comment", default="none", help="names the run")
-    basic.add_argument(
+    _flag(
+        basic,
         "--model",
+        NEEDED,
         choices=MODEL_NAMES,
         default="TimeLLM",
         help="the forecaster; DLinear: two linear maps; SeasonalNaive: the last season again; LastValue: the last row",
@@ -127,8 +177,8 @@ def get_parser() -> argparse.ArgumentParser:
 
     data = parser.add_argument_group("data")
     data.add_argument("--data", choices=DATA_NAMES, help="which data set, hence its train/val/test borders; required")
-    data.add_argument("--root_path", default="./dataset", help="folder of the CSV")
-    data.add_argument("--data_path", default="", help="file name of the CSV; empty: {data}.csv")
+    _flag(data, "--root_path", RESUME_MAY_CHANGE, default="./dataset", help="folder of the CSV")
+    _flag(data, "--data_path", RESUME_MAY_CHANGE, default="", help="file name of the CSV; empty: {data}.csv")
     data.add_argument(
         "--features",
         choices=("M", "S", "MS"),
@@ -138,16 +188,31 @@ def get_parser() -> argparse.ArgumentParser:
     data.add_argument("--target", default="OT", help="the column that S and MS are about")
     data.add_argument("--loader", default="modal", help=COMPATIBILITY)
     data.add_argument("--freq", default="h", help="step of the time marks: h, t, 15min, d, ...; TimeLLM reads none")
-    data.add_argument("--checkpoints", default="./checkpoints/", help="folder that holds the run folders")
+    _flag(
+        data,
+        "--checkpoints",
+        RESUME_MAY_CHANGE,
+        COMPARE_SETS,
+        default="./checkpoints/",
+        help="folder that holds the run folders",
+    )
     data.add_argument("--percent", type=int, default=100, help="share of the training rows to use (few-shot)")
-    data.add_argument("--num_workers", type=int, default=0, help="loader processes; batches are cheap, 0 is fastest")
+    _flag(
+        data,
+        "--num_workers",
+        RESUME_MAY_CHANGE,
+        SAME_RUN,
+        type=int,
+        default=0,
+        help="loader processes; batches are cheap, 0 is fastest",
+    )
 
     windows = parser.add_argument_group("windows")
-    windows.add_argument("--seq_len", type=int, default=96, help="rows the model sees")
+    _flag(windows, "--seq_len", NEEDED, type=int, default=96, help="rows the model sees")
     windows.add_argument(
         "--label_len", type=int, default=48, help="past rows repeated before the target's; TimeLLM reads none"
     )
-    windows.add_argument("--pred_len", type=int, default=96, help="rows to forecast")
+    _flag(windows, "--pred_len", NEEDED, type=int, default=96, help="rows to forecast")
     windows.add_argument("--seasonal_patterns", default="Monthly", help=COMPATIBILITY)
 
     model = parser.add_argument_group("model", "of TimeLLM, but where another is named")
@@ -158,9 +223,12 @@ def get_parser() -> argparse.ArgumentParser:
     for name, default in (("--e_layers", 2), ("--d_layers", 1)):
         model.add_argument(name, type=int, default=default, help=f"{COMPATIBILITY}: only names the run")
     model.add_argument("--d_ff", type=int, default=32, help="width of a reprogramming head, and LLM columns kept")
-    model.add_argument("--moving_avg", type=int, default=25, help="DLinear: rows of the moving average")
-    model.add_argument(
+    _flag(model, "--moving_avg", needed_by("DLinear"), type=int, default=25, help="DLinear: rows of the moving average")
+    _flag(
+        model,
         "--season",
+        RESUME_MAY_CHANGE,
+        needed_by("SeasonalNaive"),
         type=int,
         default=0,
         help="SeasonalNaive: rows of a season; 0: a day's, a week's of daily rows, a year's of longer ones",
@@ -175,8 +243,8 @@ def get_parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--activation", default="gelu", help=COMPATIBILITY)
     model.add_argument("--output_attention", action="store_true", help=COMPATIBILITY)
-    model.add_argument("--patch_len", type=int, default=16, help="rows a patch")
-    model.add_argument("--stride", type=int, default=8, help="rows from patch to patch")
+    _flag(model, "--patch_len", needed_by("TimeLLM"), type=int, default=16, help="rows a patch")
+    _flag(model, "--stride", needed_by("TimeLLM"), type=int, default=8, help="rows from patch to patch")
     model.add_argument(
         "--mapping",
         choices=("compact", "full"),
@@ -185,28 +253,43 @@ def get_parser() -> argparse.ArgumentParser:
     )
 
     prompt = parser.add_argument_group("prompt", "of TimeLLM")
-    prompt.add_argument(
+    _flag(
+        prompt,
         "--prompt_domain",
+        SAID,
         type=int,
         choices=(0, 1),
         default=0,
         help="1: describe the data set from dataset/prompt_bank; 0: Time-LLM's one sentence on ETT",
     )
-    prompt.add_argument("--content", default="", help="the data set's description, used as it is; wins")
-    prompt.add_argument("--prompt_file", default="", help="UTF-8 file with the description, as it is; wins over 1")
-    prompt.add_argument("--prompt_decimals", type=int, default=-1, help="decimals of the statistics; -1: in full")
-    prompt.add_argument(
+    _flag(prompt, "--content", SAID, default="", help="the data set's description, used as it is; wins")
+    _flag(prompt, "--prompt_file", SAID, default="", help="UTF-8 file with the description, as it is; wins over 1")
+    _flag(prompt, "--prompt_decimals", SAID, type=int, default=-1, help="decimals of the statistics; -1: in full")
+    _flag(
+        prompt,
         "--prompt_padding",
+        SAID,
         choices=("left", "right"),
         default="left",
         help="left: masked, forecasts do not depend on batch-mates; right: as Time-LLM, pads are attended to",
     )
 
     llm = parser.add_argument_group("frozen LLM", "of TimeLLM")
-    llm.add_argument(
-        "--llm_model", choices=LLM_NAMES, default="LLAMA", help="a known LLM, from ./base_models/ or the Hub"
+    _flag(
+        llm,
+        "--llm_model",
+        RESUME_MAY_CHANGE,
+        choices=LLM_NAMES,
+        default="LLAMA",
+        help="a known LLM, from ./base_models/ or the Hub",
     )
-    llm.add_argument("--llm_model_path", default="", help="local folder or Hub id of any LLM; wins over --llm_model")
+    _flag(
+        llm,
+        "--llm_model_path",
+        RESUME_MAY_CHANGE,
+        default="",
+        help="local folder or Hub id of any LLM; wins over --llm_model",
+    )
     llm.add_argument("--llm_dim", type=int, default=0, help="hidden size; 0: read from the LLM")
     llm.add_argument(
         "--llm_layers",
@@ -220,30 +303,61 @@ def get_parser() -> argparse.ArgumentParser:
         default="auto",
         help="what the LLM computes in; auto: float32 on CPU, bfloat16 on a GPU that has it, else float16",
     )
-    llm.add_argument(
+    _flag(
+        llm,
         "--no_prefix_cache",
+        RESUME_MAY_CHANGE,
         action="store_true",
         help="run prompt and patches through the LLM in one pass, as Time-LLM: slower, as exact",
     )
-    llm.add_argument(
+    _flag(
+        llm,
         "--gradient_checkpointing",
+        RESUME_MAY_CHANGE,
+        SAME_RUN,
         action="store_true",
         help="recompute the LLM's activations in backward: much less memory, a slower step, as exact",
     )
-    llm.add_argument(
+    _flag(
+        llm,
         "--ablation",
+        needed_by("TimeLLM"),
         choices=ABLATION_NAMES,
         default="none",
         help="no_llm: the reprogrammed patches go straight to the head; random_llm: its weights drawn from --seed",
     )
 
     train = parser.add_argument_group("optimisation")
-    train.add_argument("--itr", type=int, default=1, help="repetitions, with seeds seed, seed+1, ...")
-    train.add_argument("--train_epochs", type=int, default=10, help="epochs at most")
+    _flag(
+        train,
+        "--itr",
+        RESUME_MAY_CHANGE,
+        SAME_RUN,
+        COMPARE_SETS,
+        type=int,
+        default=1,
+        help="repetitions, with seeds seed, seed+1, ...",
+    )
+    _flag(train, "--train_epochs", RESUME_MAY_CHANGE, type=int, default=10, help="epochs at most")
     train.add_argument("--align_epochs", type=int, default=10, help=COMPATIBILITY)
     train.add_argument("--batch_size", type=int, default=32, help="windows a training batch, per process")
-    train.add_argument("--eval_batch_size", type=int, default=0, help="windows an evaluation batch; 0: batch_size")
-    train.add_argument("--patience", type=int, default=10, help="validations without gain before an early stop")
+    _flag(
+        train,
+        "--eval_batch_size",
+        RESUME_MAY_CHANGE,
+        SAME_RUN,
+        type=int,
+        default=0,
+        help="windows an evaluation batch; 0: batch_size",
+    )
+    _flag(
+        train,
+        "--patience",
+        RESUME_MAY_CHANGE,
+        type=int,
+        default=10,
+        help="validations without gain before an early stop",
+    )
     train.add_argument("--learning_rate", type=float, default=1e-4, help="peak learning rate")
     train.add_argument(
         "--mapping_rate",
@@ -257,29 +371,48 @@ def get_parser() -> argparse.ArgumentParser:
         default="adam",
         help="8bit: its state in 8 bits, by bitsandbytes; paged: swapped out of a GPU that is full",
     )
-    train.add_argument(
+    _flag(
+        train,
         "--auto_batch_size",
+        RESUME_MAY_CHANGE,
         action="store_true",
         help="if a batch does not fit into memory, halve it and raise --grad_accum, before training starts",
     )
-    train.add_argument("--des", default="test", help="names the run")
+    _flag(train, "--des", COMPARE_SETS, default="test", help="names the run")
     train.add_argument("--loss", choices=("MSE", "MAE"), default="MSE", help="training loss")
     train.add_argument("--lradj", choices=SCHEDULE_NAMES, default="type1", help="learning rate schedule")
     train.add_argument("--pct_start", type=float, default=0.2, help="share of warm-up steps, --lradj TST only")
     train.add_argument("--use_amp", action="store_true", help="automatic mixed precision for the trainable layers")
     train.add_argument("--grad_accum", type=int, default=1, help="batches an optimiser step")
     train.add_argument("--grad_clip", type=float, default=0.0, help="largest gradient norm; 0: off")
-    train.add_argument("--max_steps", type=int, default=0, help="stop training after N optimiser steps; 0: off")
-    train.add_argument(
+    _flag(
+        train,
+        "--max_steps",
+        RESUME_MAY_CHANGE,
+        type=int,
+        default=0,
+        help="stop training after N optimiser steps; 0: off",
+    )
+    _flag(
+        train,
         "--resume",
+        RESUME_MAY_CHANGE,
+        SAME_RUN,
+        COMPARE_SETS,
         nargs="?",
         choices=("yes", "auto"),
         const="yes",
         default="",
         help="go on from the run's last state; an error if there is none, auto starts fresh then",
     )
-    train.add_argument(
-        "--save_steps", type=int, default=0, help="save the state to resume from every N steps, too; 0: every epoch"
+    _flag(
+        train,
+        "--save_steps",
+        RESUME_MAY_CHANGE,
+        SAME_RUN,
+        type=int,
+        default=0,
+        help="save the state to resume from every N steps, too; 0: every epoch",
     )
     train.add_argument(
         "--deterministic", action="store_true", help="the same bits at every run on CUDA, too, where kernels allow"
@@ -290,16 +423,39 @@ def get_parser() -> argparse.ArgumentParser:
     evaluation.add_argument(
         "--eval_steps", type=int, default=0, help="validate every N optimiser steps; 0: once an epoch"
     )
-    evaluation.add_argument("--skip_epoch_test", action="store_true", help="no test pass while training")
-    evaluation.add_argument(
-        "--predict", action="store_true", help="write the forecast after the last row of the CSV, as CSV and picture"
+    _flag(
+        evaluation,
+        "--skip_epoch_test",
+        RESUME_MAY_CHANGE,
+        SAME_RUN,
+        action="store_true",
+        help="no test pass while training",
     )
-    evaluation.add_argument(
+    _flag(
+        evaluation,
+        "--predict",
+        RESUME_MAY_CHANGE,
+        SAME_RUN,
+        COMPARE_SETS,
+        action="store_true",
+        help="write the forecast after the last row of the CSV, as CSV and picture",
+    )
+    _flag(
+        evaluation,
         "--save_predictions",
+        RESUME_MAY_CHANGE,
+        SAME_RUN,
         action="store_true",
         help="keep the test forecasts, pred.npy and true.npy, and a picture of three of them",
     )
-    evaluation.add_argument("--checkpoint", default="", help="run folder to test instead of the run's own")
+    _flag(
+        evaluation,
+        "--checkpoint",
+        RESUME_MAY_CHANGE,
+        COMPARE_SETS,
+        default="",
+        help="run folder to test instead of the run's own",
+    )
     return parser
 
 

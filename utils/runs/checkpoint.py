@@ -11,7 +11,7 @@ from accelerate import PartialState
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from utils.cli.options import defaults
+from utils.cli.options import NEEDED, RESUME_MAY_CHANGE, SAID, defaults, flags_tagged, needed_by
 from utils.errors import UserError
 from utils.llm.loading import LoadedLLM, llm_of
 from utils.runs.files import write_whole
@@ -84,20 +84,6 @@ def _save(path: Path, contents: dict) -> None:
     write_whole(path, lambda file: torch.save(contents, file))
 
 
-# Flags that shape what the trained layers see: with others the weights mean nothing, or something else.
-_MUST_AGREE = ("model", "seq_len", "pred_len")
-_OF_A_MODEL = {"TimeLLM": ("ablation", "patch_len", "stride"), "DLinear": ("moving_avg",), "SeasonalNaive": ("season",)}
-_SHOULD_AGREE = ("prompt_padding", "prompt_decimals", "prompt_domain", "content", "prompt_file")
-
-# Flags that a run may be resumed with other values of: they change no weight, or say how long to go on.
-_MAY_CHANGE = {
-    *("resume", "save_steps", "train_epochs", "max_steps", "patience", "itr", "is_training", "plan", "demo"),
-    *("root_path", "data_path", "checkpoints", "num_workers", "eval_batch_size", "skip_epoch_test"),
-    *("llm_model", "llm_model_path", "gradient_checkpointing", "no_prefix_cache", "auto_batch_size"),
-    *("save_predictions", "predict", "checkpoint", "season"),
-}
-
-
 def load_checkpoint(path: Path, model: nn.Module, flags: dict, data: DataFacts | None) -> dict:
     """Load the trained tensors into `model` and return everything the checkpoint says.
 
@@ -142,7 +128,7 @@ def load_last(run: Run, model: nn.Module) -> dict:
     contents = read_checkpoint(path, {"training"})
     for name, now in run.flags.items():
         before = contents["flags"].get(name, defaults().get(name))
-        if name not in _MAY_CHANGE and before != now:
+        if name not in flags_tagged(RESUME_MAY_CHANGE) and before != now:
             raise UserError(f"{path} is of a run with --{name} {before}, not {now}: resume with the flags of the run")
     for name in _differing(contents, run.data):
         raise UserError(f"{path} is of a run on other data (their {name} differ): leave out --resume to train anew")
@@ -208,10 +194,10 @@ def _load_weights(path: Path, contents: dict, model: nn.Module) -> None:
 
 
 def _compare_flags(path: Path, saved: dict, present: dict) -> None:
-    for name in (*_MUST_AGREE, *_OF_A_MODEL.get(present["model"], ())):
+    for name in sorted(flags_tagged(NEEDED) | flags_tagged(needed_by(present["model"]))):
         if saved.get(name, present[name]) != present[name]:
             raise UserError(f"{path} was trained with --{name} {saved[name]}, not {present[name]}: give it that")
-    for name in _SHOULD_AGREE:
+    for name in sorted(flags_tagged(SAID)):
         if saved[name] != present[name]:
             PartialState().print(f"Note: {path} was trained with --{name} {saved[name]}, not {present[name]}")
 

@@ -5,13 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from utils.cli.options import csv_path, defaults
-
-# Flags in which a run may differ from the one that is asked for and still be it: they change no weight and no score.
-_MAY_DIFFER = {
-    *("itr", "resume", "num_workers", "save_steps", "predict", "save_predictions", "skip_epoch_test", "demo", "plan"),
-    *("eval_batch_size", "gradient_checkpointing"),
-}
+from utils.cli.options import SAME_RUN, csv_path, defaults, flags_tagged
 
 
 def is_of(folder: Path, args: argparse.Namespace) -> bool:
@@ -29,7 +23,7 @@ def is_of(folder: Path, args: argparse.Namespace) -> bool:
     found = {"batch_size", "grad_accum"} if args.auto_batch_size else set()
     windows = before.get("batch_size", 0) * before.get("grad_accum", 0)
     same_step = not found or windows == args.batch_size * args.grad_accum
-    names = vars(args).keys() - _MAY_DIFFER - found
+    names = vars(args).keys() - flags_tagged(SAME_RUN) - found
     same_data = before.get("data_sha256") == hash_of(csv_path(args))
     return same_data and same_step and all(before.get(name, defaults().get(name)) == vars(args)[name] for name in names)
 
