@@ -80,10 +80,10 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> None:
     from models import build_around
     from utils.memory.plan import memory_error
     from utils.training.interrupts import Interrupts
-    from utils.training.processes import missing_processes
+    from utils.training.processes import spawn_missing_ranks
 
     try:
-        with missing_processes(Path(__file__), argv), Interrupts() as interrupts:
+        with spawn_missing_ranks(Path(__file__), argv), Interrupts() as interrupts:
             for repetition in range(args.itr):
                 flags = flags_of_repetition(args, repetition)
                 if args.predict and not args.is_training:
@@ -105,17 +105,17 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
     from utils.runs.checkpoint import Run, facts_of, load_checkpoint, saved_basis
     from utils.runs.records import open_run_folder, origin_of
     from utils.runs.run_lock import RunLock
-    from utils.training.batch_size import settle_batch_size
+    from utils.training.batch_size import choose_batch_size
     from utils.training.evaluation import share_out
     from utils.training.introduction import introduce
     from utils.training.optimizers import check_optimizer
-    from utils.training.processes import draw_apart, is_there_for_all, start_processes
+    from utils.training.processes import exists_on_all_ranks, seed_rank, start_processes
     from utils.training.testing import test
 
     accelerator = start_processes(args.seed, args.grad_accum, args.use_amp, args.deterministic)
     check_optimizer(args.optimizer, accelerator.device)
     folder, checkpoint = run_folder(args, repetition), trained_folder(args, repetition) / "checkpoint"
-    resumes = bool(args.resume) and is_there_for_all(folder / "last")
+    resumes = bool(args.resume) and exists_on_all_ranks(folder / "last")
 
     # Data, memory, model.
     splits = {name: share_out(accelerator, *data_provider(args, name)) for name in SPLITS}
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
     model = build_model(args, saved_basis(begun) if begun else None)
     is_trainable = bool(list(model.parameters()))
     if args.is_training and args.auto_batch_size and is_trainable:
-        settle_batch_size(args, accelerator, model, begun)
+        choose_batch_size(args, accelerator, model, begun)
         splits = {name: share_out(accelerator, *data_provider(args, name)) for name in SPLITS}
     introduce(accelerator, model, splits, args.eval_windows)
 
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
         contents = load_checkpoint(checkpoint, model, vars(args), training.data)  # before anything is written
     if is_trainable:  # torch's data parallelism refuses others
         model = accelerator.prepare(model)
-    draw_apart(accelerator, args.seed)
+    seed_rank(accelerator, args.seed)
     with RunLock(folder) if args.is_training and accelerator.is_main_process else nullcontext():
         if args.is_training:
             train(accelerator, args, model, splits, training, interrupts, resumes)
@@ -176,7 +176,7 @@ def train(
     """Train, from the start or from the state in the run folder."""
     from utils.runs.checkpoint import load_last
     from utils.runs.records import open_run_folder
-    from utils.training.processes import is_there_for_all
+    from utils.training.processes import exists_on_all_ranks
     from utils.training.trainer import Recipe, Trainer
 
     state = load_last(training, accelerator.unwrap_model(model)) if resumes else None
@@ -188,7 +188,7 @@ def train(
     target = headline_target(args)
     Trainer(Recipe.of(args), accelerator, model, splits, target, training, interrupts, state).fit()
     accelerator.wait_for_everyone()
-    is_there_for_all(training.folder / "checkpoint")
+    exists_on_all_ranks(training.folder / "checkpoint")
 
 
 def run_forecast(args: argparse.Namespace, repetition: int) -> None:

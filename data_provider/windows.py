@@ -22,7 +22,7 @@ class WindowDataset(Dataset):
         values: (rows, channels) float32.
         marks: (rows, marks) float32.
         channels: the channels' names.
-        seq_len, label_len, pred_len: rows seen, repeated and forecast; rows >= seq_len + pred_len.
+        seq_len, label_len, pred_len: rows of the context, repeated of it, and to forecast; rows >= seq_len + pred_len.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class WindowDataset(Dataset):
         # in full when the dataset is sent to a worker process.
         values = torch.from_numpy(sliding_window_view(self.values, self.length, axis=0)[starts, channels, :, None])
         marks = torch.from_numpy(sliding_window_view(self.marks, self.length, axis=0)[starts]).transpose(1, 2)
-        seen, repeated = self.seq_len, self.seq_len - self.label_len
-        return values[:, :seen], values[:, repeated:], marks[:, :seen], marks[:, repeated:]
+        context, repeated = self.seq_len, self.seq_len - self.label_len
+        return values[:, :context], values[:, repeated:], marks[:, :context], marks[:, repeated:]
 
     def channel_of(self, indices: Sequence[int]) -> np.ndarray:
         """Return the channel number of each window."""

@@ -1,6 +1,6 @@
 """The frozen language model: prompts and patches in, hidden states of the patches out.
 
-The only room that knows about padding, masks, positions and prefixes.
+The only module that handles padding, masks, positions and prefixes.
 """
 
 import inspect
@@ -23,7 +23,7 @@ from layers.PrefixCache import Prefix
 Prompts = Sequence[Sequence[int]]
 
 # Tokens of a shared beginning, of a prompt's rest, and patches, that a model is tried with before it is used.
-_TRIED = 8
+_SELF_TEST_LENGTH = 8
 
 
 class NoLLM(nn.Module):
@@ -44,28 +44,28 @@ class FrozenLLM(nn.Module):
     """Run prompts and patches through a language model that is never trained and never saved.
 
     A causal model's prompt cannot see the patches, and nothing trainable stands before it: its keys and values
-    are constants. So the head that all prompts share is run once, the rest of each prompt without gradient,
+    are constants. So the prefix that all prompts share is run once, the rest of each prompt without gradient,
     and only the patches with gradient, looking back at both. A row is laid out as
-    [head][pads, if left][rest of the prompt][pads, if right][patches].
+    [shared prefix][pads, if left][rest of the prompt][pads, if right][patches].
 
     Args:
         backbone: a Hugging Face model without head, its parameters frozen, on its device.
         padding: `left`: pads are masked and positions count real tokens, so that a window's result does not
             depend on its batch-mates. `right`: pads stand between prompt and patches and are attended to like
-            words, as in Time-LLM.
+            tokens, as in Time-LLM.
         pad_id: the token to pad with.
         examples: token ids of two or more prompts, as different as prompts can be.
         patches: P, the patches behind each prompt.
-        device: where the backbone is; its word embeddings may be elsewhere, words are looked up where they are.
+        device: where the backbone is; its token embeddings may be elsewhere, tokens are looked up where they are.
         use_prefix: False runs prompt and patches in one pass, as Time-LLM does.
         recompute: keep only what enters each block of the backbone, and compute the block again in backward.
 
     Attributes:
-        head: the tokens that all prompts begin with.
+        shared_prefix: the tokens that all prompts begin with.
         sees_pads: whether masked pads change this model's result all the same; it then gets no pads: prompts
             of one length are run together.
         uses_prefix: whether prompts are run before the patches.
-        prefix_disabled_reason: why they are not, although `use_prefix` asks for it and the model is causal; else empty.
+        prefix_disabled_reason: why they are not, although `use_prefix` is set and the model is causal; else empty.
     """
 
     reads_prompts = True
@@ -87,23 +87,23 @@ class FrozenLLM(nn.Module):
         object.__setattr__(self, "backbone", backbone.eval())
         self.padding = padding
         self.pad_id = pad_id
-        self.head = self.common_head(examples)
-        self._head_prefix: Prefix | None = None
+        self.shared_prefix = self.shared_prefix_of(examples)
+        self._shared_cache: Prefix | None = None
         self._window = getattr(backbone.config.get_text_config(), "sliding_window", None)
         self._takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
         self.sees_pads = self.uses_prefix = False
         self.prefix_disabled_reason = ""
         if recompute:
             for block in self.blocks(backbone):
-                block.forward = partial(_forgetful, block.forward)
+                block.forward = partial(_checkpointed, block.forward)
         if device.type == "meta":
             # A memory plan has no numbers to compare.
             self.uses_prefix = use_prefix and _calls_itself_causal(backbone)
         else:
-            self._try_out(examples[:2], patches, use_prefix, device)
+            self._self_test(examples[:2], patches, use_prefix, device)
 
     @property
-    def word_embeddings(self) -> torch.Tensor:
+    def token_embeddings(self) -> torch.Tensor:
         """The vocabulary's embeddings, (V, d_llm)."""
         return self.backbone.get_input_embeddings().weight
 
@@ -113,7 +113,7 @@ class FrozenLLM(nn.Module):
         return [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     @staticmethod
-    def common_head(prompts: Prompts) -> list[int]:
+    def shared_prefix_of(prompts: Prompts) -> list[int]:
         """Return the tokens that all prompts begin with."""
         alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
         return [tokens[0] for tokens in alike]
@@ -127,7 +127,7 @@ class FrozenLLM(nn.Module):
         device = patches.device.type
         has_autocast = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
-            if self.word_embeddings.dtype != torch.float16:
+            if self.token_embeddings.dtype != torch.float16:
                 return self._run_rows(run, prompts, patches)
             scale = GradientScale()
             return scale.behind(self._run_rows(run, prompts, scale.before(patches)))
@@ -144,7 +144,7 @@ class FrozenLLM(nn.Module):
 
     def prefix_bytes(self, tokens: int) -> int:
         """Return the size of the keys and values of so many tokens of prompts."""
-        device = self.word_embeddings.device
+        device = self.token_embeddings.device
         no_padding, first = torch.ones(1, 1, dtype=torch.bool, device=device), torch.zeros(1, 1, dtype=torch.long)
         one = self._extend(self._no_prefix(), first, no_padding, first.to(device))
         return tokens * sum(layer.keys.nbytes + layer.values.nbytes for layer in one.layers)
@@ -162,14 +162,14 @@ class FrozenLLM(nn.Module):
 
     def _run_in_one_pass(self, prompts: Prompts, patches: torch.Tensor) -> torch.Tensor:
         ids, is_real = self._pad(prompts)
-        words = self._embed(ids, patches.device)
+        tokens = self._embed(ids, patches.device)
         masks = {}
         if self.padding == "left" and not is_real.all():
             masks["attention_mask"] = functional.pad(is_real, (0, patches.shape[1]), value=1)  # (B, L + P)
             if self._takes_positions:
                 masks["position_ids"] = (masks["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         hidden = self.backbone(
-            inputs_embeds=torch.cat([words, patches.to(words.dtype)], dim=1),
+            inputs_embeds=torch.cat([tokens, patches.to(tokens.dtype)], dim=1),
             use_cache=False,
             **{name: _send(values, patches.device) for name, values in masks.items()},
         ).last_hidden_state
@@ -177,20 +177,20 @@ class FrozenLLM(nn.Module):
 
     def _run_behind_prefix(self, prompts: Prompts, patches: torch.Tensor) -> torch.Tensor:
         device, count = patches.device, patches.shape[1]
-        begins_alike = all(list(prompt[: len(self.head)]) == self.head for prompt in prompts)
-        head = self._prefix_of_head(device) if begins_alike else self._no_prefix()
-        ids, is_real = self._pad([prompt[len(head) :] for prompt in prompts])
+        begins_alike = all(list(prompt[: len(self.shared_prefix)]) == self.shared_prefix for prompt in prompts)
+        shared = self._cache_of_shared_prefix(device) if begins_alike else self._no_prefix()
+        ids, is_real = self._pad([prompt[len(shared) :] for prompt in prompts])
         if self.padding == "right":
             is_real = torch.ones_like(is_real)
-        is_real = _send(functional.pad(is_real, (len(head), count), value=1), device).bool()  # (B, L + P)
+        is_real = _send(functional.pad(is_real, (len(shared), count), value=1), device).bool()  # (B, L + P)
         positions = (is_real.long().cumsum(-1) - 1).clamp(min=0)
-        prefix = head
+        prefix = shared
         if ids.shape[1]:
-            prefix = self._extend(head, ids, is_real[:, :-count], positions[:, len(head) : -count])
+            prefix = self._extend(shared, ids, is_real[:, :-count], positions[:, len(shared) : -count])
         hidden = prefix.run(
             self.backbone,
-            inputs_embeds=patches.to(self.word_embeddings.dtype),
-            attention_mask=_look_back(is_real, count, self.word_embeddings.dtype),
+            inputs_embeds=patches.to(self.token_embeddings.dtype),
+            attention_mask=_look_back(is_real, count, self.token_embeddings.dtype),
             position_ids=positions[:, -count:],
         )
         return hidden.to(patches.dtype)
@@ -199,26 +199,26 @@ class FrozenLLM(nn.Module):
         return prefix.extend(
             self.backbone,
             inputs_embeds=self._embed(ids, positions.device),
-            attention_mask=_look_back(is_real, ids.shape[1], self.word_embeddings.dtype),
+            attention_mask=_look_back(is_real, ids.shape[1], self.token_embeddings.dtype),
             position_ids=positions,
         )
 
-    def _prefix_of_head(self, device: torch.device) -> Prefix:
-        """Run the head, the first time it is asked for."""
-        if not self.head:
+    def _cache_of_shared_prefix(self, device: torch.device) -> Prefix:
+        """Run the shared prefix, the first time it is needed."""
+        if not self.shared_prefix:
             return self._no_prefix()
-        if self._head_prefix is None:
-            positions = torch.arange(len(self.head), device=device)[None]
+        if self._shared_cache is None:
+            positions = torch.arange(len(self.shared_prefix), device=device)[None]
             is_real = torch.ones_like(positions, dtype=torch.bool)
-            self._head_prefix = self._extend(self._no_prefix(), torch.tensor([self.head]), is_real, positions)
-        return self._head_prefix
+            self._shared_cache = self._extend(self._no_prefix(), torch.tensor([self.shared_prefix]), is_real, positions)
+        return self._shared_cache
 
     def _no_prefix(self) -> Prefix:
         return Prefix.empty(self.backbone.config.get_text_config().num_hidden_layers)
 
     def _embed(self, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Look words up where the embeddings live, (B, L) -> (B, L, d_llm)."""
-        return _send(self.backbone.get_input_embeddings()(_send(ids, self.word_embeddings.device)), device)
+        """Look tokens up where the embeddings live, (B, L) -> (B, L, d_llm)."""
+        return _send(self.backbone.get_input_embeddings()(_send(ids, self.token_embeddings.device)), device)
 
     def _pad(self, prompts: Prompts) -> tuple[torch.Tensor, torch.Tensor]:
         """Return token ids, (B, L), and which of them are real, on the CPU."""
@@ -230,33 +230,34 @@ class FrozenLLM(nn.Module):
         return ids, is_real
 
     @torch.no_grad()
-    def _try_out(self, prompts: Prompts, patches: int, use_prefix: bool, device: torch.device) -> None:
-        """Find out what the model can be trusted with, on two prompts cut short and words in the place of patches.
+    def _self_test(self, prompts: Prompts, patches: int, use_prefix: bool, device: torch.device) -> None:
+        """Self-test of masking and caching, on two prompts cut short and token embeddings in the place of patches.
 
         In float32: a wrong position changes hidden states by as little as 0.1%, which 16 bits cannot tell from
         rounding.
         """
-        whole, self.head = self.head, self.head[:_TRIED]
+        whole, self.shared_prefix = self.shared_prefix, self.shared_prefix[:_SELF_TEST_LENGTH]
         # Of different lengths, so that one is padded.
-        short = [[*self.head, *prompt[len(whole) :][: _TRIED + 5 * row]] for row, prompt in enumerate(prompts)]
+        rests = [prompt[len(whole) :][: _SELF_TEST_LENGTH + 5 * row] for row, prompt in enumerate(prompts)]
+        short = [[*self.shared_prefix, *rest] for rest in rests]
         try:
             with InFloat32():
-                self._compare(short, min(patches, _TRIED), use_prefix, device)
+                self._compare(short, min(patches, _SELF_TEST_LENGTH), use_prefix, device)
         finally:
-            self.head, self._head_prefix = whole, None
+            self.shared_prefix, self._shared_cache = whole, None
 
     def _compare(self, prompts: Prompts, patches: int, use_prefix: bool, device: torch.device) -> None:
         """Set `sees_pads`, `uses_prefix` and `prefix_disabled_reason` by what the model says in one pass.
 
-        With masked pads the truth is what it says of each prompt alone.
+        With masked pads the reference is what it says of each prompt alone.
         """
-        words = self.word_embeddings
-        stand_ins = words[torch.arange(patches) % len(words)].float().to(device).expand(len(prompts), -1, -1)
-        truth = self._run_in_one_pass(prompts, stand_ins)
+        embeddings = self.token_embeddings
+        stand_ins = embeddings[torch.arange(patches) % len(embeddings)].float().to(device).expand(len(prompts), -1, -1)
+        reference = self._run_in_one_pass(prompts, stand_ins)
         if self.padding == "left":
             alone = [self._run_in_one_pass([prompt], stand_ins[:1]) for prompt in prompts]
-            self.sees_pads = not _alike(truth, torch.cat(alone))
-            truth = torch.cat(alone)
+            self.sees_pads = not _alike(reference, torch.cat(alone))
+            reference = torch.cat(alone)
         if not use_prefix or not self._is_causal(prompts[0], stand_ins[:1]):
             return
         if not self._takes_positions:
@@ -264,7 +265,7 @@ class FrozenLLM(nn.Module):
             return
         self.uses_prefix = True
         try:
-            if not _alike(self(prompts, stand_ins), truth):
+            if not _alike(self(prompts, stand_ins), reference):
                 self.prefix_disabled_reason = "it gives other hidden states"
         except Exception as problem:  # of whatever kind: the line at start says it
             self.prefix_disabled_reason = f"{type(problem).__name__}: {problem}"
@@ -299,8 +300,8 @@ def _send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return (values.pin_memory() if upwards else values).to(device, non_blocking=True)
 
 
-def _forgetful(forward: Callable, *args, **kwargs):
-    """Run a block that keeps nothing but its input, and runs again in backward.
+def _checkpointed(forward: Callable, *args, **kwargs):
+    """Checkpoint a block's activations: keep its input alone and run it again in backward.
 
     Not by transformers' own switch: that wants the blocks in training mode, where their dropout is awake, and
     takes their cache away.

@@ -4,7 +4,7 @@ import torch
 
 
 class GradientScale:
-    """Stretch the gradient that enters a model's backward pass, and shrink it by as much where it leaves.
+    """Scale the gradient that enters a model's backward pass, and unscale it on exit.
 
     The gradient of a mean over thousands of values lies below float16's smallest number. Here its largest entry
     is brought to between 1 and 2 by a power of two, which changes no digit. The factor is found anew for every
@@ -19,18 +19,18 @@ class GradientScale:
 
     def before(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the inputs of the model as they are."""
-        return _Hook.apply(inputs, self._shrink)
+        return _Hook.apply(inputs, self._unscale)
 
     def behind(self, outputs: torch.Tensor) -> torch.Tensor:
         """Return the outputs of the model as they are."""
-        return _Hook.apply(outputs, self._stretch)
+        return _Hook.apply(outputs, self._scale)
 
-    def _stretch(self, gradient: torch.Tensor) -> torch.Tensor:
+    def _scale(self, gradient: torch.Tensor) -> torch.Tensor:
         largest = gradient.abs().amax().float()
         self._factor = torch.where(largest > 0, torch.exp2(-torch.floor(torch.log2(largest))), 1.0)
         return (gradient.float() * self._factor).to(gradient.dtype)
 
-    def _shrink(self, gradient: torch.Tensor) -> torch.Tensor:
+    def _unscale(self, gradient: torch.Tensor) -> torch.Tensor:
         return (gradient.float() / self._factor).to(gradient.dtype)
 
 

@@ -7,26 +7,26 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from layers.EvalCache import EvalCache
 from layers.FrozenLinear import frozen_product
-from layers.Remember import Remember
 
 
 class _Prototypes(nn.Linear):
     """Text prototypes weight @ basis + bias, (out_features, d_llm); what the basis is, the subclasses say."""
 
-    def __init__(self, in_features: int, num_tokens: int, words: torch.Tensor, device: torch.device | None):
-        super().__init__(in_features, num_tokens, device=device or words.device)
+    def __init__(self, in_features: int, num_tokens: int, embeddings: torch.Tensor, device: torch.device | None):
+        super().__init__(in_features, num_tokens, device=device or embeddings.device)
         # In a tuple, so that the module does not take the LLM's parameter for one of its own.
-        self._words = (words,)
-        self._remember = Remember()
+        self._embeddings = (embeddings,)
+        self._cached = EvalCache()
 
     def forward(self) -> torch.Tensor:
         """Return the prototypes, (num_tokens, d_llm)."""
-        return self._remember([*self.parameters(), *self.buffers()], self._mix)
+        return self._cached([*self.parameters(), *self.buffers()], self._mix)
 
     @torch.no_grad()
-    def word_weights(self, numbers: Sequence[int]) -> torch.Tensor:
-        """Return the weights of the words in some prototypes: the least W whose W E these are, but for the bias.
+    def token_weights(self, numbers: Sequence[int]) -> torch.Tensor:
+        """Return the weights of the tokens in some prototypes: the least W whose W E these are, but for the bias.
 
         What else a full map's W holds cancels out in W E, and a compact map has no W of its own.
 
@@ -36,36 +36,36 @@ class _Prototypes(nn.Linear):
         Returns:
             (numbers, V) float64, where E is.
         """
-        words = self._words[0]
-        mixed = (self()[numbers] - self.bias[numbers, None]).to(words.device, torch.float64)
-        solved = mixed @ torch.linalg.pinv(_gram(words), hermitian=True)
-        return torch.cat([solved @ chunk.T for _, chunk in _numbered_chunks(words, torch.float64)], dim=1)
+        embeddings = self._embeddings[0]
+        mixed = (self()[numbers] - self.bias[numbers, None]).to(embeddings.device, torch.float64)
+        solved = mixed @ torch.linalg.pinv(_gram(embeddings), hermitian=True)
+        return torch.cat([solved @ chunk.T for _, chunk in _numbered_chunks(embeddings, torch.float64)], dim=1)
 
     def _mix(self) -> torch.Tensor:
         return frozen_product(self.weight, self._basis().T) + self.bias[:, None]
 
 
 class MappingLayer(_Prototypes):
-    """Mix the LLM's frozen word embeddings E (V, d_llm) into a few text prototypes, W E + b.
+    """Mix the LLM's frozen token embeddings E (V, d_llm) into a few text prototypes, W E + b.
 
     Args:
-        words: E. It is read, never trained, and is in no state dict.
+        embeddings: E. It is read, never trained, and is in no state dict.
         num_tokens: how many prototypes.
         device: where the layer is to be, E too; None: where E is.
     """
 
-    def __init__(self, words: torch.Tensor, num_tokens: int = 1000, device: torch.device | None = None):
-        super().__init__(len(words), num_tokens, words, device)
+    def __init__(self, embeddings: torch.Tensor, num_tokens: int = 1000, device: torch.device | None = None):
+        super().__init__(len(embeddings), num_tokens, embeddings, device)
 
     def _basis(self) -> torch.Tensor:
-        return self._words[0].to(self.weight.dtype)
+        return self._embeddings[0].to(self.weight.dtype)
 
 
 class CompactMappingLayer(_Prototypes):
     """The same prototypes with d_llm instead of V weights each: W' B + b, where B is a multiple of E'E's root.
 
     Whatever W E can be, W' B can be, and nothing else: E and B span the same rows with the same inner products.
-    W' starts such that W' B is distributed as W E is. B is stretched, and W' shrunk, such that Adam's first
+    W' starts such that W' B is distributed as W E is. B is scaled up, and W' down, such that Adam's first
     step moves W' B as far as it would move W E. From then on E is not needed, but to convert a full map.
 
     Of all roots the symmetric one is taken, for it turns Adam's steps the least. A Cholesky factor turns and
@@ -75,7 +75,7 @@ class CompactMappingLayer(_Prototypes):
     the state dict; one that has none was trained with the B that is worked out here.
 
     Args:
-        words: E, wherever it is: B is worked out there.
+        embeddings: E, wherever it is: B is worked out there.
         num_tokens: how many prototypes.
         device: where the layer is to be; None: where E is.
         basis: B, (d_llm, d_llm), if it is known: working it out takes seconds; None if not.
@@ -83,20 +83,20 @@ class CompactMappingLayer(_Prototypes):
 
     def __init__(
         self,
-        words: torch.Tensor,
+        embeddings: torch.Tensor,
         num_tokens: int = 1000,
         device: torch.device | None = None,
         basis: torch.Tensor | None = None,
     ):
-        super().__init__(words.shape[1], num_tokens, words, device)
+        super().__init__(embeddings.shape[1], num_tokens, embeddings, device)
         if basis is None:
-            basis = _work_out_basis(words)
+            basis = _work_out_basis(embeddings)
         self.register_buffer("basis", basis.to(self.weight.device))
-        # B is as long as E but for its stretch.
-        stretch = 1.0 if words.is_meta else basis.norm().item() / _norm(words)
-        with torch.no_grad():  # nn.Linear's default for V inputs, shrunk by what B is stretched
-            self.weight.uniform_(-1, 1).div_(math.sqrt(len(words)) * stretch)
-            self.bias.uniform_(-1, 1).div_(math.sqrt(len(words)))
+        # B has the norm of E but for its scale.
+        scale = 1.0 if embeddings.is_meta else basis.norm().item() / _norm(embeddings)
+        with torch.no_grad():  # nn.Linear's default for V inputs, less what B is scaled up
+            self.weight.uniform_(-1, 1).div_(math.sqrt(len(embeddings)) * scale)
+            self.bias.uniform_(-1, 1).div_(math.sqrt(len(embeddings)))
 
     def _basis(self) -> torch.Tensor:
         return self.basis
@@ -104,17 +104,17 @@ class CompactMappingLayer(_Prototypes):
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         state_dict = {f"{prefix}basis": self.basis, **state_dict}
         weight = state_dict.get(f"{prefix}weight")
-        if weight is not None and weight.shape == (self.out_features, len(self._words[0])):
+        if weight is not None and weight.shape == (self.out_features, len(self._embeddings[0])):
             state_dict = {**state_dict, f"{prefix}weight": self._from_full(weight)}
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @torch.no_grad()
     def _from_full(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the W' of the same prototypes as a full map's W, (num_tokens, V)."""
-        words = self._words[0]
+        embeddings = self._embeddings[0]
         mixed = sum(
             weight[:, start : start + len(chunk)].to(chunk) @ chunk
-            for start, chunk in _numbered_chunks(words, torch.float64)
+            for start, chunk in _numbered_chunks(embeddings, torch.float64)
         )
         return (mixed @ torch.linalg.pinv(self.basis.to(mixed), hermitian=True)).to(self.weight)
 
@@ -122,53 +122,53 @@ class CompactMappingLayer(_Prototypes):
 _CHUNK_ROWS = 8192
 
 
-def _numbered_chunks(words: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+def _numbered_chunks(embeddings: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield E a few rows at a time, in another precision, with the number of the first row."""
-    for start in range(0, len(words), _CHUNK_ROWS):
-        yield start, words[start : start + _CHUNK_ROWS].to(dtype)
+    for start in range(0, len(embeddings), _CHUNK_ROWS):
+        yield start, embeddings[start : start + _CHUNK_ROWS].to(dtype)
 
 
-def _chunks(words: torch.Tensor) -> Iterator[torch.Tensor]:
-    return (chunk for _, chunk in _numbered_chunks(words, torch.float32))
+def _chunks(embeddings: torch.Tensor) -> Iterator[torch.Tensor]:
+    return (chunk for _, chunk in _numbered_chunks(embeddings, torch.float32))
 
 
-def _norm(words: torch.Tensor) -> float:
+def _norm(embeddings: torch.Tensor) -> float:
     """Return the root of the sum of E's squares."""
-    return math.hypot(*(chunk.norm().item() for chunk in _chunks(words)))
+    return math.hypot(*(chunk.norm().item() for chunk in _chunks(embeddings)))
 
 
-def _work_out_basis(words: torch.Tensor) -> torch.Tensor:
+def _work_out_basis(embeddings: torch.Tensor) -> torch.Tensor:
     """Return B, (d_llm, d_llm) float32."""
-    root = _symmetric_root(words)
-    return root.float() if words.is_meta else (_stretch(words, root) * root).float()
+    root = _symmetric_root(embeddings)
+    return root.float() if embeddings.is_meta else (_scale_of(embeddings, root) * root).float()
 
 
 @torch.no_grad()
-def _symmetric_root(words: torch.Tensor) -> torch.Tensor:
+def _symmetric_root(embeddings: torch.Tensor) -> torch.Tensor:
     """Return the symmetric root of E'E, (d_llm, d_llm) float64."""
-    squares, directions = torch.linalg.eigh(_gram(words))
+    squares, directions = torch.linalg.eigh(_gram(embeddings))
     return (directions * squares.clamp(min=0).sqrt()) @ directions.T
 
 
-def _gram(words: torch.Tensor) -> torch.Tensor:
+def _gram(embeddings: torch.Tensor) -> torch.Tensor:
     """Return E'E, (d_llm, d_llm) float64."""
-    return sum(chunk.T @ chunk for _, chunk in _numbered_chunks(words, torch.float64))
+    return sum(chunk.T @ chunk for _, chunk in _numbered_chunks(embeddings, torch.float64))
 
 
-def _stretch(words: torch.Tensor, root: torch.Tensor) -> float:
+def _scale_of(embeddings: torch.Tensor, root: torch.Tensor) -> float:
     """Return how much farther Adam's first step moves W E than W' root."""
-    ratio = _adam_step(words, _chunks(words)) / _adam_step(words, [root.float()])
-    return float(f"{ratio:.2g}")  # two digits: the same number for the same words in another precision
+    ratio = _adam_step(embeddings, _chunks(embeddings)) / _adam_step(embeddings, [root.float()])
+    return float(f"{ratio:.2g}")  # two digits: the same number for the same embeddings in another precision
 
 
 @torch.no_grad()
-def _adam_step(words: torch.Tensor, basis: Iterable[torch.Tensor], gradients: int = 64) -> float:
+def _adam_step(embeddings: torch.Tensor, basis: Iterable[torch.Tensor], gradients: int = 64) -> float:
     """Return how far Adam's first step moves prototypes W basis, for random gradients of the prototypes.
 
     That step is the sign of each weight's gradient: of g basis' for a gradient g of the prototype.
     """
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(gradients, words.shape[1], generator=generator).to(words.device)
+    drawn = torch.randn(gradients, embeddings.shape[1], generator=generator).to(embeddings.device)
     return sum(torch.sign(drawn @ chunk.T) @ chunk for chunk in basis).norm().item()
 
 
@@ -191,14 +191,14 @@ class ReprogrammingLayer(nn.Module):
         self.key_projection = nn.Linear(d_llm, d_keys * n_heads)
         self.value_projection = nn.Linear(d_llm, d_keys * n_heads)
         self.out_projection = nn.Linear(d_keys * n_heads, d_llm)
-        self._remember = Remember()
+        self._cached = EvalCache()
 
     def forward(self, patches: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
         """(B, P, d_model) patches and (S, d_llm) prototypes -> (B, P, d_llm)."""
         batch, count, _ = patches.shape
         # Each patch looks at the prototypes by itself, so the whole batch is one long row of queries.
         queries = self._heads(self.query_projection(patches.flatten(0, 1)))  # (1, H, B*P, d_keys)
-        keys, values = self._remember(
+        keys, values = self._cached(
             [prototypes, *self.key_projection.parameters(), *self.value_projection.parameters()],
             lambda: (self._heads(self.key_projection(prototypes)), self._heads(self.value_projection(prototypes))),
         )  # (1, H, S, d_keys) each

@@ -143,7 +143,7 @@ class Runner:
         patches = self.model.prompts.patches * len(lengths)
         if not self.model.llm.uses_prefix:
             return 0, max(lengths) * len(lengths) + patches
-        return (max(lengths) - len(self.model.llm.head)) * len(lengths), patches
+        return (max(lengths) - len(self.model.llm.shared_prefix)) * len(lengths), patches
 
 
 def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
@@ -186,7 +186,7 @@ def floor_seconds(runner: Runner) -> dict[str, float]:
     without, with_gradient = runner.tokens()
     prototypes = model.mapping_layer.weight.numel() * config.hidden_size
     operations = 2 * in_layers * (without * (1 - 1 / config.num_hidden_layers) + 2 * with_gradient) + 4 * prototypes
-    dtype, width = model.llm.word_embeddings.dtype, config.hidden_size
+    dtype, width = model.llm.token_embeddings.dtype, config.hidden_size
     left = torch.randn(max(with_gradient, 1), width, device=model.device, dtype=dtype)
     right = torch.randn(4 * width, width, device=model.device, dtype=dtype)
     once = [seconds(lambda: frozen_product(left, right), model.device) for _ in range(20)]

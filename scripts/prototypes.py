@@ -123,7 +123,7 @@ def strongest_prototypes(model: nn.Module, window: Window, prototypes: int, toke
     attention = model.reprogramming_layer.attention(model.patch_embedding(scaled), mapping())
     attention = attention[0].mean(0).T.cpu()  # (1000, patches)
     numbers = attention.mean(1).topk(prototypes).indices.tolist()
-    pulls = mapping.word_weights(numbers) * torch.linalg.vector_norm(words, dim=1, dtype=torch.float32)
+    pulls = mapping.token_weights(numbers) * torch.linalg.vector_norm(words, dim=1, dtype=torch.float32)
     strongest = []
     for number, pull in zip(numbers, pulls, strict=True):
         leaned_on = pull.abs().topk(tokens).indices.tolist()

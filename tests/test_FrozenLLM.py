@@ -127,7 +127,7 @@ def test_prefix_and_one_pass_agree_in_forecast_and_gradient(tiny_llm, family, pa
 
 def test_an_evaluation_between_two_steps_changes_nothing(tiny_llm):
     llm = frozen(backbone(tiny_llm("qwen2")))
-    llm._head_prefix = None
+    llm._shared_cache = None
 
     def gradient():
         inputs = patches().requires_grad_()
@@ -145,7 +145,7 @@ def test_an_evaluation_between_two_steps_changes_nothing(tiny_llm):
 def test_the_head_goes_through_the_llm_once_and_the_patches_alone_with_gradient(tiny_llm):
     model = backbone(tiny_llm("qwen2"))
     llm = frozen(model)
-    llm._head_prefix = None
+    llm._shared_cache = None
     lengths, mlp_lengths = [], []
     model.layers[0].register_forward_pre_hook(lambda _, args, kwargs: lengths.append(args[0].shape), with_kwargs=True)
     model.layers[-1].mlp.register_forward_pre_hook(lambda _, args: mlp_lengths.append(args[0].shape[1]))
@@ -157,7 +157,7 @@ def test_the_head_goes_through_the_llm_once_and_the_patches_alone_with_gradient(
 
 def test_a_prompt_with_another_head_is_run_whole(tiny_llm):
     llm = frozen(backbone(tiny_llm("llama")))
-    assert llm.head == HEAD
+    assert llm.shared_prefix == HEAD
     odd = [PROMPTS[0], [5, *PROMPTS[1]], HEAD]
     one_pass = frozen(llm.backbone, use_prefix=False)
     assert largest_difference(llm(odd, patches(3)), one_pass(odd, patches(3))) < 1e-5
@@ -226,7 +226,7 @@ def test_wrong_positions_are_found_out_in_every_precision(tiny_llm, more):
     llm = frozen(liar)
     assert not llm.uses_prefix
     assert "other hidden states" in llm.prefix_disabled_reason
-    assert llm.head == HEAD
+    assert llm.shared_prefix == HEAD
 
 
 def test_a_model_that_cannot_mask_pads_is_found_out_and_stays_exact():

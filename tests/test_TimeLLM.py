@@ -149,7 +149,7 @@ def test_the_gradient_of_every_tensor_is_the_same_but_for_rounding(tiny_llm, fam
     for model in models:
         model.double()
         model.llm.backbone.double()
-        model.llm._head_prefix = None
+        model.llm._shared_cache = None
     one, other = (gradients(model, random_walks(6).double()) for model in models)
     for name, gradient in other.items():
         # A key's bias shifts all of a query's scores alike: its gradient is rounding and nothing else.

@@ -122,7 +122,7 @@ def test_only_what_differs_is_tokenised(tiny_llm):
 
 def test_examples_have_the_head_alone_in_common(tiny_llm):
     prompts = builder(tiny_llm("qwen2"))
-    text = prompts.tokenizer.decode(FrozenLLM.common_head(prompts.examples()))
+    text = prompts.tokenizer.decode(FrozenLLM.shared_prefix_of(prompts.examples()))
     assert text.rstrip().endswith("Input statistics: min value")
 
 

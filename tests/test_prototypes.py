@@ -79,7 +79,7 @@ def test_attention_is_what_the_layer_mixes_by():
 
 def test_the_words_weights_make_the_prototype_and_no_smaller_ones_do(words):
     layer = MappingLayer(words, num_tokens=5)
-    weights = layer.word_weights([3, 1])
+    weights = layer.token_weights([3, 1])
     made = weights.float() @ words + layer.bias[[3, 1], None]
     assert largest_difference(made, layer()[[3, 1]]) < 1e-5
     # The least weights have no part that cancels out: they are a product with the words themselves.
@@ -91,7 +91,7 @@ def test_both_kinds_of_map_give_the_same_weights_for_the_same_prototypes(words):
     words = torch.cat([words, words[:, :1]], dim=1)  # of less than full rank
     full, compact = MappingLayer(words, num_tokens=5), CompactMappingLayer(words, num_tokens=5)
     compact.load_state_dict(full.state_dict())
-    assert largest_difference(compact.word_weights([0, 4]), full.word_weights([0, 4])) < 1e-4
+    assert largest_difference(compact.token_weights([0, 4]), full.token_weights([0, 4])) < 1e-4
 
 
 def test_prototypes_are_printed_the_strongest_first_and_drawn(folder, show):
@@ -123,7 +123,7 @@ def test_a_prototype_leans_on_the_token_that_it_was_made_of(run, flags, show, ti
 
 
 def test_a_long_embedding_counts_for_more(folder, show, tiny_llm, monkeypatch):
-    monkeypatch.setattr(CompactMappingLayer, "word_weights", lambda self, numbers: torch.ones(len(numbers), 512))
+    monkeypatch.setattr(CompactMappingLayer, "token_weights", lambda self, numbers: torch.ones(len(numbers), 512))
     lengths = AutoModel.from_pretrained(tiny_llm("qwen2")).get_input_embeddings().weight.norm(dim=1)
     longest = quote_token(AutoTokenizer.from_pretrained(tiny_llm("qwen2")), lengths.argmax().item())
     assert show(folder, "--tokens", 2)[1].count(f"%  {lengths.max():+.3g} {longest}  ") == 10

@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user's."""
+"""The exception for invalid user input."""
 
 
 class UserError(Exception):

@@ -26,7 +26,7 @@ from utils.llm.quiet import quiet_transformers
 BASE_MODELS = Path("base_models")
 
 # What --ablation does to the LLM, in words.
-ABLATIONS = {"none": "", "no_llm": "not run, only its words are used", "random_llm": "random weights"}
+ABLATIONS = {"none": "", "no_llm": "not run, only its token embeddings are used", "random_llm": "random weights"}
 
 _PROBED_TOKENS = 16
 
@@ -158,7 +158,7 @@ def choose_llm(args: argparse.Namespace) -> LLMChoice:
     if args.ablation != "no_llm":
         _use_first_layers(text_config, layers, source)
     else:
-        with contextlib.suppress(UserError):  # its words are needed; whatever layers there are, none is run
+        with contextlib.suppress(UserError):  # its embeddings are needed; whatever layers there are, none is run
             _use_first_layers(text_config, 1, source)
     if args.llm_dim not in (0, text_config.hidden_size):
         raise UserError(
@@ -172,7 +172,7 @@ def choose_llm(args: argparse.Namespace) -> LLMChoice:
 def load_llm(args: argparse.Namespace) -> LoadedLLM:
     """Load the LLM that the flags name, frozen, on this process's device.
 
-    With --mapping compact the word embeddings stay in host memory: prompts are looked up there.
+    With --mapping compact the token embeddings stay in host memory: prompts are looked up there.
 
     Raises:
         UserError: if the model is not there, is damaged, has fewer layers or another width than asked for.
@@ -185,11 +185,11 @@ def load_llm(args: argparse.Namespace) -> LoadedLLM:
     pad_id = _padding_token(tokenizer, args.prompt_padding, text_config.vocab_size, source)
     seed = args.seed if args.ablation == "random_llm" else None
     backbone = _load_backbone(choice, choose_dtype(args.llm_dtype, state.device), state, seed)
-    words = backbone.get_input_embeddings().weight
-    if words.shape[1] != text_config.hidden_size:
+    embeddings = backbone.get_input_embeddings().weight
+    if embeddings.shape[1] != text_config.hidden_size:
         raise UserError(
-            f"{source} has words of width {words.shape[1]} and hidden states of {text_config.hidden_size}:"
-            " take an LLM where both are the same"
+            f"{source} has token embeddings of width {embeddings.shape[1]} and hidden states of"
+            f" {text_config.hidden_size}: take an LLM where both are the same"
         )
     probe = None if args.ablation == "no_llm" else _probe(backbone, state.device)
     if args.mapping == "compact":
@@ -203,13 +203,13 @@ def load_llm(args: argparse.Namespace) -> LoadedLLM:
         source=source,
         layers_there=choice.layers_there,
         context=context if context > 0 else None,
-        identity=_identify(text_config, words, choice.in_4bit),
+        identity=_identify(text_config, embeddings, choice.in_4bit),
         probe=probe,
         note=ABLATIONS[args.ablation],
     )
 
 
-def _identify(config: PretrainedConfig, words: torch.Tensor, load_in_4bit: bool) -> LLMIdentity:
+def _identify(config: PretrainedConfig, embeddings: torch.Tensor, load_in_4bit: bool) -> LLMIdentity:
     return LLMIdentity(
         model_type=config.model_type,
         hidden_size=config.hidden_size,
@@ -217,7 +217,7 @@ def _identify(config: PretrainedConfig, words: torch.Tensor, load_in_4bit: bool)
         layers=config.num_hidden_layers,
         quantization="nf4" if load_in_4bit else "none",
         config_hash=_hash(config),
-        words_hash=_fingerprint(words),
+        words_hash=_fingerprint(embeddings),
     )
 
 
@@ -288,9 +288,9 @@ def _hash(config: PretrainedConfig) -> str:
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _fingerprint(words: torch.Tensor) -> str:
-    """Return a hash of some word embeddings by their signs, which no precision changes."""
-    signs = (words[:64].detach().float().cpu() > 0).numpy()
+def _fingerprint(embeddings: torch.Tensor) -> str:
+    """Return a hash of some token embeddings by their signs, which no precision changes."""
+    signs = (embeddings[:64].detach().float().cpu() > 0).numpy()
     return hashlib.sha256(signs.tobytes()).hexdigest()[:16]
 
 

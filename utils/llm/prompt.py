@@ -88,7 +88,7 @@ def render(statistics: WindowStatistics, description: str, seq_len: int, pred_le
     Args:
         statistics: of the window.
         description: of the data set, one or more sentences.
-        seq_len, pred_len: rows seen and to forecast.
+        seq_len, pred_len: rows of the context and to forecast.
         decimals: of the numbers; -1 prints every digit that a float32 has as a float64, as Time-LLM does.
     """
     smallest, largest, median = (
@@ -182,7 +182,7 @@ class PromptBuilder:
     def _find_frame(self) -> tuple[list[int], list[int]] | None:
         """Return the tokens before the seam, and those that the tokenizer puts at the end of every text.
 
-        None if the parts of a text are tokenised otherwise than the whole: the whole is the truth then.
+        None if the parts of a text are tokenised otherwise than the whole: the whole is what counts then.
         """
         texts = [self._render(statistics) for statistics in _EXAMPLES]
         wholes = self.tokenizer(texts, verbose=False).input_ids

@@ -15,9 +15,9 @@ from utils.memory.trial_step import ModelBuilder, Step, layers_to_try, try_step
 # Bytes of optimiser state for each trainable parameter.
 STATE_BYTES = {"adam": 8, "adamw": 8, "adamw8bit": 2 + 8 / 256, "paged_adamw8bit": 2 + 8 / 256}
 
-# What a run holds beside the tensors where it computes on the CPU: the tokenizer by its words, the data and the
+# What a run holds beside the tensors where it computes on the CPU: the tokenizer by its tokens, the data and the
 # buffers of the libraries, and what the heap cannot give away, by the memory that a step uses. Measured.
-_WORD_BYTES = 650
+_TOKEN_BYTES = 650
 _LIBRARIES = 165 * 2**20
 _HEAP = 0.25
 
@@ -33,7 +33,7 @@ class MemoryPlan:
     Attributes:
         device: where.
         llm: the frozen layers.
-        embedding: the word embeddings, where the device needs them.
+        embedding: the token embeddings, where the device needs them.
         trainable, gradients, optimizer: the trained layers, their gradients, the optimiser's state.
         activations: what the step keeps on its way forward.
         cache: keys and values of the prompts.
@@ -41,7 +41,7 @@ class MemoryPlan:
         process: where the device is the CPU, what a run holds beside the tensors.
         total: all that is there at the worst moment. Gradients grow while activations shrink, so the parts may
             add up to more.
-        host: word embeddings that stay in host memory beside a GPU.
+        host: token embeddings that stay in host memory beside a GPU.
         free: what the device has for us.
     """
 
@@ -105,7 +105,7 @@ def plan_memory(args: argparse.Namespace, build: ModelBuilder) -> MemoryPlan:
     moment = max(step["llm_moment"], step["end_moment"], few.trainable) + few.dequantized
     process = 0
     if device.type == "cpu":
-        process = _LIBRARIES + _WORD_BYTES * choice.text_config.vocab_size + round(_HEAP * moment)
+        process = _LIBRARIES + _TOKEN_BYTES * choice.text_config.vocab_size + round(_HEAP * moment)
     return MemoryPlan(
         device=str(device),
         llm=step["llm"],
@@ -146,7 +146,7 @@ def plan_table(plan: MemoryPlan) -> str:
     """Return a plan as a table."""
     rows = [
         ("LLM, frozen layers", plan.llm),
-        ("word embeddings", plan.embedding),
+        ("token embeddings", plan.embedding),
         ("trained layers", plan.trainable),
         ("their gradients", plan.gradients),
         ("optimiser", plan.optimizer),
@@ -159,7 +159,7 @@ def plan_table(plan: MemoryPlan) -> str:
         ("free", plan.free),
     ]
     if plan.host:
-        rows.append(("in host memory: word embeddings", plan.host))
+        rows.append(("in host memory: token embeddings", plan.host))
     lines = [f"Memory that a training step needs on {plan.device}, GiB (estimated; not all parts at one time)"]
     lines += [f"  {name:<34}{_gib(size):>8}" for name, size in rows]
     return "\n".join(lines)
@@ -185,16 +185,16 @@ def savings(args: argparse.Namespace, plan: MemoryPlan, build: ModelBuilder) -> 
         half, twice = args.batch_size // 2, 2 * args.grad_accum
         changes[f"--batch_size {half} --grad_accum {twice}"] = {"batch_size": half, "grad_accum": twice}
     saved = [
-        (words, plan.total - plan_memory(argparse.Namespace(**{**vars(args), **change}), build).total)
-        for words, change in changes.items()
+        (flags, plan.total - plan_memory(argparse.Namespace(**{**vars(args), **change}), build).total)
+        for flags, change in changes.items()
     ]
-    worthwhile = [(words, size) for words, size in saved if size > plan.total / 100]
+    worthwhile = [(flags, size) for flags, size in saved if size > plan.total / 100]
     return sorted(worthwhile, key=lambda change: -change[1])
 
 
 def advice(args: argparse.Namespace, plan: MemoryPlan, build: ModelBuilder) -> str:
     """Return what to change for a smaller run, in part of a sentence."""
-    changes = [f"{words} (saves {_gib(size)} GiB)" for words, size in savings(args, plan, build)]
+    changes = [f"{flags} (saves {_gib(size)} GiB)" for flags, size in savings(args, plan, build)]
     return "try " + ", ".join(changes) if changes else "take a smaller LLM"
 
 

@@ -75,15 +75,16 @@ def try_step(
     dtype = choose_dtype(args.llm_dtype, device)
     model = build(args, _shapes_of(choice, layers, dtype))
     backbone = model.llm_info.backbone
-    words = backbone.get_input_embeddings().weight
+    embeddings = backbone.get_input_embeddings().weight
     matrices = [module.weight for module in backbone.modules() if type(module) is nn.Linear] if choice.in_4bit else []
     in_matrices = sum(matrix.numel() for matrix in matrices)
+    others = backbone.num_parameters() - embeddings.numel() - in_matrices
     basis = getattr(model.mapping_layer, "basis", None)
     tokens = [len(prompt) for prompt in model.tokenize(_windows(args)[..., 0])]
     return Step(
         layers=layers,
-        llm=round((backbone.num_parameters() - words.numel() - in_matrices) * dtype.itemsize + in_matrices * NF4_BYTES),
-        embedding=words.nbytes,
+        llm=round(others * dtype.itemsize + in_matrices * NF4_BYTES),
+        embedding=embeddings.nbytes,
         trainable=4 * sum(parameter.numel() for parameter in model.parameters()),
         constants=0 if basis is None else basis.nbytes,
         dequantized=max((matrix.nbytes for matrix in matrices), default=0),
@@ -174,7 +175,7 @@ def _plan_attention(module: nn.Module, query, key, value, attention_mask, **_kwa
 AttentionInterface.register("memory_plan", _plan_attention)
 
 
-class _WordCounter:
+class _TokenCounter:
     """Stands for a tokenizer: a token a digit, a mark, a word. Its ids mean nothing, only their number counts."""
 
     def __call__(self, texts: list[str], **_kwargs) -> SimpleNamespace:
@@ -199,7 +200,7 @@ def _shapes_of(choice: LLMChoice, layers: int, dtype: torch.dtype) -> LoadedLLM:
     identity = LLMIdentity(config.model_type, text_config.hidden_size, text_config.vocab_size, layers, "", "", "")
     return LoadedLLM(
         backbone=backbone.requires_grad_(False).eval(),
-        tokenizer=_WordCounter(),
+        tokenizer=_TokenCounter(),
         pad_id=0,
         device=torch.device("meta"),
         source=choice.source,

@@ -1,4 +1,4 @@
-"""Pictures of forecasts."""
+"""Plots of forecasts."""
 
 import io
 import logging
@@ -14,9 +14,9 @@ from matplotlib.text import Text
 
 from utils.runs.files import write_whole
 
-SEEN, TRUE, FORECAST = "0.45", "tab:green", "tab:orange"
+CONTEXT, TARGET, FORECAST = "0.45", "tab:green", "tab:orange"
 
-# A picture of more channels could not be read.
+# A plot of more channels could not be read.
 MOST_CHANNELS = 12
 
 # With Chinese, Japanese and Korean characters: Windows, macOS, Linux.
@@ -28,8 +28,8 @@ _FURTHER_FONTS = (
 
 def draw_forecast(
     path: Path,
-    seen_dates: pd.DatetimeIndex,
-    seen: np.ndarray,
+    context_dates: pd.DatetimeIndex,
+    context: np.ndarray,
     dates: pd.DatetimeIndex,
     values: np.ndarray,
     channels: Sequence[str],
@@ -38,7 +38,7 @@ def draw_forecast(
 
     Args:
         path: of the PNG.
-        seen_dates, seen: the window, (seq_len,) and (seq_len, channels).
+        context_dates, context: the window, (seq_len,) and (seq_len, channels).
         dates, values: the forecast, (pred_len,) and (pred_len, channels).
         channels: their names.
     """
@@ -46,19 +46,19 @@ def draw_forecast(
     figure = Figure(figsize=(10, 1 + 1.7 * shown), layout="constrained")
     axes = figure.subplots(shown, 1, sharex=True, squeeze=False)[:, 0]
     for number, axis in enumerate(axes):
-        axis.plot(seen_dates, seen[:, number], color=SEEN, linewidth=1, label="seen")
-        # From the last row that was seen, so that the line has no hole.
+        axis.plot(context_dates, context[:, number], color=CONTEXT, linewidth=1, label="context")
+        # From the last row of the context, so that the line has no hole.
         axis.plot(
-            seen_dates[-1:].append(dates),
-            np.append(seen[-1:, number], values[:, number]),
+            context_dates[-1:].append(dates),
+            np.append(context[-1:, number], values[:, number]),
             color=FORECAST,
             label="forecast",
         )
-        axis.axvline(seen_dates[-1], color="0.8", linewidth=0.8)
+        axis.axvline(context_dates[-1], color="0.8", linewidth=0.8)
         axis.set_ylabel(label(channels[number], f"channel {number + 1}"))
     axes[0].legend(loc="upper left", ncols=2, fontsize="small")
     left_out = f" (the first {shown} of {len(channels)} channels)" if shown < len(channels) else ""
-    figure.suptitle(f"{len(dates)} steps after {seen_dates[-1]}{left_out}")
+    figure.suptitle(f"{len(dates)} steps after {context_dates[-1]}{left_out}")
     figure.autofmt_xdate()
     save_picture(figure, path)
 
@@ -68,14 +68,14 @@ def draw_windows(path: Path, windows: Sequence[tuple[str, np.ndarray, np.ndarray
 
     Args:
         path: of the PNG.
-        windows: title, what was seen (seq_len,), the truth and the forecast (pred_len,), scaled.
+        windows: title, context (seq_len,), target and forecast (pred_len,), scaled.
     """
     figure = Figure(figsize=(10, 2.6 * len(windows)), layout="constrained")
     axes = figure.subplots(len(windows), 1, squeeze=False)[:, 0]
-    for axis, (title, seen, true, forecast) in zip(axes, windows, strict=True):
-        behind = np.arange(len(seen), len(seen) + len(true))
-        axis.plot(seen, color=SEEN, linewidth=1, label="seen")
-        axis.plot(behind, true, color=TRUE, label="truth")
+    for axis, (title, context, target, forecast) in zip(axes, windows, strict=True):
+        behind = np.arange(len(context), len(context) + len(target))
+        axis.plot(context, color=CONTEXT, linewidth=1, label="context")
+        axis.plot(behind, target, color=TARGET, label="target")
         axis.plot(behind, forecast, color=FORECAST, label="forecast")
         axis.set_title(label(title, title.encode("ascii", "replace").decode()), fontsize="medium")
     axes[0].legend(loc="upper left", ncols=3, fontsize="small")

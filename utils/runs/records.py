@@ -136,7 +136,7 @@ def origin_of(checkpoint: Path, csv: Path, eval_windows: int) -> dict:
 
 
 def cost_of(model: nn.Module, device: torch.device, progress: dict) -> dict:
-    """Return what a model took: trained numbers, seconds a step if it was trained, bytes at the worst moment.
+    """Return what a model took: trainable parameters, seconds a step if it was trained, bytes at the worst moment.
 
     The seconds are those until its checkpoint was written, and of all processes that trained it.
     The bytes are those of tensors on a GPU, and all that the process held of memory where there is none.

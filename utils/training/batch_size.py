@@ -40,7 +40,7 @@ def fit_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: nn
         accelerator.print(f"Memory is short: --batch_size {fitting} --grad_accum {args.grad_accum} from here on")
 
 
-def settle_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module, last: Path | None) -> None:
+def choose_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module, last: Path | None) -> None:
     """Set the batch size to what fits into memory, or to that of the state `last` that the run goes on from."""
     if last is None:
         fit_batch_size(args, accelerator, model)

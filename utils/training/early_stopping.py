@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 class EarlyStopping:
-    """Remember the lowest validation loss and count the validations since.
+    """EvalCache the lowest validation loss and count the validations since.
 
     Args:
         patience: validations without a lower loss after which training should stop.

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 from accelerate import Accelerator
 
-# Several processes agree on stopping about once a second, but at least every so many steps: to ask is to wait.
+# Several processes agree on stopping about once a second, but at least every so many steps: each poll is a blocking
+# collective.
 AGREE_EVERY = 10
 
 
@@ -45,7 +46,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Remember the first signal instead of raising."""
+        """EvalCache the first signal instead of raising."""
         self._deferring = True
         try:
             yield
@@ -57,7 +58,7 @@ class Interrupts:
 
         Args:
             accelerator: of the run.
-            count: how often all processes have asked before.
+            count: how often all processes have polled before.
         """
         if accelerator.num_processes == 1:
             return self._requested

@@ -27,7 +27,7 @@ def check_optimizer(name: str, device: torch.device) -> None:
 def parameter_groups(model: nn.Module, learning_rate: float, mapping_rate: float) -> list[dict]:
     """Return the parameters of a model with the rates of the first step; the map to the prototypes may have its own.
 
-    One step of Adam moves a prototype by as many words at once as there are in the vocabulary.
+    One step of Adam changes the weights of all tokens of the vocabulary in a prototype at once.
 
     Args:
         model: possibly wrapped by accelerate.

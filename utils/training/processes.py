@@ -53,7 +53,7 @@ def start_processes(seed: int, grad_accum: int, use_amp: bool, deterministic: bo
     return accelerator
 
 
-def draw_apart(accelerator: Accelerator, seed: int) -> None:
+def seed_rank(accelerator: Accelerator, seed: int) -> None:
     """Let each process draw random numbers of its own from here on: their windows differ, so must their dropout.
 
     The first goes on as a single process would. The weights are drawn before, from one seed for all.
@@ -62,18 +62,18 @@ def draw_apart(accelerator: Accelerator, seed: int) -> None:
         set_seed(seed + accelerator.process_index)
 
 
-def is_there_for_all(path: Path) -> bool:
+def exists_on_all_ranks(path: Path) -> bool:
     """Return whether a file is there.
 
     Raises:
         UserError: if it is for some processes and not for others.
     """
-    seen = gather_object([path.is_file()])
-    if len(set(seen)) > 1:
+    found = gather_object([path.is_file()])
+    if len(set(found)) > 1:
         raise UserError(
             f"{path} is there for some processes only: --checkpoints names a folder that all machines share"
         )
-    return seen[0]
+    return found[0]
 
 
 def _half_precision() -> str:
@@ -82,7 +82,7 @@ def _half_precision() -> str:
 
 
 @contextlib.contextmanager
-def missing_processes(script: Path, argv: Sequence[str]) -> Iterator[None]:
+def spawn_missing_ranks(script: Path, argv: Sequence[str]) -> Iterator[None]:
     """Start the processes that `accelerate launch --cpu --num_processes N` promises and does not start.
 
     It starts one, and tells it where the others would meet. This process becomes the first of the N; the others

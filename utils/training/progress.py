@@ -5,7 +5,7 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-# Batches from one look at the loss to the next: to look is to wait for the device.
+# Batches from one look at the loss to the next: each look waits for the device.
 _LOOK_EVERY = 10
 
 

@@ -35,7 +35,7 @@ def rate_of_epoch(name: str, rate: float, epoch: int) -> float:
 
 
 class Schedule:
-    """The learning rate over a run; the rate that was asked for is the rate of the first epoch.
+    """The learning rate over a run; the rate of the flag is the rate of the first epoch.
 
     Only TST, torch's OneCycleLR, starts lower and reaches it after `pct_start` of the steps.
 

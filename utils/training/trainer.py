@@ -67,7 +67,7 @@ class Trainer:
         model: (B, seq_len, 1) -> (B, pred_len, 1).
         splits: windows and loader of train, val and test.
         target: the channel of the headline metric, None for all channels.
-        run: where to keep what is learnt.
+        run: where to keep the weights.
         interrupts: says when to stop early.
         state: what `load_last` returned, to go on from there; the model has its weights already.
     """
@@ -98,10 +98,10 @@ class Trainer:
         self.optimizer = accelerator.prepare(optimizer)
         self.stopping = EarlyStopping(recipe.patience, accelerator.print)
         self.epoch = 1  # in hand
-        self.batch = 0  # of the epoch, the last one learnt from
+        self.batch = 0  # of the epoch, the last one trained on
         self.steps = 0  # of the optimiser
         self.validated_at = 0
-        self.asked = 0  # how often all processes have asked whether to stop
+        self.polls = 0  # how often all processes have polled whether to stop
         self.memory_is_watched = True
         self.started = time.perf_counter()
         self.learning_seconds = self.validating_seconds = self.step_started = 0.0
@@ -166,10 +166,10 @@ class Trainer:
             self.epoch += 1
             self.batch = 0
         self._save_state(self._random_states())
-        self._stop_if_asked()
+        self._stop_if_requested()
 
     def _batches(self) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
-        """Yield the epoch's batches with their numbers, 1, 2, ...; those that were learnt from are left out."""
+        """Yield the epoch's batches with their numbers, 1, 2, ...; those that were trained on are left out."""
         loader = self.splits["train"].loader
         loader.set_epoch(self.epoch - 1)
         if self.batch == 0:
@@ -207,14 +207,14 @@ class Trainer:
         """Save the state to resume from when it is time, or when this is to be the last step."""
         if self.recipe.save_steps and self.steps % self.recipe.save_steps == 0:
             self._save_state(self._random_states())
-        self._stop_if_asked()
+        self._stop_if_requested()
 
-    def _asked_to_stop(self) -> bool:
-        self.asked += 1
-        return self.interrupts.requested(self.accelerator, self.asked)
+    def _stop_requested(self) -> bool:
+        self.polls += 1
+        return self.interrupts.requested(self.accelerator, self.polls)
 
-    def _stop_if_asked(self) -> None:
-        if self._asked_to_stop():
+    def _stop_if_requested(self) -> None:
+        if self._stop_requested():
             self._save_state(self._random_states())
             raise KeyboardInterrupt
 
@@ -281,10 +281,10 @@ class Trainer:
             self.memory_is_watched = False
 
     def _scores(self, split: str) -> Scores:
-        return evaluate(self.accelerator, self.model, self.splits[split], self.target, split, self._leave_if_asked)
+        return evaluate(self.accelerator, self.model, self.splits[split], self.target, split, self._raise_if_requested)
 
-    def _leave_if_asked(self) -> None:
-        if self._asked_to_stop():
+    def _raise_if_requested(self) -> None:
+        if self._stop_requested():
             raise KeyboardInterrupt
 
     def _report_progress(self, batches: int, batch_loss: torch.Tensor, seconds: float) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 
-class Remember:
-    """Remember one result while nothing is learnt, so that an evaluation computes it once and not per batch."""
+class EvalCache:
+    """Keep one result while gradients are disabled, so that an evaluation computes it once and not per batch."""
 
     def __init__(self):
         self._sources: list[torch.Tensor] = []
