@@ -76,7 +76,7 @@ def forecaster(words: list[str]) -> None:
 
 
 def fetch(words: list[str]) -> None:
-    """Only read: tests/test_fetch.py fetches."""
+    """Only read: tests/scripts/test_fetch.py fetches."""
     importlib.import_module("scripts.fetch").get_parser().parse_args(words)
 
 

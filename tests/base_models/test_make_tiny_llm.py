@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoTokenizer
 from base_models.make_tiny_llm import FAMILIES, make_tiny_llm
 from utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,8 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from layers.FrozenLinear import FrozenLinear, freeze_linears, frozen_product
-
-from .conftest import largest_difference
+from tests.conftest import largest_difference
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from utils.cli.options import check_options, get_parser, looks_like_a_path, run_folder
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
 # Time-LLM's own flags and defaults, from the contract.
 TIME_LLM_DEFAULTS = {

@@ -14,13 +14,12 @@ import utils.training.batch_size
 from base_models.make_tiny_llm import make_tiny_llm
 from layers.FrozenLLM import FrozenLLM
 from models import build_around
+from tests.conftest import SHARED, largest_difference, needs_shared
 from utils.cli.options import get_parser
 from utils.memory.plan import nearly_full, plan_memory, savings
 from utils.training.trainer import Trainer
 
-from .conftest import SHARED, largest_difference, needs_shared
-
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 QWEN = SHARED / "qwen2.5-3b"
 USERS_COMMAND = [
     *("--data", "ETTm1", "--seq_len", "512", "--pred_len", "96", "--d_model", "32", "--d_ff", "32"),
