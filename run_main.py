@@ -125,7 +125,7 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
     if has_llm(args):
         accelerator.print(memory_in_short(args, build_around))
     begun = folder / "last" if resumes else None if args.is_training else checkpoint
-    model = build_model(args, saved_basis(begun) if begun else None)
+    model = build_model(args, saved_basis(begun, vars(args)) if begun else None)
     is_trainable = bool(list(model.parameters()))
     if args.is_training and args.auto_batch_size and is_trainable:
         choose_batch_size(args, accelerator, model, begun)
@@ -202,7 +202,7 @@ def run_forecast(args: argparse.Namespace, repetition: int) -> None:
     accelerator = start_processes(args.seed, args.grad_accum, args.use_amp, args.deterministic)
     read_table(args)  # before the LLM: a wrong CSV is found sooner
     folder, checkpoint = run_folder(args, repetition), trained_folder(args, repetition) / "checkpoint"
-    model = build_model(args, saved_basis(checkpoint))
+    model = build_model(args, saved_basis(checkpoint, vars(args)))
     if accelerator.is_main_process:
         open_run_folder(folder, vars(args), csv_path(args), str(accelerator.device), resumes=False)
     forecast(accelerator, args, model, checkpoint, folder)

@@ -21,7 +21,8 @@ def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, D
 
     Args:
         args: the parsed flags.
-        flag: train, val, test, or pred: the last window of each channel, whose pred_len rows to come are NaN.
+        flag: train, val, test, or pred: the last window of each channel, whose pred_len rows to come are NaN. It
+            is scaled as the training rows are, so the CSV must have those.
 
     Raises:
         UserError: if the CSV is wrong or too short for the split.

@@ -109,10 +109,13 @@ class Model(nn.Module):
         windows, _ = self.normalize(x_enc.transpose(1, 2).flatten(0, 1).to(self.device))
         was_training, prototypes = self.training, self.mapping_layer()
         self.eval()
-        shares = self.reprogramming_layer.attention(self.patch_embedding(windows), prototypes)
+        entropies = []
+        for window in windows.split(1):  # one by one: the shares of many would need more memory than a training step
+            shares = self.reprogramming_layer.attention(self.patch_embedding(window), prototypes)
+            entropies.append(torch.special.entr(shares).sum(-1).mean())
         self.train(was_training)
         return {
-            "attention_entropy": torch.special.entr(shares).sum(-1).mean().item(),
+            "attention_entropy": torch.stack(entropies).mean().item(),
             "prototype_rms": prototypes.square().mean().sqrt().item(),
         }
 

@@ -15,7 +15,9 @@ def build_model(args: argparse.Namespace, basis: torch.Tensor | None = None) -> 
         basis: of TimeLLM's compact map, if it is known, from a checkpoint.
     """
     module = import_module(f"models.{args.model}")
-    return module.Model(args) if basis is None else module.Model(args, module.load_parts(args, basis))
+    if basis is None:
+        return module.Model(args)
+    return module.Model(args, module.load_parts(args, basis))
 
 
 def build_around(args: argparse.Namespace, llm: object) -> nn.Module:

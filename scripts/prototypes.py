@@ -230,7 +230,7 @@ def show_prototypes(options: argparse.Namespace) -> None:
     window = choose_window(
         args, contents, options.channel, options.row
     )  # before the LLM: what is wrong is found sooner
-    model = build_model(args, saved_basis(checkpoint)).eval()
+    model = build_model(args, saved_basis(checkpoint, vars(args))).eval()
     load_checkpoint(checkpoint, model, vars(args), None)
     prototypes = strongest_prototypes(model, window, options.prototypes, options.tokens)
     print(describe(window, prototypes, len(model.mapping_layer.bias)))

@@ -113,6 +113,11 @@ def assert_refused(run) -> Callable[..., None]:
     return check
 
 
+def names_in(folder: Path) -> list[str]:
+    """Return the names of a run folder's files but the lock's, which stays on some systems."""
+    return sorted(file.name for file in folder.iterdir() if file.name != ".lock")
+
+
 def largest_difference(one, other) -> float:
     """Return the largest difference, as a share of the largest value of `other`."""
     one, other = (np.asarray(values.detach() if hasattr(values, "detach") else values) for values in (one, other))

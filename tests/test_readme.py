@@ -1,4 +1,4 @@
-"""The READMEs' commands, run with small substitutes, so that the docs cannot rot."""
+"""The docs' commands, run with small substitutes, so that they cannot rot."""
 
 import importlib
 import re
@@ -21,7 +21,12 @@ from dataset.demo import demo_frame, write_demo_csv
 from utils.cli.options import get_parser
 
 ROOT = Path(__file__).resolve().parents[1]
-READMES = ("README.md", "README.zh-CN.md")
+# Each page in English with its Chinese twin, in the reader's order.
+PAGES = {
+    "README.md": "README.zh-CN.md",
+    **{f"docs/{name}.md": f"docs/zh-CN/{name}.md" for name in ("reference", "results", "memory", "faithful")},
+}
+ALL_PAGES = (*PAGES, *PAGES.values())
 CONTINUES = {"powershell": "`", "bat": "^", "bash": "\\"}
 
 # What makes a run small enough for a test. Of the documented flags those that shape it stay.
@@ -146,7 +151,7 @@ def carry_out(command: str) -> None:
 
 def test_every_command_works(house, monkeypatch, capsys):
     monkeypatch.setattr("scripts.compare.run_child", run_here)
-    for command in dict.fromkeys(commands(text_of("README.md"))):  # each once, in the reader's order
+    for command in dict.fromkeys(command for page in PAGES for command in commands(text_of(page))):  # each once
         try:
             carry_out(command)
         except AssertionError as problem:
@@ -157,15 +162,24 @@ def test_every_command_works(house, monkeypatch, capsys):
     assert np.all(forecast["date"].diff().dropna() == pd.Timedelta("10min"))
 
 
-def test_both_readmes_have_the_same_commands_and_pictures():
-    english, chinese = (text_of(name) for name in READMES)
+@pytest.mark.parametrize(("page", "twin"), PAGES.items())
+def test_both_languages_have_the_same_commands_pictures_and_figures(page, twin):
+    english, chinese = text_of(page), text_of(twin)
     assert commands(chinese) == commands(english)
     assert blocks(chinese) == blocks(english)
-    pictures = [re.findall(r"!\[[^]]*\]\(([^)]+)\)", text) for text in (english, chinese)]
-    assert pictures[0] == pictures[1] != []
+    pictures = [re.findall(r"!\[[^]]*\]\((?:\.\./)*([^)]+)\)", text) for text in (english, chinese)]
+    assert pictures[0] == pictures[1]
     assert len(re.findall("^## ", english, re.M)) == len(re.findall("^## ", chinese, re.M))
     numbers = [sorted(re.findall(r"\d+\.\d+", text)) for text in (english, chinese)]
     assert numbers[0] == numbers[1], "a figure differs"
+
+
+def test_the_first_page_is_short_and_leads_to_the_others():
+    for page, others in (("README.md", PAGES), ("README.zh-CN.md", PAGES.values())):
+        text = text_of(page)
+        assert len(text.encode()) < 18_000
+        assert "demo-forecast.png" in text
+        assert all(f"({other})" in text for other in others if other != page)
 
 
 def test_the_shells_are_told_the_same():
@@ -175,12 +189,12 @@ def test_the_shells_are_told_the_same():
     assert by_language["powershell"] == by_language["bat"] == by_language["bash"] != []
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", ALL_PAGES)
 def test_nothing_is_left_to_be_filled_in(name):
     assert not re.findall("@[A-Z]+@|TODO", text_of(name))
 
 
-@pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", [*ALL_PAGES, "CONTRIBUTING.md"])
 def test_flags_and_links_are_there(name):
     text = text_of(name)
     known = {flag for action in get_parser()._actions for flag in action.option_strings}
@@ -189,7 +203,7 @@ def test_flags_and_links_are_there(name):
     known |= {"--master_addr", "--master_port"}
     assert not set(re.findall(r"(?<![\w-])--[a-z]\w*", text)) - known
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (ROOT / target).exists(), target
+        assert (ROOT / name).parent.joinpath(target).exists(), target
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the tests' own commands are for the shells of Linux")

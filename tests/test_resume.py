@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import run_main
+from tests.conftest import names_in
 from utils.errors import UserError
 from utils.runs.run_lock import RunLock
 from utils.training.trainer import Trainer
@@ -45,7 +46,7 @@ def outcome(folder):
         "history": history(folder),
         "metrics": {name: metrics[name] for name in ("mse", "mae", "windows", "per_channel")},
         "state": {name: last[name] for name in ("epoch", "batch", "steps", "validated_at", "stopping", "loss_count")},
-        "files": sorted(file.name for file in folder.iterdir()),
+        "files": names_in(folder),
     }
 
 
@@ -262,6 +263,13 @@ def test_a_damaged_state_is_refused(run, flags):
         assert refused.code == 2 and refused.err.count("\n") == 1 and "damaged" in refused.err
 
 
+def test_a_resumed_run_that_found_room_keeps_its_evaluation_batch(run, flags, monkeypatch):
+    argv = [*flags, *LONGER, "--auto_batch_size", "--eval_batch_size", "20"]
+    run_with_stop(run, monkeypatch, argv, "_train_batch", 5)
+    kept = json.loads((run(*argv, "--resume").folder / "args.json").read_text())
+    assert (kept["batch_size"], kept["eval_batch_size"]) == (9, 20)
+
+
 def test_a_found_batch_size_is_that_of_the_resumed_run(run, flags, monkeypatch):
     import utils.training.batch_size
 
@@ -346,7 +354,7 @@ def test_two_runs_cannot_share_a_folder(run, flags):
     assert second.err.count("\n") == 1
     assert f"in use by process {first.pid} on " in second.err
     assert not list(second.folder.glob("*.old"))
-    assert [file.name for file in second.folder.glob(".*")] == [".lock"]
+    assert not (second.folder / ".owner").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows refuses to open what the first owner has")
@@ -373,4 +381,4 @@ def test_the_lock_of_a_dead_owner_is_taken_over(run, flags):
     first.join()
     second = run(*flags)
     assert second.code == 0, second.err
-    assert [file.name for file in second.folder.glob(".*")] == [".lock"]
+    assert not (second.folder / ".owner").exists()

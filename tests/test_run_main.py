@@ -17,6 +17,7 @@ import run_main
 from base_models.make_tiny_llm import make_tiny_llm
 from dataset.demo import write_demo_csv
 from layers import Reprogramming
+from tests.conftest import names_in
 from utils.cli.options import get_parser
 from utils.runs import files, records
 
@@ -46,8 +47,8 @@ def test_a_run_prints_and_leaves_what_the_contract_says(run, flags, tiny_llm):
     assert done.folder.name == (
         "long_term_forecast_custom_48_8_TimeLLM_custom_ftM_sl48_ll8_pl8_dm8_nh2_el2_dl1_df8_fc1_ebtimeF_test_0-none"
     )
-    assert sorted(file.name for file in done.folder.iterdir()) == [
-        *(".lock", "args.json", "checkpoint", "history.csv", "last", "metrics.json"),
+    assert names_in(done.folder) == [
+        *("args.json", "checkpoint", "history.csv", "last", "metrics.json"),
     ]
     args = json.loads((done.folder / "args.json").read_text(encoding="utf-8"))
     assert set(vars(get_parser().parse_args(flags))) < set(args)
@@ -213,7 +214,7 @@ def test_a_full_checkpoint_is_tested_with_the_compact_map(run, flags):
     run(*flags)
     back = run(*flags, "--is_training", 0, "--mapping", "full")
     assert back.code == 2
-    assert "mapping_layer" in back.err
+    assert "was trained with --mapping compact, not full" in back.err
 
 
 def test_a_checkpoint_of_another_llm_is_refused(run, flags, tiny_llm):
@@ -253,9 +254,8 @@ def test_a_second_run_keeps_the_files_of_the_first(run, flags):
     first = run(*flags).metrics()
     done = run(*flags, "--learning_rate", 1e25)
     assert done.code == 2
-    names = {file.name for file in done.folder.iterdir()}
+    names = set(names_in(done.folder))
     assert names == {
-        ".lock",
         "args.json",
         "history.csv",
         *(f"{n}.old" for n in ("args.json", "history.csv", "last", "metrics.json", "checkpoint")),
@@ -384,6 +384,44 @@ def test_what_a_checkpoint_knows_is_not_worked_out_again(run, flags, monkeypatch
     assert run(*flags, "--is_training", 0).metrics()["mse"] == trained["mse"]
     assert run(*flags, "--is_training", 0, "--predict").code == 0
     assert run(*flags, "--resume").code == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--predict"]])
+def test_a_checkpoint_of_another_forecaster_is_refused(run, flags, more):
+    trained = run(*flags).folder
+    done = run(*flags, "--is_training", 0, "--model", "DLinear", "--checkpoint", trained, *more)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "was trained with --model TimeLLM, not DLinear" in done.err
+
+
+def test_a_table_that_stays_locked_is_said_at_the_end(run, flags, monkeypatch):
+    rename = files._rename
+
+    def locked(unfinished, path):
+        if path.name == "history.csv":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        rename(unfinished, path)
+
+    monkeypatch.setattr(files, "_rename", locked)
+    done = run(*flags)
+    assert done.code == 0, done.err
+    assert "history.csv lacks the last rows" in done.out
+
+
+def test_of_an_earlier_run_all_files_are_kept_or_none(run, flags, monkeypatch):
+    first = run(*flags)
+    before, replace = names_in(first.folder), Path.replace
+
+    def locked(path, target):
+        if path.name == "history.csv":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", locked)
+    refused = run(*flags)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "history.csv: Permission denied: close what has it open" in refused.err
+    assert names_in(first.folder) == before
 
 
 def test_training_lowers_the_loss(run, flags):

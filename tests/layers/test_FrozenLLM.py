@@ -2,7 +2,9 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, BloomConfig, MistralConfig, RobertaConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModel, BloomConfig, GPTNeoConfig, MistralConfig, RobertaConfig
 
 from layers.FrozenLLM import FrozenLLM
 from layers.InFloat32 import InFloat32
@@ -157,7 +159,6 @@ def test_the_head_goes_through_the_llm_once_and_the_patches_alone_with_gradient(
 
 def test_a_prompt_with_another_head_is_run_whole(tiny_llm):
     llm = frozen(backbone(tiny_llm("llama")))
-    assert llm.shared_prefix == HEAD
     odd = [PROMPTS[0], [5, *PROMPTS[1]], HEAD]
     one_pass = frozen(llm.backbone, use_prefix=False)
     assert largest_difference(llm(odd, patches(3)), one_pass(odd, patches(3))) < 1e-5
@@ -227,6 +228,40 @@ def test_wrong_positions_are_found_out_in_every_precision(tiny_llm, more):
     assert not llm.uses_prefix
     assert "other hidden states" in llm.prefix_disabled_reason
     assert llm.shared_prefix == HEAD
+
+
+def test_an_attention_that_is_cut_where_no_config_says_so_is_found_out():
+    """GPT-Neo's local attention goes by index: a prompt behind pads, or behind a cache, is cut elsewhere."""
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=200, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        window_size=30, max_position_embeddings=128, initializer_range=0.1,
+    )  # fmt: skip
+    llm = frozen(AutoModel.from_config(config).requires_grad_(False))
+    together = llm(PROMPTS, patches())
+    alone = torch.cat([llm([prompt], patches()[row : row + 1]) for row, prompt in enumerate(PROMPTS)])
+    assert largest_difference(together, alone) < 1e-5
+
+
+class LargestResult(TorchDispatchMode):
+    """Note the elements of the largest tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(part.numel() for part in tree_leaves(result) if hasattr(part, "numel"))])
+        return result
+
+
+def test_in_float32_a_table_of_embeddings_is_not_converted_whole():
+    table = torch.nn.Embedding(5000, 8, dtype=torch.bfloat16).requires_grad_(False)
+    with LargestResult() as largest, InFloat32():
+        looked_up = table(torch.tensor([[3, 4, 5]]))
+    assert looked_up.dtype == torch.float32
+    assert largest.elements == 24
+    with InFloat32(), pytest.raises(NotImplementedError, match="16 bits"):
+        table.weight.add_(1)
 
 
 def test_a_model_that_cannot_mask_pads_is_found_out_and_stays_exact():

@@ -137,7 +137,8 @@ def memory_in_short(args: argparse.Namespace, build: ModelBuilder) -> str:
         plan = plan_memory(args, build)
         if plan.fits:
             return describe_plan(plan)
-        return f"{describe_plan(plan)}\nWarning: that may be too much: {advice(args, plan, build)}"
+        what_helps = advice(args, plan, build)
+        return f"{describe_plan(plan)}\nWarning: with {MARGIN:.0%} to spare that may be too much: {what_helps}"
     except NoPlan as problem:
         return f"Memory: no plan for this LLM ({problem})"
 
@@ -208,7 +209,7 @@ def memory_error(args: argparse.Namespace, build: ModelBuilder) -> UserError:
     except NoPlan:
         return UserError("out of memory: try --gradient_checkpointing, --load_in_4bit, --llm_layers or --batch_size 1")
     return UserError(
-        f"out of memory on {plan.device}: a training step needs about {_gib(plan.total)} GiB,"
+        f"out of memory on {plan.device}: a training step needs about {_gib(plan.needed)} GiB,"
         f" {_gib(plan.free)} are free: {what_helps}"
     )
 

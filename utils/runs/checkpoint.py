@@ -197,6 +197,8 @@ def _compare_flags(path: Path, saved: dict, present: dict) -> None:
     for name in sorted(flags_tagged(NEEDED) | flags_tagged(needed_by(present["model"]))):
         if saved.get(name, present[name]) != present[name]:
             raise UserError(f"{path} was trained with --{name} {saved[name]}, not {present[name]}: give it that")
+    if (saved.get("mapping"), present["mapping"]) == ("compact", "full"):  # the other way it is converted
+        raise UserError(f"{path} was trained with --mapping compact, not full: give it that")
     for name in sorted(flags_tagged(SAID)):
         if saved[name] != present[name]:
             PartialState().print(f"Note: {path} was trained with --{name} {saved[name]}, not {present[name]}")
@@ -205,15 +207,17 @@ def _compare_flags(path: Path, saved: dict, present: dict) -> None:
 def _check_probe(path: Path, contents: dict, llm: LoadedLLM) -> None:
     """Refuse an LLM of the same shape and words whose layers do something else.
 
-    Weights that are rounded alike give the same probe but for float32's rounding. Of bfloat16 against others the
-    tiny and the small real LLMs here differed by up to 0.5%, in 4 bits, where a rounded weight may fall into another
-    of the 16 steps, by up to 6.5%; weights changed by 1% and 5% of their deviation gave 4% and 17%.
+    Weights that are rounded alike give the same probe but for float32's rounding, and in 4 bits for a weight between
+    two of the 16 steps. Where bfloat16 has rounded one side alone, the LLMs tried (tiny ones, SmolLM2-135M) differed by
+    up to 1%, in 4 bits, where many a weight falls into another step then, by up to 8%. Noise of 1% and 5% of the
+    weights' deviation made 4% and 17%, matrices drawn anew more than 100%.
     """
     saved = contents.get("llm_probe")
     if saved is None or llm.probe is None:  # of an earlier version; or the LLM is not run
         return
     same_dtype = contents["llm"]["dtype"] == llm.dtype
-    tolerance = 0.1 if llm.identity.quantization == "nf4" else 1e-3 if same_dtype else 0.02
+    in_4bit = llm.identity.quantization == "nf4"
+    tolerance = (0.03 if in_4bit else 1e-3) if same_dtype else (0.2 if in_4bit else 0.02)
     difference = ((llm.probe - saved).norm() / saved.norm()).item()
     if not difference <= tolerance:  # NaN, too
         raise UserError(
@@ -222,12 +226,14 @@ def _check_probe(path: Path, contents: dict, llm: LoadedLLM) -> None:
         )
 
 
-def saved_basis(path: Path) -> torch.Tensor | None:
-    """Return the basis of the compact map in a file of ours, None if it holds none.
+def saved_basis(path: Path, flags: dict) -> torch.Tensor | None:
+    """Return the basis of the compact map in a file of ours, None if it holds none or the flags have no such map.
 
     Raises:
         UserError: as in `read_checkpoint`.
     """
+    if flags["model"] != "TimeLLM" or flags["mapping"] != "compact":
+        return None
     return read_checkpoint(path, set())["weights"].get("mapping_layer.basis")
 
 

@@ -47,13 +47,27 @@ def write_text(path: Path, text: str) -> None:
 
 
 def keep_earlier(files: Sequence[Path]) -> None:
-    """Rename files of one folder that are there to *.old, or, if there are such, to *.old2 and so on, all alike."""
+    """Rename files of one folder that are there to *.old, or, if there are such, to *.old2 and so on, all alike.
+
+    Raises:
+        UserError: if one cannot be renamed, as Windows has it of a file that a viewer shows; none is then.
+    """
     folder = files[0].parent
     endings = itertools.chain([".old"], (f".old{number}" for number in itertools.count(2)))
     ending = next(ending for ending in endings if not any(folder.glob(f"*{ending}")))
-    for file in files:
-        if file.is_file():
-            file.replace(file.with_name(file.name + ending))
+    renamed = []
+    for file in filter(Path.is_file, files):
+        kept = file.with_name(file.name + ending)
+        try:
+            file.replace(kept)
+        except OSError as problem:
+            for before, after in renamed:  # all or none
+                after.replace(before)
+            reason = problem.strerror or problem
+            raise UserError(
+                f"cannot rename {file}: {reason}: close what has it open, or name this run with --des"
+            ) from problem
+        renamed.append((file, kept))
 
 
 def _rename(unfinished: Path, path: Path) -> None:

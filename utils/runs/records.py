@@ -207,9 +207,11 @@ class History:
         self._write()
 
     def write_if_behind(self) -> None:
-        """Write the rows that could not be written before."""
+        """Write the rows that could not be written before, or say that they are missing."""
         if self._is_behind:
             self._write()
+        if self._is_behind:
+            print(f"Warning: {self.path} lacks the last rows: they are in {self.path.with_name('last')}", flush=True)
 
     def _write(self) -> None:
         text = io.StringIO()

@@ -49,9 +49,10 @@ def choose_batch_size(args: argparse.Namespace, accelerator: Accelerator, model:
 
 
 def take_batches(args: argparse.Namespace, accelerator: Accelerator, batch_size: int, grad_accum: int) -> None:
-    """Set the windows at one time, in an evaluation too, and the batches an optimiser step."""
+    """Set the windows at one time, in an evaluation too if they are fewer than before, and the batches a step."""
+    if batch_size < args.batch_size:
+        args.eval_batch_size = min(args.eval_batch_size, batch_size)
     args.batch_size, args.grad_accum = batch_size, grad_accum
-    args.eval_batch_size = min(args.eval_batch_size, batch_size)
     accelerator.gradient_accumulation_steps = grad_accum
 
 

@@ -29,9 +29,9 @@ def start_processes(seed: int, grad_accum: int, use_amp: bool, deterministic: bo
     # accelerate keeps its settings for the life of the interpreter and refuses others; `main` may be called
     # again with another precision.
     AcceleratorState._reset_state()
-    # Data parallelism that knows of devices moves the windows to one, and `forward` would wait to have them back: the
-    # prompts are written on the host.
-    os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
+    # So that accelerate gives torch's data parallelism device_ids=None. With a device it moves the windows there, and
+    # `forward` would wait to have them back: the prompts are written on the host.
+    os.environ.setdefault("ACCELERATE_BYPASS_DEVICE_MAP", "true")
     accelerator = Accelerator(
         mixed_precision=_half_precision() if use_amp else None,
         gradient_accumulation_steps=grad_accum,

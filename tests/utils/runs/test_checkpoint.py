@@ -31,7 +31,7 @@ def saved(flags, tmp_path):
     return model, args, save(model, args, tmp_path)
 
 
-def test_a_checkpoint_holds_the_trained_tensors_alone_and_opens_without_pickle(saved):
+def test_a_checkpoint_holds_no_weight_of_the_llm_and_opens_without_pickle(saved):
     model, args, path = saved
     contents = torch.load(path, weights_only=True)
     assert set(contents["weights"]) == set(model.state_dict())
@@ -64,7 +64,7 @@ def test_loading_brings_the_weights_back(saved):
         (["--d_model", "16"], "tokenConv.weight"),
         (["--pred_len", "9"], "--pred_len 8, not 9"),
         (["--stride", "7"], "--stride 8, not 7"),
-        (["--mapping", "full"], "mapping_layer"),
+        (["--mapping", "full"], "--mapping compact, not full"),
         (["--llm_layers", "1"], "another LLM"),
         (["--load_in_4bit"], "quantization"),
     ],

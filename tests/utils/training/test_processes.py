@@ -54,8 +54,8 @@ def test_two_processes_do_what_one_does(run, flags, tmp_path):
     assert not torch.equal(first["cpu"], second["cpu"]), "each draws dropout of its own"
 
 
-def test_windows_stay_on_the_host_and_the_basis_stays_where_it_is():
-    """What accelerate is told, for its data parallelism on GPUs."""
+def test_accelerate_is_told_to_give_data_parallelism_no_device_and_no_buffers():
+    """All that can be seen without GPUs."""
     accelerator = start_processes(seed=1, grad_accum=1, use_amp=False, deterministic=False)
     assert os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] == "true"
     assert not accelerator.ddp_handler.broadcast_buffers
