@@ -15,21 +15,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from utils.cli.checks import check_options, check_paths
 from utils.cli.command import exit_code_of, is_first_process
 from utils.cli.demo import farewell, introduction
-from utils.cli.options import (
-    check_options,
-    check_paths,
-    csv_path,
-    demo_makes,
-    flags_of_repetition,
-    get_parser,
-    has_llm,
-    headline_target,
-    hint_after_interrupt,
-    run_folder,
-    trained_folder,
-)
+from utils.cli.options import flags_of_repetition, get_parser, has_llm, headline_target
+from utils.cli.places import csv_path, demo_makes, hint_after_interrupt, run_folder, trained_folder
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -98,70 +88,64 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> None:
     """Train, test and, if asked for, forecast; or test a trained model. `args` has the seed of this repetition."""
-    from data_provider.data_factory import data_provider
-    from data_provider.series import SPLITS, load_series
-    from models import build_around, build_model, build_seasonal_naive
-    from utils.memory.plan import memory_in_short
-    from utils.runs.checkpoint import Run, facts_of, load_checkpoint, saved_basis
+    from models import build_seasonal_naive
+    from utils.runs.checkpoint import load_checkpoint
     from utils.runs.records import open_run_folder, origin_of
     from utils.runs.run_lock import RunLock
+    from utils.training.processes import seed_rank
+    from utils.training.testing import test
+
+    accelerator, model, splits, this_run, resumes = set_up(args, repetition)
+    flags, csv, target = vars(args), csv_path(args), headline_target(args)
+    folder, checkpoint = this_run.folder, trained_folder(args, repetition) / "checkpoint"
+    if not args.is_training:
+        contents = load_checkpoint(checkpoint, model, flags, this_run.data)  # before anything is written
+    if list(model.parameters()):  # torch's data parallelism refuses models without
+        model = accelerator.prepare(model)
+    seed_rank(accelerator, args.seed)
+    with RunLock(folder) if args.is_training and accelerator.is_main_process else nullcontext():
+        if args.is_training:
+            train(accelerator, args, model, splits, this_run, interrupts, resumes)
+            contents = load_checkpoint(checkpoint, accelerator.unwrap_model(model), flags, this_run.data)
+        elif accelerator.is_main_process:
+            open_run_folder(folder, flags, csv, str(accelerator.device), resumes)
+        naive, origin = build_seasonal_naive(args), origin_of(checkpoint, csv, args.eval_windows)
+        keep, progress = args.save_predictions, contents["progress"]
+        test(accelerator, model, naive, splits["test"], target, keep, folder, origin, progress)
+        if args.predict:
+            forecast(accelerator, args, accelerator.unwrap_model(model), checkpoint, folder)
+
+
+def set_up(args: argparse.Namespace, repetition: int) -> "tuple[Accelerator, Module, dict[str, Split], Run, bool]":
+    """Return device and processes, the model, the splits, the run, and whether it goes on from its last state."""
+    from data_provider.data_factory import data_provider
+    from data_provider.series import SPLITS, load_series
+    from models import build_around, build_model
+    from utils.memory.plan import memory_in_short
+    from utils.runs.checkpoint import Run, facts_of, saved_basis
     from utils.training.batch_size import choose_batch_size
     from utils.training.evaluation import share_out
     from utils.training.introduction import introduce
     from utils.training.optimizers import check_optimizer
-    from utils.training.processes import exists_on_all_ranks, seed_rank, start_processes
-    from utils.training.testing import test
+    from utils.training.processes import exists_on_all_ranks, start_processes
 
     accelerator = start_processes(args.seed, args.grad_accum, args.use_amp, args.deterministic)
     check_optimizer(args.optimizer, accelerator.device)
-    folder, checkpoint = run_folder(args, repetition), trained_folder(args, repetition) / "checkpoint"
-    resumes = bool(args.resume) and exists_on_all_ranks(folder / "last")
-
-    # Data, memory, model.
     splits = {name: share_out(accelerator, *data_provider(args, name)) for name in SPLITS}
     series = load_series(args)
     for note in series.notes:
         accelerator.print(f"Warning: {note}")
     if has_llm(args):
         accelerator.print(memory_in_short(args, build_around))
-    begun = folder / "last" if resumes else None if args.is_training else checkpoint
+    last = run_folder(args, repetition) / "last"
+    resumes = bool(args.resume) and exists_on_all_ranks(last)
+    begun = last if resumes else None if args.is_training else trained_folder(args, repetition) / "checkpoint"
     model = build_model(args, saved_basis(begun, vars(args)) if begun else None)
-    is_trainable = bool(list(model.parameters()))
-    if args.is_training and args.auto_batch_size and is_trainable:
+    if args.is_training and args.auto_batch_size and list(model.parameters()):
         choose_batch_size(args, accelerator, model, begun)
         splits = {name: share_out(accelerator, *data_provider(args, name)) for name in SPLITS}
     introduce(accelerator, model, splits, args.eval_windows)
-
-    # Training, or what was trained before.
-    training = Run(folder, vars(args), facts_of(series))
-    if not args.is_training:
-        contents = load_checkpoint(checkpoint, model, vars(args), training.data)  # before anything is written
-    if is_trainable:  # torch's data parallelism refuses others
-        model = accelerator.prepare(model)
-    seed_rank(accelerator, args.seed)
-    with RunLock(folder) if args.is_training and accelerator.is_main_process else nullcontext():
-        if args.is_training:
-            train(accelerator, args, model, splits, training, interrupts, resumes)
-            contents = load_checkpoint(checkpoint, accelerator.unwrap_model(model), vars(args), training.data)
-        elif accelerator.is_main_process:
-            open_run_folder(folder, vars(args), csv_path(args), str(accelerator.device), resumes)
-
-        # Test, forecast.
-        naive, origin = build_seasonal_naive(args), origin_of(checkpoint, csv_path(args), args.eval_windows)
-        target = headline_target(args)
-        test(
-            accelerator,
-            model,
-            naive,
-            splits["test"],
-            target,
-            args.save_predictions,
-            folder,
-            origin,
-            contents["progress"],
-        )
-        if args.predict:
-            forecast(accelerator, args, accelerator.unwrap_model(model), checkpoint, folder)
+    return accelerator, model, splits, Run(last.parent, vars(args), facts_of(series)), resumes
 
 
 def train(
@@ -169,7 +153,7 @@ def train(
     args: argparse.Namespace,
     model: "Module",
     splits: "dict[str, Split]",
-    training: "Run",
+    this_run: "Run",
     interrupts: "Interrupts",
     resumes: bool,
 ) -> None:
@@ -179,16 +163,16 @@ def train(
     from utils.training.processes import exists_on_all_ranks
     from utils.training.trainer import Recipe, Trainer
 
-    state = load_last(training, accelerator.unwrap_model(model)) if resumes else None
+    state = load_last(this_run, accelerator.unwrap_model(model)) if resumes else None
     if state:
         accelerator.print(f"Resuming at step {state['steps']}, epoch {state['epoch']}")
     if accelerator.is_main_process:
-        open_run_folder(training.folder, training.flags, csv_path(args), str(accelerator.device), resumes)
-    accelerator.print(f"Run folder: {training.folder}")
+        open_run_folder(this_run.folder, this_run.flags, csv_path(args), str(accelerator.device), resumes)
+    accelerator.print(f"Run folder: {this_run.folder}")
     target = headline_target(args)
-    Trainer(Recipe.of(args), accelerator, model, splits, target, training, interrupts, state).fit()
+    Trainer(Recipe.of(args), accelerator, model, splits, target, this_run, interrupts, state).fit()
     accelerator.wait_for_everyone()
-    exists_on_all_ranks(training.folder / "checkpoint")
+    exists_on_all_ranks(this_run.folder / "checkpoint")
 
 
 def run_forecast(args: argparse.Namespace, repetition: int) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 from sklearn.preprocessing import StandardScaler
 
 from data_provider.timefeatures import integer_features, scaled_features
-from utils.cli.options import csv_path
+from utils.cli.places import csv_path
 from utils.errors import UserError
 from utils.exact import mean_and_variance
 

@@ -2,10 +2,11 @@
 
     python scripts/benchmark.py --llm_model_path base_models/SmolLM2-135M --seq_len 512 --batch_size 8
 
-All ways run in one process, in turn, on the same LLM, weights and windows, so that what else the machine does
+All variants run in one process, in turn, on the same LLM, weights and windows, so that what else the machine does
 meets them alike; the times are medians over the rounds, the ratios medians of each round's ratio. Takes the
-flags of run_main.py; without --data, windows of the demo series. The first way is Time-LLM's own: pads that are
-attended to, prompt and patches in one pass, the map over the whole vocabulary, attention maps asked for.
+flags of run_main.py; without --data, windows of the demo series. The first variant is Time-LLM's own: end-of-text pads
+that are attended to, prompt and patches in one pass, the map over the whole vocabulary, all hidden states and attention
+maps asked for (transformers then takes its eager attention), torch's products and Adam as they are.
 """
 
 import argparse
@@ -27,15 +28,16 @@ from torch.profiler import ProfilerActivity, profile
 from data_provider.windows import WindowDataset
 from dataset.demo import demo_frame
 from layers.FrozenLinear import frozen_product
-from models.TimeLLM import Model
+from models import build_around
+from utils.cli.checks import check_options
 from utils.cli.command import exit_code_of
-from utils.cli.options import check_options, get_parser
+from utils.cli.options import get_parser
 from utils.llm.loading import LoadedLLM, load_llm
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to run the model: its name and the flags that make it.
+class Variant:
+    """A variant of how the model is run: its name and the flags that make it.
 
     `attention_maps`: whether they are asked for. `onednn`: whether float32 products on a CPU are oneDNN's.
     """
@@ -47,23 +49,28 @@ class Way:
     attention_maps: bool = False
     onednn: bool = True
 
+    @property
+    def flags(self) -> dict[str, object]:
+        """The flags of run_main.py."""
+        return {"prompt_padding": self.padding, "no_prefix_cache": self.one_pass, "mapping": self.mapping}
 
-WAYS = (
-    Way("Time-LLM's way", "right", True, "full", attention_maps=True, onednn=False),
-    Way("no attention maps, fused Adam", "right", True, "full", onednn=False),
-    Way("oneDNN's products", "right", True, "full"),
-    Way("masked pads", "left", True, "full"),
-    Way("prefix cache", "left", False, "full"),
-    Way("compact map", "left", False, "compact"),
-    Way("pads seen", "right", False, "compact"),
+
+VARIANTS = (
+    Variant("Time-LLM's way", "right", True, "full", attention_maps=True, onednn=False),
+    Variant("no attention maps, fused Adam", "right", True, "full", onednn=False),
+    Variant("oneDNN's products", "right", True, "full"),
+    Variant("masked pads", "left", True, "full"),
+    Variant("prefix cache", "left", False, "full"),
+    Variant("compact map", "left", False, "compact"),
+    Variant("pads seen", "right", False, "compact"),
 )
 
 
 @dataclass
 class Result:
-    """What was measured of one way; seconds and bytes."""
+    """What was measured of one variant; seconds and bytes."""
 
-    way: str
+    variant: str
     step_seconds: float = 0.0
     step_ratio: float = 1.0
     windows_per_second: float = 0.0
@@ -79,26 +86,27 @@ class Result:
 
 
 class Runner:
-    """A model run one way, on windows that stay the same."""
+    """A variant of the model, on windows that stay the same."""
 
-    def __init__(self, way: Way, args: argparse.Namespace, llm: LoadedLLM, windows: tuple[torch.Tensor, torch.Tensor]):
-        self.way = way
-        flags = {"prompt_padding": way.padding, "no_prefix_cache": way.one_pass, "mapping": way.mapping}
-        self.model = Model(argparse.Namespace(**{**vars(args), **flags}), llm)
+    def __init__(
+        self, variant: Variant, args: argparse.Namespace, llm: LoadedLLM, windows: tuple[torch.Tensor, torch.Tensor]
+    ):
+        self.variant = variant
+        self.model = build_around(argparse.Namespace(**{**vars(args), **variant.flags}), llm)
         # Fused as in our training; Time-LLM's is not.
-        fused = not way.attention_maps
+        fused = not variant.attention_maps
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.learning_rate, fused=fused)
-        self.seen, self.truth = windows[0], windows[1].to(self.model.device)
+        self.context, self.target = windows[0], windows[1].to(self.model.device)
 
     @contextlib.contextmanager
     def as_configured(self) -> Iterator[None]:
         """Let the LLM give attention maps and all hidden states, or not, and compute them as it must."""
         backbone = self.model.llm.backbone
-        wanted = {"output_attentions": self.way.attention_maps, "output_hidden_states": self.way.attention_maps}
+        wanted = {"output_attentions": self.variant.attention_maps, "output_hidden_states": self.variant.attention_maps}
         before = backbone.config._attn_implementation
-        # In half precision torch itself calls oneDNN, in every way.
-        torch.backends.mkldnn.enabled = self.way.onednn or backbone.dtype != torch.float32
-        if self.way.attention_maps:
+        # In half precision torch itself calls oneDNN, in every variant.
+        torch.backends.mkldnn.enabled = self.variant.onednn or backbone.dtype != torch.float32
+        if self.variant.attention_maps:
             backbone.set_attn_implementation("eager")  # the only implementation that has the maps
         for name, value in wanted.items():
             setattr(backbone.config, name, value)
@@ -113,33 +121,33 @@ class Runner:
     def step(self) -> None:
         """Train on the batch."""
         self.model.train()
-        nn.functional.mse_loss(self.model(self.seen), self.truth).backward()
+        nn.functional.mse_loss(self.model(self.context), self.target).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def evaluate(self) -> None:
-        """Forecast the batch; Time-LLM's way computes the prototypes anew for every batch."""
+        """Forecast the batch; Time-LLM's variant computes the prototypes anew for every batch."""
         self.model.eval()
         with torch.inference_mode():
-            if self.way.attention_maps:
+            if self.variant.attention_maps:
                 self.model.mapping_layer.bias.add_(0)
-            self.model(self.seen)
+            self.model(self.context)
 
     def forecast_and_gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the forecasts and the gradient that comes back to the patches."""
         kept = []
         handle = self.model.reprogramming_layer.register_forward_hook(lambda *call: kept.append(call[-1]))
         self.model.eval()
-        forecast = self.model(self.seen)
+        forecast = self.model(self.context)
         kept[0].retain_grad()
-        nn.functional.mse_loss(forecast, self.truth).backward()
+        nn.functional.mse_loss(forecast, self.target).backward()
         self.optimizer.zero_grad()
         handle.remove()
         return forecast.detach(), kept[0].grad
 
     def tokens(self) -> tuple[int, int]:
         """Return the positions a batch sends through the LLM without and with gradient."""
-        lengths = [len(prompt) for prompt in self.model.tokenize(self.seen[..., 0])]
+        lengths = [len(prompt) for prompt in self.model.tokenize(self.context[..., 0])]
         patches = self.model.prompts.patches * len(lengths)
         if not self.model.llm.uses_prefix:
             return 0, max(lengths) * len(lengths) + patches
@@ -176,7 +184,7 @@ def seconds(run: Callable[[], None], device: torch.device) -> float:
 def floor_seconds(runner: Runner) -> dict[str, float]:
     """Return what a training step cannot avoid: its matrix products over the rate at which this machine makes them.
 
-    Counted are the LLM's linear layers over the tokens of `runner`'s way (forward; backward to the inputs for
+    Counted are the LLM's linear layers over the tokens of `runner`'s variant (forward; backward to the inputs for
     those with gradient) and the map to the prototypes (forward, backward to its weights).
     """
     model, backbone = runner.model, runner.model.llm.backbone
@@ -195,17 +203,17 @@ def floor_seconds(runner: Runner) -> dict[str, float]:
 
 
 def measure(runners: list[Runner], rounds: int) -> list[Result]:
-    """Measure all ways in turn, round by round."""
+    """Measure all variants in turn, round by round."""
     device = runners[0].model.device
-    results = [Result(runner.way.name) for runner in runners]
-    truths = {}
+    results = [Result(runner.variant.name) for runner in runners]
+    references = {}
     for runner, result in zip(runners, results, strict=True):
         with runner.as_configured():
             forecast, gradient = runner.forecast_and_gradient()
             # Pads that are seen are another model than pads that are masked: each is held to its own one pass.
-            truth = truths.setdefault(runner.way.padding, (forecast, gradient))
-            result.forecast_difference = _difference(forecast, truth[0])
-            result.gradient_difference = _difference(gradient, truth[1])
+            reference = references.setdefault(runner.variant.padding, (forecast, gradient))
+            result.forecast_difference = _difference(forecast, reference[0])
+            result.gradient_difference = _difference(gradient, reference[1])
             result.tokens_without_gradient, result.tokens_with_gradient = runner.tokens()
             result.peak_bytes = peak_bytes(runner.step, device)
             runner.evaluate()
@@ -215,7 +223,7 @@ def measure(runners: list[Runner], rounds: int) -> list[Result]:
                 result.steps.append(seconds(runner.step, device))
                 runner.evaluate()  # the first after a step computes the prototypes, as an evaluation does once
                 result.evaluations.append(seconds(runner.evaluate, device))
-    windows = len(runners[0].seen)
+    windows = len(runners[0].context)
     for result in results:
         result.step_seconds = statistics.median(result.steps)
         result.step_ratio = _ratio(results[0].steps, result.steps)
@@ -236,12 +244,12 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
 def table(results: list[Result], floor: dict[str, float]) -> str:
     """Return the results as a Markdown table."""
     lines = [
-        "| way | step, s | faster | eval, windows/s | faster | tokens no grad + grad | peak, MB | share |"
+        "| variant | step, s | faster | eval, windows/s | faster | tokens no grad + grad | peak, MB | share |"
         " forecasts differ | gradients differ |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r.way} | {r.step_seconds:.3f} | {r.step_ratio:.2f}x | {r.windows_per_second:.2f} |"
+        f"| {r.variant} | {r.step_seconds:.3f} | {r.step_ratio:.2f}x | {r.windows_per_second:.2f} |"
         f" {r.evaluation_ratio:.2f}x | {r.tokens_without_gradient} + {r.tokens_with_gradient} |"
         f" {r.peak_bytes / 1e6:.0f} | {r.peak_share:.0%} | {r.forecast_difference:.1e} | {r.gradient_difference:.1e} |"
         for r in results
@@ -254,7 +262,7 @@ def table(results: list[Result], floor: dict[str, float]) -> str:
 
 
 def load_windows(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a batch of evenly spaced training windows and their truths."""
+    """Return a batch of evenly spaced training windows and their targets."""
     if args.demo:
         values = demo_frame(rows=4 * (args.seq_len + args.pred_len)).iloc[:, 1:].to_numpy("float32")
         dataset = WindowDataset(values, values, range(7), args.seq_len, 0, args.pred_len)
@@ -263,8 +271,8 @@ def load_windows(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
 
         dataset, _ = data_provider(args, "train")
     indices = torch.linspace(0, len(dataset) - 1, args.batch_size).long().tolist()
-    seen, truth, *_ = dataset.__getitems__(indices)
-    return seen, truth[:, -args.pred_len :]
+    context, target, *_ = dataset.__getitems__(indices)
+    return context, target[:, -args.pred_len :]
 
 
 def benchmark(argv: list[str]) -> None:
@@ -277,17 +285,18 @@ def benchmark(argv: list[str]) -> None:
     args = parser.parse_args(argv if "--data" in argv else ["--demo", *argv])
     check_options(args)
     torch.manual_seed(args.seed)
-    llm = load_llm(args)
+    # As the first variant needs it, the others can use it: with Time-LLM's pads, its embeddings beside the full map.
+    llm = load_llm(argparse.Namespace(**{**vars(args), **VARIANTS[0].flags}))
     windows = load_windows(args)
-    runners = [Runner(way, args, llm, windows) for way in WAYS]
+    runners = [Runner(variant, args, llm, windows) for variant in VARIANTS]
     for runner in runners[1:]:
         runner.model.load_state_dict(runners[0].model.state_dict())
     print(f"{llm.describe()}; {len(windows[0])} windows, {args.seq_len} -> {args.pred_len}; on {llm.device}")
     results = measure(runners, args.rounds)
-    floor = floor_seconds(next(runner for runner in runners if runner.way.name == "compact map"))
+    floor = floor_seconds(next(runner for runner in runners if runner.variant.name == "compact map"))
     print(table(results, floor))
     if args.json:
-        figures = {"llm": llm.as_dict(), "ways": [asdict(result) for result in results], "floor": floor}
+        figures = {"llm": llm.as_dict(), "variants": [asdict(result) for result in results], "floor": floor}
         args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 

@@ -24,8 +24,10 @@ from torch.nn import functional
 
 from data_provider.data_factory import data_provider
 from models.TimeLLM import Model, build_around
+from utils.cli.checks import check_options
 from utils.cli.command import OneLineParser, exit_code_of
-from utils.cli.options import check_options, csv_path, get_parser
+from utils.cli.options import get_parser
+from utils.cli.places import csv_path
 from utils.errors import UserError
 from utils.memory.plan import plan_memory
 from utils.training.optimizers import build_optimizer

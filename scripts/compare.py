@@ -26,18 +26,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.cli.checks import check_options, check_paths
 from utils.cli.command import OneLineParser, command_line, exit_code_of, run_child
-from utils.cli.options import (
-    COMPARE_SETS,
-    check_options,
-    check_paths,
-    csv_path,
-    demo_makes,
-    flags_of_repetition,
-    flags_tagged,
-    get_parser,
-    run_folder,
-)
+from utils.cli.options import COMPARE_SETS, flags_of_repetition, flags_tagged, get_parser
+from utils.cli.places import csv_path, demo_makes, run_folder
 from utils.errors import UserError
 from utils.runs.files import keep_earlier, write_text
 from utils.runs.finished import is_finished, is_of

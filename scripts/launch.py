@@ -30,8 +30,10 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.cli.checks import check_options
 from utils.cli.command import command_line, exit_code_of, run_child
-from utils.cli.options import check_options, flags_of_repetition, get_parser, has_llm, run_folder
+from utils.cli.options import flags_of_repetition, get_parser, has_llm
+from utils.cli.places import run_folder
 from utils.errors import UserError
 from utils.runs.finished import is_of
 

@@ -29,8 +29,10 @@ from transformers import PreTrainedTokenizerBase
 
 from data_provider.series import read_table
 from models import build_model
+from utils.cli.checks import check_options, check_paths
 from utils.cli.command import OneLineParser, exit_code_of
-from utils.cli.options import check_options, check_paths, csv_path, get_parser
+from utils.cli.options import get_parser
+from utils.cli.places import csv_path
 from utils.errors import UserError
 from utils.runs.checkpoint import load_checkpoint, read_checkpoint, saved_basis
 from utils.runs.pictures import save_picture

@@ -116,7 +116,7 @@ def test_without_the_llm_the_prompt_does_not_matter(run, flags):
     assert one == other
     assert "--llm_layers 99" in run(*flags, "--ablation", "no_llm", "--llm_layers", 99).err
     done = run(*flags, "--ablation", "no_llm", "--llm_layers", 2, "--predict")
-    assert "1 of 2 layers, hidden size 64, float32 (not run, only its words are used)" in done.out
+    assert "1 of 2 layers, hidden size 64, float32 (not run, only its token embeddings are used)" in done.out
     assert "Prompt of the first window" not in done.out
     assert done.metrics()["mse"] == one
     assert run(*flags, "--ablation", "no_llm", "--resume").metrics()["mse"] == one

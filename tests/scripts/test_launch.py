@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from scripts import launch
-from utils.cli.options import check_options, csv_path, get_parser, run_folder
+from utils.cli.checks import check_options
+from utils.cli.options import get_parser
+from utils.cli.places import csv_path, run_folder
 from utils.runs.records import open_run_folder
 
 SCRIPTS = Path(launch.__file__).parent

@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Sequence
 
 from utils.cli.command import command_line
-from utils.cli.options import csv_path, demo_makes, get_parser, has_llm
+from utils.cli.options import get_parser, has_llm
+from utils.cli.places import csv_path, demo_makes
 
 
 def command_behind(args: argparse.Namespace) -> str:

@@ -5,12 +5,9 @@ Nothing here imports torch, so that ``--help`` and a typo answer at once.
 
 import argparse
 import difflib
-import math
 from functools import cache
-from pathlib import Path
 
 from utils.cli.command import OneLineParser
-from utils.errors import UserError
 
 DATA_NAMES = ("ETTh1", "ETTh2", "ETTm1", "ETTm2", "custom", "ECL", "Traffic", "Weather")
 TASK_NAMES = ("long_term_forecast", "short_term_forecast")
@@ -20,11 +17,6 @@ ABLATION_NAMES = ("none", "no_llm", "random_llm")
 LLM_NAMES = ("LLAMA", "GPT2", "BERT", "QWEN")
 OPTIMIZER_NAMES = ("adam", "adamw", "adamw8bit", "paged_adamw8bit")
 
-# Of every common file system.
-MAX_FILE_NAME = 255
-
-# Of numpy's generators.
-MAX_SEED = 2**32
 
 COMPATIBILITY = "kept for compatibility with Time-LLM scripts"
 
@@ -459,129 +451,6 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-_AT_LEAST = {
-    0: (
-        "eval_batch_size",
-        "max_steps",
-        "eval_windows",
-        "eval_steps",
-        "num_workers",
-        "llm_dim",
-        "label_len",
-        "save_steps",
-        "season",
-    ),
-    1: (
-        *("seq_len", "pred_len", "patch_len", "stride", "d_model", "n_heads", "d_ff", "itr", "train_epochs"),
-        *("batch_size", "patience", "grad_accum", "percent", "moving_avg"),
-    ),
-}
-
-
-def check_options(args: argparse.Namespace) -> None:
-    """Refuse values that contradict each other or make no sense.
-
-    Raises:
-        UserError: names the flag and what to give instead.
-    """
-    for least, names in _AT_LEAST.items():
-        for name in names:
-            if getattr(args, name) < least:
-                raise UserError(f"--{name} {getattr(args, name)} must be at least {least}")
-    for holds, message in _requirements(args):
-        if not holds:
-            raise UserError(message)
-    for name in ("model_id", "model_comment", "des"):
-        bad = sorted(set(getattr(args, name)) & set('<>:"/\\|?*\n\r\t'))
-        if bad:
-            raise UserError(f"--{name} names a folder and cannot hold {' '.join(map(repr, bad))}: leave it out")
-
-
-def _requirements(args: argparse.Namespace) -> tuple[tuple[bool, str], ...]:
-    """Return what must hold, each with the message for when it does not."""
-    return (
-        (
-            0 <= args.seed <= MAX_SEED - args.itr,
-            f"--seed {args.seed} must be at least 0 and, with --itr {args.itr}, at most {MAX_SEED - args.itr}",
-        ),
-        (args.percent <= 100, f"--percent {args.percent} must be at most 100"),
-        (
-            0 < args.learning_rate < math.inf,
-            f"--learning_rate {args.learning_rate} must be above 0 and finite",
-        ),
-        (
-            0 < args.mapping_rate < math.inf,
-            f"--mapping_rate {args.mapping_rate} must be above 0 and finite",
-        ),
-        (0 <= args.dropout < 1, f"--dropout {args.dropout} must be at least 0 and below 1"),
-        (0 < args.pct_start < 1, f"--pct_start {args.pct_start} must be between 0 and 1"),
-        (0 <= args.grad_clip < math.inf, f"--grad_clip {args.grad_clip} must be at least 0 and finite"),
-        (args.prompt_decimals >= -1, f"--prompt_decimals {args.prompt_decimals} must be at least -1"),
-        (
-            args.seq_len >= args.patch_len or not has_llm(args),
-            f"--seq_len {args.seq_len} is shorter than one patch: give at least --patch_len {args.patch_len}",
-        ),
-        (
-            args.label_len <= args.seq_len,
-            f"--label_len {args.label_len} is longer than the window: give at most --seq_len {args.seq_len}",
-        ),
-        (
-            args.llm_layers is None or args.llm_layers >= 1,
-            f"--llm_layers {args.llm_layers} must be at least 1 (leave it out for the default)",
-        ),
-        (
-            not (args.content and args.prompt_file),
-            "--content and --prompt_file both describe the data set: give one of them",
-        ),
-        (
-            not args.resume or bool(args.is_training),
-            "--resume goes on with training: leave it out with --is_training 0",
-        ),
-        (
-            not (args.checkpoint and args.is_training),
-            "--checkpoint names a run to test: it goes with --is_training 0",
-        ),
-        (
-            args.ablation == "none" or has_llm(args),
-            f"--ablation {args.ablation} is a change of TimeLLM: leave it out with --model {args.model}",
-        ),
-    )
-
-
-def check_paths(args: argparse.Namespace) -> None:
-    """Refuse files and folders that are not there.
-
-    Raises:
-        UserError: names the missing path and the flag that points to it.
-    """
-    csv = csv_path(args)
-    if not csv.is_file() and not demo_makes(args, "data_path"):
-        fetch = ", or fetch it: python scripts/fetch.py ett" if args.data.startswith("ETT") else ""
-        raise UserError(f"no data file {csv}: check --root_path and --data_path{fetch}")
-    if args.prompt_file and not Path(args.prompt_file).is_file():
-        raise UserError(f"no prompt file {args.prompt_file}: check --prompt_file")
-    is_there = (Path(args.llm_model_path) / "config.json").is_file() or demo_makes(args, "llm_model_path")
-    if has_llm(args) and looks_like_a_path(args.llm_model_path) and not is_there:
-        raise UserError(
-            f"no LLM in {args.llm_model_path}: --llm_model_path takes a folder with a config.json"
-            " (python scripts/fetch.py smollm2 fetches one)"
-        )
-    for place in (Path(args.checkpoints), *Path(args.checkpoints).parents):
-        if place.exists() and not place.is_dir():
-            raise UserError(f"{place} is a file: --checkpoints names a folder")
-    longest = len(run_folder(args, args.itr).name.encode())
-    if longest > MAX_FILE_NAME:
-        raise UserError(f"the run folder's name has {longest} bytes: shorten --model_id, --model_comment or --des")
-    first = run_folder(args, 0)
-    if args.resume == "yes" and not (first / "last").is_file():
-        raise UserError(f"no state to resume from in {first}: leave out --resume, or give --resume auto to start fresh")
-    if not args.is_training:
-        for repetition in range(args.itr):
-            folder = trained_folder(args, repetition)
-            if not (folder / "checkpoint").is_file():
-                raise UserError(f"no checkpoint in {folder}: train first, or name a run's folder with --checkpoint")
-
-
 @cache
 def defaults() -> dict[str, object]:
     """Return the default of every flag: what a run did from before there was this flag."""
@@ -593,45 +462,6 @@ def has_llm(args: argparse.Namespace) -> bool:
     return args.model == "TimeLLM"
 
 
-def demo_makes(args: argparse.Namespace, name: str) -> bool:
-    """Return whether --demo makes what this flag points to, if it is not there."""
-    return args.demo and getattr(args, name) == DEMO_DEFAULTS[name]
-
-
-def csv_path(args: argparse.Namespace) -> Path:
-    """Return the path of the run's CSV."""
-    return Path(args.root_path) / args.data_path
-
-
-def looks_like_a_path(source: str) -> bool:
-    """Tell a local folder, there or not, from a Hub id such as ``gpt2`` or ``Qwen/Qwen2.5-3B``."""
-    if not source:
-        return False
-    path = Path(source)
-    if path.exists() or path.is_absolute() or source.startswith((".", "~")) or "\\" in source:
-        return True
-    return len(path.parts) > 2 or (len(path.parts) == 2 and Path(path.parts[0]).is_dir())
-
-
-def run_folder(args: argparse.Namespace, repetition: int) -> Path:
-    """Return the folder of repetition 0, 1, ... of a run, named by its flags as in Time-LLM."""
-    name = (
-        f"{args.task_name}_{args.model_id}_{args.model}_{args.data}_ft{args.features}"
-        f"_sl{args.seq_len}_ll{args.label_len}_pl{args.pred_len}_dm{args.d_model}_nh{args.n_heads}"
-        f"_el{args.e_layers}_dl{args.d_layers}_df{args.d_ff}_fc{args.factor}_eb{args.embed}"
-        f"_{args.des}_{repetition}-{args.model_comment}"
-    )
-    return Path(args.checkpoints) / name
-
-
-def hint_after_interrupt(args: argparse.Namespace) -> str:
-    """Return how to go on with a run that was stopped."""
-    folders = [run_folder(args, repetition) for repetition in range(args.itr)]
-    if args.is_training and any((folder / "last").is_file() for folder in folders):
-        return "the state is saved, the same command with --resume goes on from there"
-    return "there is no state to resume from yet" if args.is_training else "nothing was changed"
-
-
 def flags_of_repetition(args: argparse.Namespace, repetition: int) -> argparse.Namespace:
     """Return the flags with which repetition 0, 1, ... could be run by itself: with its own seed."""
     return argparse.Namespace(**{**vars(args), "seed": args.seed + repetition})
@@ -640,8 +470,3 @@ def flags_of_repetition(args: argparse.Namespace, repetition: int) -> argparse.N
 def headline_target(args: argparse.Namespace) -> str | None:
     """Return the channel that the headline metric is of, None for all."""
     return args.target if args.features == "MS" else None
-
-
-def trained_folder(args: argparse.Namespace, repetition: int) -> Path:
-    """Return the folder whose checkpoint a test loads: the run's own, or the one that --checkpoint names."""
-    return Path(args.checkpoint) if args.checkpoint else run_folder(args, repetition)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfi
 
 from layers.FrozenLinear import freeze_linears
 from layers.InFloat32 import InFloat32
-from utils.cli.options import looks_like_a_path
+from utils.cli.places import looks_like_a_path
 from utils.errors import UserError
 from utils.llm.quiet import quiet_transformers
 

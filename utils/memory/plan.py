@@ -9,7 +9,7 @@ from accelerate import PartialState
 
 from utils.cli.options import has_llm
 from utils.errors import UserError
-from utils.llm.loading import choose_llm, share_keys_on_cpu
+from utils.llm.loading import LLMChoice, choose_llm, share_keys_on_cpu
 from utils.memory.trial_step import ModelBuilder, Step, layers_to_try, try_step
 
 # Bytes of optimiser state for each trainable parameter.
@@ -87,16 +87,7 @@ def plan_memory(args: argparse.Namespace, build: ModelBuilder) -> MemoryPlan:
     """
     device = PartialState().device
     choice = choose_llm(args)
-    share_keys_on_cpu(device)
-    try:
-        with torch.random.fork_rng(devices=[]):  # the weights to come must not depend on what is planned
-            steps = [try_step(build, args, choice, device, layers) for layers in layers_to_try(choice)]
-    except UserError:
-        raise
-    except Exception as problem:  # of whatever kind: it is the LLM's code that runs
-        reason = str(problem).strip().splitlines() or [type(problem).__name__]
-        raise NoPlan(f"{choice.config.model_type}: {reason[0]}") from problem
-    few, more = steps[0], steps[-1]
+    few, more = _try_steps(args, build, choice, device)
     further = choice.text_config.num_hidden_layers - few.layers
     step = {name: getattr(few, name) + (getattr(more, name) - getattr(few, name)) * further for name in Step.EXTENSIVE}
     in_host = few.embedding if args.mapping == "compact" and device.type != "cpu" else 0
@@ -121,6 +112,22 @@ def plan_memory(args: argparse.Namespace, build: ModelBuilder) -> MemoryPlan:
         host=in_host,
         free=free_bytes(device),
     )
+
+
+def _try_steps(
+    args: argparse.Namespace, build: ModelBuilder, choice: LLMChoice, device: torch.device
+) -> tuple[Step, Step]:
+    """Return a step with few of the LLM's layers and one with more, or the same where it has so few."""
+    share_keys_on_cpu(device)
+    try:
+        with torch.random.fork_rng(devices=[]):  # the weights to come must not depend on what is planned
+            steps = [try_step(build, args, choice, device, layers) for layers in layers_to_try(choice)]
+    except UserError:
+        raise
+    except Exception as problem:  # of whatever kind: it is the LLM's code that runs
+        reason = str(problem).strip().splitlines() or [type(problem).__name__]
+        raise NoPlan(f"{choice.config.model_type}: {reason[0]}") from problem
+    return steps[0], steps[-1]
 
 
 def describe_plan(plan: MemoryPlan) -> str:

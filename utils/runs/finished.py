@@ -5,7 +5,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from utils.cli.options import SAME_RUN, csv_path, defaults, flags_tagged
+from utils.cli.options import SAME_RUN, defaults, flags_tagged
+from utils.cli.places import csv_path
 
 
 def is_of(folder: Path, args: argparse.Namespace) -> bool:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from utils.cli.options import check_options, get_parser, looks_like_a_path, run_folder
+from utils.cli.checks import check_options
+from utils.cli.options import get_parser
+from utils.cli.places import looks_like_a_path, run_folder
 
 ROOT = Path(__file__).resolve().parents[3]
 

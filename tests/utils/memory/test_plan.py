@@ -47,7 +47,7 @@ def test_a_plan_that_does_not_fit_says_what_helps(run, flags, monkeypatch):
     assert done.code == 0
     assert "It does not fit: try " in done.out
     assert "--batch_size 8 --grad_accum 2 (saves " in done.out
-    assert "Warning: that may be too much: try " in run(*flags).out
+    assert "to spare that may be too much: try " in run(*flags).out
 
 
 def test_an_llm_without_a_plan_runs_all_the_same(run, flags, monkeypatch):
