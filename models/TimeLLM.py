@@ -12,7 +12,7 @@ from layers.FrozenLLM import FrozenLLM, NoLLM
 from layers.Reprogramming import CompactMappingLayer, MappingLayer, ReprogrammingLayer
 from layers.StandardNorm import Normalize
 from utils.errors import UserError
-from utils.llm.loading import LoadedLLM, load_llm
+from utils.llm.loading import LLMFlags, LoadedLLM, load_llm
 from utils.llm.prompt import NoPrompts, PromptBuilder, load_description
 
 
@@ -37,7 +37,7 @@ def load_parts(configs: argparse.Namespace, basis: torch.Tensor | None = None) -
     Raises:
         UserError: if the LLM or the description is not there, or does not fit the flags.
     """
-    return Parts(load_llm(configs), load_description(configs), basis)
+    return Parts(load_llm(LLMFlags.of(configs)), _description(configs), basis)
 
 
 class Model(nn.Module):
@@ -131,7 +131,11 @@ class Model(nn.Module):
 
 def build_around(configs: argparse.Namespace, llm: LoadedLLM) -> Model:
     """Return the model that the flags describe, built around an LLM that is loaded, or a stand-in for one."""
-    return Model(configs, Parts(llm, load_description(configs)))
+    return Model(configs, Parts(llm, _description(configs)))
+
+
+def _description(configs: argparse.Namespace) -> str:
+    return load_description(configs.content, configs.prompt_file, configs.prompt_domain, configs.data)
 
 
 def _prompts_and_llm(

@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,7 +32,7 @@ from models import build_around
 from utils.cli.checks import check_options
 from utils.cli.command import exit_code_of
 from utils.cli.options import get_parser
-from utils.llm.loading import LoadedLLM, load_llm
+from utils.llm.loading import LLMFlags, LoadedLLM, load_llm
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def benchmark(argv: list[str]) -> None:
     check_options(args)
     torch.manual_seed(args.seed)
     # As the first variant needs it, the others can use it: with Time-LLM's pads, its embeddings beside the full map.
-    llm = load_llm(argparse.Namespace(**{**vars(args), **VARIANTS[0].flags}))
+    llm = load_llm(replace(LLMFlags.of(args), prompt_padding="right", mapping="full"))
     windows = load_windows(args)
     runners = [Runner(variant, args, llm, windows) for variant in VARIANTS]
     for runner in runners[1:]:

@@ -189,7 +189,7 @@ def collect(ways: Sequence[Way]) -> None:
 
 def table(ways: Sequence[Way]) -> str:
     """Return the comparison as a Markdown table, which is readable as it is."""
-    rows = [("", "seeds", "test MSE", "test MAE", "validation MSE", "trained numbers", "s/step", "peak MB")]
+    rows = [("", "seeds", "test MSE", "test MAE", "validation MSE", "trainable parameters", "s/step", "peak MB")]
     for way in ways:
         if way.problem:
             rows.append((way.name, way.problem, *[""] * 6))

@@ -10,7 +10,7 @@ from layers.FrozenLLM import FrozenLLM
 from layers.InFloat32 import InFloat32
 from tests.conftest import largest_difference
 from utils.cli.options import get_parser
-from utils.llm.loading import load_llm
+from utils.llm.loading import LLMFlags, load_llm
 
 CAUSAL = ("qwen2", "llama", "gpt2")
 FAMILIES = (*CAUSAL, "bert")
@@ -22,6 +22,10 @@ EXAMPLES = [HEAD + list(range(60, 75)), HEAD + list(range(80, 100))]
 
 def backbone(folder):
     return AutoModel.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+
+
+def loaded(*argv):
+    return load_llm(LLMFlags.of(get_parser().parse_args(["--data", "ETTh1", *argv]))).backbone
 
 
 def patches(count=5):
@@ -168,8 +172,7 @@ def test_a_prompt_with_another_head_is_run_whole(tiny_llm):
 
 def test_half_precision_and_4_bits_keep_the_prefix(tiny_llm):
     for more in (["--llm_dtype", "bfloat16"], ["--load_in_4bit"]):
-        args = get_parser().parse_args(["--data", "ETTh1", "--llm_model_path", tiny_llm("qwen2"), *more])
-        model = load_llm(args).backbone
+        model = loaded("--llm_model_path", tiny_llm("qwen2"), *more)
         llm, one_pass = frozen(model), frozen(model, use_prefix=False)
         assert llm.uses_prefix
         assert (llm(PROMPTS, patches()) - one_pass(PROMPTS, patches())).norm() < 0.02 * one_pass(
@@ -182,9 +185,9 @@ def test_half_precision_and_4_bits_keep_the_prefix(tiny_llm):
 def test_in_float32_a_model_of_few_bits_does_what_its_weights_say(tiny_llm, family, more):
     """The tiny LLMs' weights are exact in float16, so nothing but the computation's own rounding is left."""
     ids = torch.arange(40, 60)[None]
-    argv = ["--data", "ETTh1", "--llm_model_path", tiny_llm(family), *more]
-    exact = load_llm(get_parser().parse_args([*argv, "--llm_dtype", "float32"])).backbone(ids).last_hidden_state
-    model = load_llm(get_parser().parse_args(argv)).backbone
+    argv = ["--llm_model_path", tiny_llm(family), *more]
+    exact = loaded(*argv, "--llm_dtype", "float32")(ids).last_hidden_state
+    model = loaded(*argv)
     assert largest_difference(model(ids).last_hidden_state.float(), exact) > 1e-4
     with InFloat32(), torch.no_grad():
         assert largest_difference(model(ids).last_hidden_state, exact) < 1e-5
@@ -218,7 +221,7 @@ def test_a_model_whose_cache_cannot_be_trusted_is_found_out(tiny_llm):
 
 @pytest.mark.parametrize("more", [[], ["--llm_dtype", "bfloat16"], ["--llm_dtype", "float16"], ["--load_in_4bit"]])
 def test_wrong_positions_are_found_out_in_every_precision(tiny_llm, more):
-    liar = load_llm(get_parser().parse_args(["--data", "ETTh1", "--llm_model_path", tiny_llm("qwen2"), *more])).backbone
+    liar = loaded("--llm_model_path", tiny_llm("qwen2"), *more)
     assert frozen(liar).uses_prefix
     rotary = copy.deepcopy(liar.rotary_emb.forward)
     # What stands behind a prefix stands a fiftieth of a place too far. That changes the hidden states of this LLM,

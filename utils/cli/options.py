@@ -5,7 +5,9 @@ Nothing here imports torch, so that ``--help`` and a typo answer at once.
 
 import argparse
 import difflib
+from dataclasses import fields
 from functools import cache
+from typing import Self
 
 from utils.cli.command import OneLineParser
 
@@ -109,6 +111,15 @@ def needed_by(model: str) -> str:
 def _flag(group: argparse._ArgumentGroup, name: str, *tags: str, **settings: object) -> None:
     """Define a flag that is about more than its value, as the tags say."""
     group.add_argument(name, **settings).tags = tags
+
+
+class FlagGroup:
+    """A frozen dataclass of flags that are about one thing; its fields are named as the flags are."""
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Self:
+        """Take this group's flags from all."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
 
 @cache

@@ -1,6 +1,5 @@
 """Load a frozen LLM and its tokenizer: names, folders, layers, precision, device, all in one place."""
 
-import argparse
 import contextlib
 import copy
 import hashlib
@@ -19,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfi
 
 from layers.FrozenLinear import freeze_linears
 from layers.InFloat32 import InFloat32
+from utils.cli.options import FlagGroup
 from utils.cli.places import looks_like_a_path
 from utils.errors import UserError
 from utils.llm.quiet import quiet_transformers
@@ -118,6 +118,22 @@ def llm_of(model: nn.Module) -> LoadedLLM | None:
 
 
 @dataclass(frozen=True)
+class LLMFlags(FlagGroup):
+    """Which LLM, and how to run it."""
+
+    llm_model: str
+    llm_model_path: str
+    llm_layers: int | None
+    llm_dim: int
+    llm_dtype: str
+    load_in_4bit: bool
+    prompt_padding: str
+    mapping: str
+    ablation: str
+    seed: int
+
+
+@dataclass(frozen=True)
 class LLMChoice:
     """The LLM that the flags name, as far as its config tells.
 
@@ -141,35 +157,35 @@ class LLMChoice:
         return self.config.get_text_config()
 
 
-def choose_llm(args: argparse.Namespace) -> LLMChoice:
+def choose_llm(flags: LLMFlags) -> LLMChoice:
     """Read the config of the LLM that the flags name.
 
     Raises:
         UserError: if the model is not there, has fewer layers or another width than asked for.
     """
-    source, layers = choose_source(args)
-    layers = args.llm_layers or layers
+    source, layers = choose_source(flags)
+    layers = flags.llm_layers or layers
     config = load_pretrained(AutoConfig, source)
     text_config = _text_config(config, source)
     layers_there = text_config.num_hidden_layers
     layers = layers or layers_there
     if layers > layers_there:
         raise UserError(f"--llm_layers {layers} is more than {source} has: give at most {layers_there}")
-    if args.ablation != "no_llm":
+    if flags.ablation != "no_llm":
         _use_first_layers(text_config, layers, source)
     else:
         with contextlib.suppress(UserError):  # its embeddings are needed; whatever layers there are, none is run
             _use_first_layers(text_config, 1, source)
-    if args.llm_dim not in (0, text_config.hidden_size):
+    if flags.llm_dim not in (0, text_config.hidden_size):
         raise UserError(
-            f"--llm_dim {args.llm_dim} is not the hidden size of {source}: give {text_config.hidden_size},"
+            f"--llm_dim {flags.llm_dim} is not the hidden size of {source}: give {text_config.hidden_size},"
             " or 0 to read it from the model"
         )
     is_quantized = _is_nf4(config, source)
-    return LLMChoice(source, config, layers_there, args.load_in_4bit or is_quantized, is_quantized)
+    return LLMChoice(source, config, layers_there, flags.load_in_4bit or is_quantized, is_quantized)
 
 
-def load_llm(args: argparse.Namespace) -> LoadedLLM:
+def load_llm(flags: LLMFlags) -> LoadedLLM:
     """Load the LLM that the flags name, frozen, on this process's device.
 
     With --mapping compact the token embeddings stay in host memory: prompts are looked up there.
@@ -178,21 +194,21 @@ def load_llm(args: argparse.Namespace) -> LoadedLLM:
         UserError: if the model is not there, is damaged, has fewer layers or another width than asked for.
     """
     state = PartialState()
-    state.print(f"Loading generic model from: {choose_source(args)[0]}")
-    choice = choose_llm(args)
+    state.print(f"Loading generic model from: {choose_source(flags)[0]}")
+    choice = choose_llm(flags)
     source, text_config = choice.source, choice.text_config
     tokenizer = _load_tokenizer(source, text_config.vocab_size)
-    pad_id = _padding_token(tokenizer, args.prompt_padding, text_config.vocab_size, source)
-    seed = args.seed if args.ablation == "random_llm" else None
-    backbone = _load_backbone(choice, choose_dtype(args.llm_dtype, state.device), state, seed)
+    pad_id = _padding_token(tokenizer, flags.prompt_padding, text_config.vocab_size, source)
+    seed = flags.seed if flags.ablation == "random_llm" else None
+    backbone = _load_backbone(choice, choose_dtype(flags.llm_dtype, state.device), state, seed)
     embeddings = backbone.get_input_embeddings().weight
     if embeddings.shape[1] != text_config.hidden_size:
         raise UserError(
             f"{source} has token embeddings of width {embeddings.shape[1]} and hidden states of"
             f" {text_config.hidden_size}: take an LLM where both are the same"
         )
-    probe = None if args.ablation == "no_llm" else _probe(backbone, state.device)
-    if args.mapping == "compact":
+    probe = None if flags.ablation == "no_llm" else _probe(backbone, state.device)
+    if flags.mapping == "compact":
         backbone.get_input_embeddings().to("cpu")
     context = getattr(text_config, "max_position_embeddings", None) or 0
     return LoadedLLM(
@@ -205,7 +221,7 @@ def load_llm(args: argparse.Namespace) -> LoadedLLM:
         context=context if context > 0 else None,
         identity=_identify(text_config, embeddings, choice.in_4bit),
         probe=probe,
-        note=ABLATIONS[args.ablation],
+        note=ABLATIONS[flags.ablation],
     )
 
 
@@ -241,13 +257,13 @@ def _load_tokenizer(source: str, vocab_size: int) -> transformers.PreTrainedToke
     return tokenizer
 
 
-def choose_source(args: argparse.Namespace) -> tuple[str, int | None]:
+def choose_source(flags: LLMFlags) -> tuple[str, int | None]:
     """Return the folder or Hub id of the LLM and the layers to use by default, None for all."""
-    if not args.llm_model_path:
-        known = KNOWN_LLMS[args.llm_model]
+    if not flags.llm_model_path:
+        known = KNOWN_LLMS[flags.llm_model]
         folder = BASE_MODELS / known.folder
         return (str(folder) if folder.is_dir() else known.hub_id), known.layers
-    return args.llm_model_path, None
+    return flags.llm_model_path, None
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

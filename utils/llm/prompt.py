@@ -1,6 +1,5 @@
 """From a window to the prompt that stands before its patches (section 3.1 of the paper, "Prompt-as-Prefix")."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -211,18 +210,21 @@ class NoPrompts:
         return [[] for _ in windows]
 
 
-def load_description(args: argparse.Namespace) -> str:
+def load_description(content: str, prompt_file: str, prompt_domain: int, data: str) -> str:
     """Return the description of the data set: the user's own, the prompt bank's, or Time-LLM's sentence.
+
+    Args:
+        content, prompt_file, prompt_domain, data: the flags of these names.
 
     Raises:
         UserError: if a file is missing or not UTF-8.
     """
-    if args.content:
-        return args.content
-    if args.prompt_file:
-        return _read(Path(args.prompt_file), "--prompt_file")
-    if args.prompt_domain:
-        name = "ETT" if args.data.startswith("ETT") else args.data
+    if content:
+        return content
+    if prompt_file:
+        return _read(Path(prompt_file), "--prompt_file")
+    if prompt_domain:
+        name = "ETT" if data.startswith("ETT") else data
         return _read(PROMPT_BANK / f"{name}.txt", "--prompt_domain 1 (or describe the data with --content)")
     return DEFAULT_DESCRIPTION
 

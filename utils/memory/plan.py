@@ -9,7 +9,7 @@ from accelerate import PartialState
 
 from utils.cli.options import has_llm
 from utils.errors import UserError
-from utils.llm.loading import LLMChoice, choose_llm, share_keys_on_cpu
+from utils.llm.loading import LLMChoice, LLMFlags, choose_llm, share_keys_on_cpu
 from utils.memory.trial_step import ModelBuilder, Step, layers_to_try, try_step
 
 # Bytes of optimiser state for each trainable parameter.
@@ -86,7 +86,7 @@ def plan_memory(args: argparse.Namespace, build: ModelBuilder) -> MemoryPlan:
         NoPlan: if the LLM's code looks at values.
     """
     device = PartialState().device
-    choice = choose_llm(args)
+    choice = choose_llm(LLMFlags.of(args))
     few, more = _try_steps(args, build, choice, device)
     further = choice.text_config.num_hidden_layers - few.layers
     step = {name: getattr(few, name) + (getattr(more, name) - getattr(few, name)) * further for name in Step.EXTENSIVE}
@@ -181,7 +181,7 @@ def savings(args: argparse.Namespace, plan: MemoryPlan, build: ModelBuilder) -> 
         plan: what it needs with them.
         build: makes the model.
     """
-    layers = choose_llm(args).text_config.num_hidden_layers
+    layers = choose_llm(LLMFlags.of(args)).text_config.num_hidden_layers
     changes = {
         "--gradient_checkpointing": {"gradient_checkpointing": True},
         "--mapping compact": {"mapping": "compact"},

@@ -1,16 +1,16 @@
 """The training loop: batches, optimiser, validation, early stopping, the best checkpoint."""
 
-import argparse
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from utils.cli.options import FlagGroup
 from utils.errors import UserError
 from utils.memory.plan import nearly_full
 from utils.runs.checkpoint import Run, save_checkpoint, save_last
@@ -33,8 +33,8 @@ _WATCHED_WINDOWS = 16
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to train: the flags of the same names."""
+class Recipe(FlagGroup):
+    """How to train."""
 
     model: str
     loss: str
@@ -51,11 +51,6 @@ class Recipe:
     eval_steps: int
     save_steps: int
     skip_epoch_test: bool
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> "Recipe":
-        """Take what training needs from all flags."""
-        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
 
 class Trainer:

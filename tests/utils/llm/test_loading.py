@@ -12,11 +12,11 @@ from tests.conftest import largest_difference
 from utils.cli.options import get_parser
 from utils.errors import UserError
 from utils.llm import loading as llm_module
-from utils.llm.loading import KNOWN_LLMS, choose_dtype, choose_source, load_llm
+from utils.llm.loading import KNOWN_LLMS, LLMFlags, choose_dtype, choose_source, load_llm
 
 
 def options(*argv):
-    return get_parser().parse_args(["--data", "ETTh1", *map(str, argv)])
+    return LLMFlags.of(get_parser().parse_args(["--data", "ETTh1", *map(str, argv)]))
 
 
 def load(folder, *argv):

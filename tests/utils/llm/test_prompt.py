@@ -130,16 +130,20 @@ def options(*argv):
     return get_parser().parse_args(["--data", "ETTm1", *argv])
 
 
+def description_of(args):
+    return load_description(args.content, args.prompt_file, args.prompt_domain, args.data)
+
+
 def test_descriptions_come_from_where_the_flags_say(tmp_path):
     file = tmp_path / "说明.txt"
     file.write_bytes(b"\xef\xbb\xbf" + "Öl, 油.\n".encode())
-    assert load_description(options()) == DEFAULT_DESCRIPTION
-    assert load_description(options("--content", " as it is ")) == " as it is "
-    assert load_description(options("--prompt_file", str(file))) == "Öl, 油.\n"
-    assert "transformer" in load_description(options("--prompt_domain", "1"))
-    assert load_description(options("--prompt_domain", "1", "--content", "mine")) == "mine"
+    assert description_of(options()) == DEFAULT_DESCRIPTION
+    assert description_of(options("--content", " as it is ")) == " as it is "
+    assert description_of(options("--prompt_file", str(file))) == "Öl, 油.\n"
+    assert "transformer" in description_of(options("--prompt_domain", "1"))
+    assert description_of(options("--prompt_domain", "1", "--content", "mine")) == "mine"
     for name in ("ECL", "Traffic", "Weather"):
-        assert len(load_description(get_parser().parse_args(["--data", name, "--prompt_domain", "1"]))) > 80
+        assert len(description_of(get_parser().parse_args(["--data", name, "--prompt_domain", "1"]))) > 80
 
 
 def test_descriptions_that_are_not_there_are_named(assert_refused, flags, tmp_path_factory):
