@@ -7,8 +7,8 @@ the ratios medians of each round's ratio. What else the machine does can only ad
 where the quickest step is much below the median, run it again on an idle machine. Takes the flags of run_main.py;
 without --data, windows of the demo series.
 
-The first variant is Time-LLM's own: pads, its end of text, that are attended to, prompt and patches in one pass, the map
-over the whole vocabulary, attention maps and hidden states requested (transformers then takes its eager attention),
+The first variant is Time-LLM's own: pads, its end of text, that are attended to, prompt and patches in one pass, the
+map over the whole vocabulary, attention maps and hidden states requested (transformers then takes its eager attention),
 torch's own products, plain Adam.
 """
 
@@ -249,8 +249,8 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
 def table(results: list[Result], floor: dict[str, float]) -> str:
     """Return the results as a Markdown table."""
     lines = [
-        "| variant | step, s | quickest | faster | eval, windows/s | faster | tokens no grad + grad | peak, MB | share |"
-        " forecasts differ | gradients differ |",
+        "| variant | step, s | quickest | faster | eval, windows/s | faster | tokens no grad + grad | peak, MB |"
+        " share | forecasts differ | gradients differ |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
