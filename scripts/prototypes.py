@@ -3,10 +3,10 @@
     python scripts/prototypes.py checkpoints/RUN
     python scripts/prototypes.py checkpoints/RUN --channel HUFL --row 5000 --prototypes 20
 
-Prints the prototypes that a window's patches attend to most, each with the vocabulary tokens that it leans on, and
+Prints the prototypes that a window's patches attend to most, each with its highest-weighted tokens, and
 draws the attention of every patch to them: prototypes.png in the run folder.
 
-Apart from its bias, a prototype is a sum of word embeddings with weights W; of all W that make the same prototype the
+Apart from its bias, a prototype is a sum of token embeddings with weights W; of all W that make the same prototype the
 least is taken, for both kinds of --mapping, since the rest of a full map's W cancels out and says nothing. The number
 before a token is its weight times the length of its embedding: how far it pulls (+) or pushes (-) the prototype. A map
 that was trained for a few steps still has almost the random weights it started with, and the tokens look like it.
@@ -117,19 +117,19 @@ def strongest_prototypes(model: nn.Module, window: Window, prototypes: int, toke
     Raises:
         UserError: if there are not that many.
     """
-    mapping, words = model.mapping_layer, model.llm_info.backbone.get_input_embeddings().weight
-    for flag, count, most in (("prototypes", prototypes, len(mapping.bias)), ("tokens", tokens, len(words))):
+    mapping, embeddings = model.mapping_layer, model.llm_info.backbone.get_input_embeddings().weight
+    for flag, count, most in (("prototypes", prototypes, len(mapping.bias)), ("tokens", tokens, len(embeddings))):
         if not 1 <= count <= most:
             raise UserError(f"--{flag} {count} must be 1 to {most}")
     scaled, _ = model.normalize(torch.from_numpy(window.scaled)[None].to(model.device))
     attention = model.reprogramming_layer.attention(model.patch_embedding(scaled), mapping())
     attention = attention[0].mean(0).T.cpu()  # (1000, patches)
     numbers = attention.mean(1).topk(prototypes).indices.tolist()
-    pulls = mapping.token_weights(numbers) * torch.linalg.vector_norm(words, dim=1, dtype=torch.float32)
+    pulls = mapping.token_weights(numbers) * torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float32)
     strongest = []
     for number, pull in zip(numbers, pulls, strict=True):
-        leaned_on = pull.abs().topk(tokens).indices.tolist()
-        quoted = [(pull[token].item(), quote_token(model.llm_info.tokenizer, token)) for token in leaned_on]
+        heaviest = pull.abs().topk(tokens).indices.tolist()
+        quoted = [(pull[token].item(), quote_token(model.llm_info.tokenizer, token)) for token in heaviest]
         strongest.append(Prototype(number, attention[number].numpy(), quoted))
     return strongest
 
@@ -147,7 +147,7 @@ def describe(window: Window, prototypes: Sequence[Prototype], count: int) -> str
     """Return what to print of the strongest of `count` prototypes."""
     lines = [
         f"Window: {window.title}, {len(window.values)} rows, {len(prototypes[0].attention)} patches",
-        f"Prototype, share of the attention (spread evenly: {1 / count:.2%}), tokens that it leans on:",
+        f"Prototype, share of the attention (spread evenly: {1 / count:.2%}), its highest-weighted tokens:",
     ]
     for prototype in prototypes:
         tokens = "  ".join(f"{pull:+.3g} {text}" for pull, text in prototype.tokens)

@@ -106,7 +106,7 @@ def test_prototypes_are_printed_the_strongest_first_and_drawn(folder, show):
     assert show(folder, "--prototypes", 12, "--tokens", 3)[1] == out  # nothing is dropped at random
 
 
-def test_a_prototype_leans_on_the_token_that_it_was_made_of(run, flags, show, tiny_llm):
+def test_the_token_that_a_prototype_was_made_of_weighs_most(run, flags, show, tiny_llm):
     def one_token_each(contents):
         weight = contents["weights"]["mapping_layer.weight"].zero_()
         numbers = torch.arange(len(weight))
