@@ -84,8 +84,8 @@ def check(name: str, args: argparse.Namespace, limit: float | None) -> Outcome:
         if step == 5:  # the first steps warm up
             torch.cuda.synchronize()
             started = time.perf_counter()
-        seen, truth, *_ = next(batches)
-        loss = functional.mse_loss(model(seen), truth[:, -args.pred_len :].to(model.device))
+        context, target, *_ = next(batches)
+        loss = functional.mse_loss(model(context), target[:, -args.pred_len :].to(model.device))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
