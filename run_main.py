@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from utils.runs.checkpoint import Run
+    from utils.system.interrupts import Interrupts
     from utils.training.evaluation import Split
-    from utils.training.interrupts import Interrupts
 
 __all__ = ["get_parser", "main"]
 
@@ -69,8 +69,8 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> None:
 
     from models import build_around
     from utils.memory.plan import memory_error
-    from utils.training.interrupts import Interrupts
-    from utils.training.processes import spawn_missing_ranks
+    from utils.system.interrupts import Interrupts
+    from utils.system.processes import spawn_missing_ranks
 
     try:
         with spawn_missing_ranks(Path(__file__), argv), Interrupts() as interrupts:
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
     from utils.runs.checkpoint import load_checkpoint
     from utils.runs.records import open_run_folder, origin_of
     from utils.runs.run_lock import RunLock
-    from utils.training.processes import seed_rank
+    from utils.system.processes import seed_rank
     from utils.training.testing import test
 
     accelerator, model, splits, this_run, resumes = set_up(args, repetition)
@@ -123,11 +123,11 @@ def set_up(args: argparse.Namespace, repetition: int) -> "tuple[Accelerator, Mod
     from models import build_around, build_model
     from utils.memory.plan import memory_in_short
     from utils.runs.checkpoint import Run, facts_of, saved_basis
+    from utils.system.processes import exists_on_all_ranks, start_processes
     from utils.training.batch_size import choose_batch_size
     from utils.training.evaluation import share_out
     from utils.training.introduction import introduce
     from utils.training.optimizers import check_optimizer
-    from utils.training.processes import exists_on_all_ranks, start_processes
 
     accelerator = start_processes(args.seed, args.grad_accum, args.use_amp, args.deterministic)
     check_optimizer(args.optimizer, accelerator.device)
@@ -160,7 +160,7 @@ def train(
     """Train, from the start or from the state in the run folder."""
     from utils.runs.checkpoint import load_last
     from utils.runs.records import open_run_folder
-    from utils.training.processes import exists_on_all_ranks
+    from utils.system.processes import exists_on_all_ranks
     from utils.training.trainer import Recipe, Trainer
 
     state = load_last(this_run, accelerator.unwrap_model(model)) if resumes else None
@@ -181,7 +181,7 @@ def run_forecast(args: argparse.Namespace, repetition: int) -> None:
     from models import build_model
     from utils.runs.checkpoint import saved_basis
     from utils.runs.records import open_run_folder
-    from utils.training.processes import start_processes
+    from utils.system.processes import start_processes
 
     accelerator = start_processes(args.seed, args.grad_accum, args.use_amp, args.deterministic)
     read_table(args)  # before the LLM: a wrong CSV is found sooner

@@ -52,7 +52,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Prototype:
-    """A text prototype: its number, the attention of each patch (mean over heads), its highest-weighted tokens (see above)."""
+    """A text prototype: its number, the attention of each patch (mean over heads), its heaviest tokens (see above)."""
 
     number: int
     attention: np.ndarray

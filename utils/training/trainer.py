@@ -16,9 +16,9 @@ from utils.memory.plan import nearly_full
 from utils.runs.checkpoint import Run, save_checkpoint, save_last
 from utils.runs.records import History
 from utils.runs.scores import Scores
+from utils.system.interrupts import Interrupts
 from utils.training.early_stopping import EarlyStopping
 from utils.training.evaluation import Split, evaluate
-from utils.training.interrupts import Interrupts
 from utils.training.optimizers import build_optimizer, parameter_groups
 from utils.training.progress import show_loss, windows_bar
 from utils.training.schedules import Schedule

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import run_main
-from utils.training.processes import start_processes
+from utils.system.processes import start_processes
 
 ROOT = Path(run_main.__file__).parent
 
