@@ -63,7 +63,7 @@ def damaged_csvs(draw):
 
 
 def test_any_csv(fuzzed, flags, tmp_path, monkeypatch):
-    def enough(args):
+    def enough(*_):
         raise UserError("the CSV was read")
 
     monkeypatch.setattr(utils.memory.plan, "plan_memory", enough)
