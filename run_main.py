@@ -53,7 +53,10 @@ def carry_out(args: argparse.Namespace, argv: Sequence[str]) -> None:
     if args.demo:
         prepare_demo(args)
     if args.plan:
-        print_plan(args)
+        from models import build_around
+        from utils.memory.plan import full_report
+
+        print(full_report(args, build_around))
         return
     speaks_of_demo = args.demo and is_first_process()
     if speaks_of_demo:
@@ -224,22 +227,6 @@ def prepare_demo(args: argparse.Namespace) -> None:
             make_tiny_llm("qwen2", args.llm_model_path)
     except OSError as problem:
         raise UserError(f"cannot write the demo's data and LLM: {problem}") from problem
-
-
-def print_plan(args: argparse.Namespace) -> None:
-    """Print what the run would need of memory and, if that is not there, what to change."""
-    if not has_llm(args):
-        print(f"{args.model} has no LLM: it fits wherever the data fit.")
-        return
-    from models import build_around
-    from utils.memory.plan import NoPlan, advice, plan_memory, plan_table
-
-    try:
-        memory = plan_memory(args, build_around)
-    except NoPlan as problem:
-        raise UserError(f"there is no plan for this LLM ({problem}): run without --plan") from problem
-    print(plan_table(memory))
-    print("It fits." if memory.fits else f"It does not fit: {advice(args, memory, build_around)}")
 
 
 if __name__ == "__main__":

@@ -150,6 +150,22 @@ def memory_in_short(args: argparse.Namespace, build: ModelBuilder) -> str:
         return f"Memory: no plan for this LLM ({problem})"
 
 
+def full_report(args: argparse.Namespace, build: ModelBuilder) -> str:
+    """Return what the run would need of memory as a table and, if that is not there, what to change.
+
+    Raises:
+        UserError: if the LLM is not there, or there is no plan for it.
+    """
+    if not has_llm(args):
+        return f"{args.model} has no LLM: it fits wherever the data fit."
+    try:
+        plan = plan_memory(args, build)
+    except NoPlan as problem:
+        raise UserError(f"there is no plan for this LLM ({problem}): run without --plan") from problem
+    verdict = "It fits." if plan.fits else f"It does not fit: {advice(args, plan, build)}"
+    return f"{plan_table(plan)}\n{verdict}"
+
+
 def plan_table(plan: MemoryPlan) -> str:
     """Return a plan as a table."""
     rows = [
