@@ -183,12 +183,14 @@ def _load_weights(path: Path, contents: dict, model: nn.Module) -> None:
     _check_llm(path, contents["llm"] or {}, llm.as_dict() if llm else {})
     if llm:
         _check_probe(path, contents, llm)
+    present = model.state_dict()
+    if "mapping_layer.basis" in contents["weights"].keys() - present.keys():  # the other way it is converted
+        raise UserError(f"{path} was trained with --mapping compact, not full: give it that")
     try:
         model.load_state_dict(contents["weights"])
     except RuntimeError as problem:
         first = str(problem).splitlines()[1].strip().rstrip(".")
         raise UserError(f"{path} does not fit ({first}): give it the flags of its run") from problem
-    present = model.state_dict()
     if any(tensor.shape != present[name].shape for name, tensor in contents["weights"].items()):
         PartialState().print("The full map of the checkpoint was converted to the compact one (exactly)")
 
@@ -197,8 +199,6 @@ def _compare_flags(path: Path, saved: dict, present: dict) -> None:
     for name in sorted(flags_tagged(NEEDED) | flags_tagged(needed_by(present["model"]))):
         if saved.get(name, present[name]) != present[name]:
             raise UserError(f"{path} was trained with --{name} {saved[name]}, not {present[name]}: give it that")
-    if (saved.get("mapping"), present["mapping"]) == ("compact", "full"):  # the other way it is converted
-        raise UserError(f"{path} was trained with --mapping compact, not full: give it that")
     for name in sorted(flags_tagged(SAID)):
         if saved[name] != present[name]:
             PartialState().print(f"Note: {path} was trained with --{name} {saved[name]}, not {present[name]}")
