@@ -77,6 +77,7 @@ class Finished(NamedTuple):
         return folder
 
     def metrics(self) -> dict:
+        assert self.code == 0, self.err  # else they are an earlier run's
         return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
 
     def history(self) -> list[dict[str, str]]:

@@ -397,7 +397,9 @@ def test_a_checkpoint_of_another_forecaster_is_refused(run, flags, more):
 def test_a_flag_of_another_forecaster_does_not_matter(run, flags):
     flags = [*flags, "--model", "DLinear"]
     trained = run(*flags).metrics()["mse"]
-    assert run(*flags, "--is_training", 0, "--mapping", "full").metrics()["mse"] == trained
+    done = run(*flags, "--is_training", 0, "--mapping", "full")
+    assert (done.code, done.err) == (0, "")
+    assert done.metrics()["mse"] == trained
 
 
 def test_a_table_that_stays_locked_is_said_at_the_end(run, flags, monkeypatch):
