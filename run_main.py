@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from utils.cli.checks import check_options, check_paths
 from utils.cli.command import exit_code_of, is_first_process
 from utils.cli.demo import farewell, introduction
-from utils.cli.options import flags_of_repetition, get_parser, has_llm, headline_target
+from utils.cli.options import flags_of_final_test, flags_of_repetition, get_parser, has_llm, headline_target
 from utils.cli.places import csv_path, demo_makes, hint_after_interrupt, run_folder, trained_folder
 from utils.errors import UserError
 
@@ -91,14 +91,18 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> None:
     """Train, test and, if asked for, forecast; or test a trained model. `args` has the seed of this repetition."""
-    from models import build_seasonal_naive
+    from data_provider.data_factory import data_provider
+    from models import build_seasonal_naive, seasonal_errors
     from utils.runs.checkpoint import load_checkpoint
     from utils.runs.records import open_run_folder, origin_of
     from utils.runs.run_lock import RunLock
     from utils.system.processes import seed_rank
+    from utils.training.evaluation import share_out
     from utils.training.testing import test
 
     accelerator, model, splits, this_run, resumes = set_up(args, repetition)
+    of_test = flags_of_final_test(args)
+    tested = share_out(accelerator, *data_provider(of_test, "test"))
     flags, csv, target = vars(args), csv_path(args), headline_target(args)
     folder, checkpoint = this_run.folder, trained_folder(args, repetition) / "checkpoint"
     if not args.is_training:
@@ -112,9 +116,10 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
             contents = load_checkpoint(checkpoint, accelerator.unwrap_model(model), flags, this_run.data)
         elif accelerator.is_main_process:
             open_run_folder(folder, flags, csv, str(accelerator.device), resumes)
-        naive, origin = build_seasonal_naive(args), origin_of(checkpoint, csv, args.eval_windows)
+        naive, origin = build_seasonal_naive(args), origin_of(checkpoint, csv, of_test.eval_windows)
         keep, progress = args.save_predictions, contents["progress"]
-        test(accelerator, model, naive, splits["test"], target, keep, folder, origin, progress)
+        errors = seasonal_errors(args)
+        test(accelerator, model, naive, errors, tested, target, keep, folder, origin, progress)
         if args.predict:
             forecast(accelerator, args, accelerator.unwrap_model(model), checkpoint, folder)
 
@@ -132,7 +137,9 @@ def set_up(args: argparse.Namespace, repetition: int) -> "tuple[Accelerator, Mod
     from utils.training.introduction import introduce
     from utils.training.optimizers import check_optimizer
 
-    accelerator = start_processes(args.seed, args.grad_accum, args.use_amp, args.deterministic)
+    accelerator = start_processes(
+        args.seed, args.grad_accum, args.use_amp, args.deterministic, shares_buffers=not has_llm(args)
+    )
     check_optimizer(args.optimizer, accelerator.device)
     splits = {name: share_out(accelerator, *data_provider(args, name)) for name in SPLITS}
     series = load_series(args)
@@ -148,6 +155,9 @@ def set_up(args: argparse.Namespace, repetition: int) -> "tuple[Accelerator, Mod
         choose_batch_size(args, accelerator, model, begun)
         splits = {name: share_out(accelerator, *data_provider(args, name)) for name in SPLITS}
     introduce(accelerator, model, splits, args.eval_windows)
+    if args.is_training and not resumes and args.residual == "linear":
+        error = model.start_from(splits["train"].windows, splits["val"].windows)
+        accelerator.print(f"Linear residual: fitted to the training windows; alone, its validation MSE is {error:.7f}")
     return accelerator, model, splits, Run(last.parent, vars(args), facts_of(series)), resumes
 
 
@@ -186,7 +196,9 @@ def run_forecast(args: argparse.Namespace, repetition: int) -> None:
     from utils.runs.records import open_run_folder
     from utils.system.processes import start_processes
 
-    accelerator = start_processes(args.seed, args.grad_accum, args.use_amp, args.deterministic)
+    accelerator = start_processes(
+        args.seed, args.grad_accum, args.use_amp, args.deterministic, shares_buffers=not has_llm(args)
+    )
     read_table(args)  # before the LLM: a wrong CSV is found sooner
     folder, checkpoint = run_folder(args, repetition), trained_folder(args, repetition) / "checkpoint"
     model = build_model(args, saved_basis(checkpoint, vars(args)))

@@ -87,6 +87,17 @@ class Series:
     ends: tuple[int, int, int]
     notes: tuple[str, ...]
 
+    def seasonal_errors(self, season: int) -> dict[str, float]:
+        """Return how far, on average, each channel's training rows are from those `season` rows before, scaled.
+
+        Of a channel that never changes by the season, or of fewer rows, there is none.
+        """
+        training = self.values[: self.ends[0]].astype(np.float64)
+        if len(training) <= season:
+            return {}
+        errors = np.abs(training[season:] - training[:-season]).mean(axis=0)
+        return {name: float(error) for name, error in zip(self.channels, errors, strict=True) if error}
+
 
 @dataclass(frozen=True, eq=False)  # by identity: it is the key of a cache
 class Table:

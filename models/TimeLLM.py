@@ -1,19 +1,29 @@
 """Time-LLM (Jin et al., ICLR 2024): forecasting by reprogramming a frozen large language model."""
 
 import argparse
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
+from data_provider.windows import evenly_spaced
 from layers.Embed import PatchEmbedding
 from layers.FlattenHead import FlattenHead
 from layers.FrozenLLM import FrozenLLM, NoLLM
+from layers.LinearResidual import LinearResidual, NoResidual
 from layers.Reprogramming import CompactMappingLayer, MappingLayer, ReprogrammingLayer
 from layers.StandardNorm import Normalize
 from utils.errors import UserError
 from utils.llm.loading import LLMFlags, LoadedLLM, load_llm
 from utils.llm.prompt import NoPrompts, PromptBuilder, load_description
+from utils.runs.scores import ChannelWindows
+
+# Windows that the linear residual is fitted to at most, and how many are read at a time.
+_FITTED_WINDOWS = 200_000
+_FITTED_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,7 @@ class Model(nn.Module):
         parts = parts or load_parts(configs)
         self.llm_info = parts.llm
         self.d_ff = configs.d_ff
+        self.pred_len = configs.pred_len
         d_llm = parts.llm.identity.hidden_size
         if configs.d_ff > d_llm:
             raise UserError(f"--d_ff {configs.d_ff} is wider than the LLM: give at most {d_llm}, its hidden size")
@@ -74,6 +85,8 @@ class Model(nn.Module):
             configs.d_model, configs.n_heads, configs.d_ff, d_llm, configs.dropout
         )
         self.output_projection = FlattenHead(configs.d_ff, patches, configs.pred_len, configs.dropout)
+        is_linear = configs.residual == "linear"
+        self.residual = LinearResidual(configs.seq_len, configs.pred_len) if is_linear else NoResidual()
         self.to(self.device)
 
     def forward(
@@ -96,8 +109,28 @@ class Model(nn.Module):
         patches = self.reprogramming_layer(patches, prototypes)  # (B*N, P, d_llm)
         hidden = self.llm(prompts, patches)  # (B*N, P, d_llm)
         forecast = self.output_projection(hidden[..., : self.d_ff])  # (B*N, pred_len)
+        forecast = self.residual(forecast, windows)
         forecast = self.normalize.inverse(forecast, statistics)
         return forecast.unflatten(0, (len(x_enc), -1)).transpose(1, 2)  # (B, pred_len, N)
+
+    def start_from(self, training: ChannelWindows, validation: ChannelWindows) -> float | None:
+        """Fit the linear residual, if there is one, before training: the forecast begins as its.
+
+        Args:
+            training: windows to fit it to, (B, seq_len, 1) and what follows.
+            validation: windows to choose its penalty by.
+
+        Returns:
+            Its squared error on those, None if there is none.
+        """
+        return self.residual.fit(self._pairs(training), self._pairs(validation))
+
+    def _pairs(self, windows: ChannelWindows) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield contexts (B, seq_len) and what follows them, (B, pred_len), of windows spread evenly over all."""
+        numbers = evenly_spaced(len(windows), _FITTED_WINDOWS)
+        for some in np.array_split(numbers, math.ceil(len(numbers) / _FITTED_AT_ONCE)):
+            context, following, *_ = windows.__getitems__(some)
+            yield context[..., 0], following[:, -self.pred_len :, 0]
 
     @torch.inference_mode()
     def map_state(self, x_enc: torch.Tensor) -> dict[str, float]:

@@ -6,6 +6,8 @@ from importlib import import_module
 import torch
 from torch import nn
 
+from data_provider.series import load_series
+
 
 def build_model(args: argparse.Namespace, basis: torch.Tensor | None = None) -> nn.Module:
     """Return the model that ``--model`` names; (B, seq_len, N) -> (B, pred_len, N).
@@ -29,3 +31,8 @@ def build_seasonal_naive(args: argparse.Namespace) -> nn.Module | None:
     """Return the seasonal-naive forecaster for these flags, None if a window does not hold a season."""
     naive = import_module("models.SeasonalNaive")
     return naive.Model(args) if naive.season_of(args) <= args.seq_len else None
+
+
+def seasonal_errors(args: argparse.Namespace) -> dict[str, float]:
+    """Return the seasonal-naive forecast's mean absolute error on the scaled training rows, by channel."""
+    return load_series(args).seasonal_errors(import_module("models.SeasonalNaive").season_of(args))

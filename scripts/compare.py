@@ -4,10 +4,13 @@
     python scripts/compare.py --data ETTh1 --llm_model QWEN --load_in_4bit --seeds 3
     python scripts/compare.py --data ETTh1 ... --way TimeLLM --way "full map=--mapping full" --way DLinear
 
-All flags but the three of this script go to run_main.py. A way to forecast is a name and the flags that make it, which
-come last and win; without --way it is TimeLLM, its two ablations, DLinear, the last season and the last value. Prints
-a table and writes it as compare.md, every run's figures as compare.csv and a picture, compare.png. What is done is
-not done again, what was cut short goes on, and a way that fails leaves the others alone.
+    python scripts/compare.py --rank checkpoints/compare-ETTh1-96-96 checkpoints/compare-ETTm1-96-96
+
+All flags but those of this script go to run_main.py. A way to forecast is a name and the flags that make it, which
+come last and win; without --way it is TimeLLM and its two ablations, each without and with a linear residual, PatchTST,
+DLinear, the last season and the last value. Prints a table and writes it as compare.md, every run's figures as
+compare.csv and a picture, compare.png. What is done is not done again, what was cut short goes on, and a way that fails
+leaves the others alone. --rank sets comparisons that are done side by side, with the average rank of each way.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,18 +38,25 @@ from utils.errors import UserError
 from utils.runs.files import keep_earlier, write_text
 from utils.runs.finished import is_finished, is_of
 
+if TYPE_CHECKING:
+    from utils.runs.pictures import Validation
+
 RUN_MAIN = Path(__file__).resolve().parents[1] / "run_main.py"
 
 WAYS = {
-    "TimeLLM": "--model TimeLLM --ablation none",
-    "without LLM": "--model TimeLLM --ablation no_llm",
-    "random LLM": "--model TimeLLM --ablation random_llm",
+    "TimeLLM": "--model TimeLLM --ablation none --residual none",
+    "TimeLLM + linear": "--model TimeLLM --ablation none --residual linear",
+    "without LLM": "--model TimeLLM --ablation no_llm --residual none",
+    "without LLM + linear": "--model TimeLLM --ablation no_llm --residual linear",
+    "random LLM": "--model TimeLLM --ablation random_llm --residual none",
+    "random LLM + linear": "--model TimeLLM --ablation random_llm --residual linear",
+    "PatchTST": "--model PatchTST",
     "DLinear": "--model DLinear",
     "last season": "--model SeasonalNaive",
     "last value": "--model LastValue",
 }
 
-# The demo again, but three times six ways in a minute or two.
+# The demo again, but three times ten ways in a few minutes.
 DEMO_FLAGS = ("--max_steps", "60", "--eval_steps", "20", "--eval_windows", "256")
 
 UNTRAINED = ("SeasonalNaive", "LastValue")
@@ -171,16 +182,17 @@ def collect(ways: Sequence[Way]) -> None:
         for repetition, folder in enumerate(way.folders() if not way.problem else ()):
             metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             with (folder / "history.csv").open(encoding="utf-8", newline="") as file:
-                history = [(int(row["steps"]), float(row["vali_loss"])) for row in csv.DictReader(file)]
+                history = list(csv.DictReader(file))
             way.runs.append(
                 {
                     "way": way.name,
                     "seed": way.args.seed + repetition,
                     "mse": metrics["mse"],
                     "mae": metrics["mae"],
+                    "mase": metrics["mase"],
                     "windows": metrics["windows"],
-                    "vali_mse": min(loss for _, loss in history),
-                    "steps": history[-1][0],
+                    "vali_mse": min(float(row["vali_loss"]) for row in history),
+                    "steps": int(history[-1]["steps"]),
                     **metrics["cost"],
                     "history": history,
                 }
@@ -189,22 +201,29 @@ def collect(ways: Sequence[Way]) -> None:
 
 def table(ways: Sequence[Way]) -> str:
     """Return the comparison as a Markdown table, which is readable as it is."""
-    rows = [("", "seeds", "test MSE", "test MAE", "validation MSE", "trainable parameters", "s/step", "peak MB")]
+    rows = [
+        ("", "seeds", "test MSE", "test MAE", "MASE", "validation MSE", "trainable parameters", "s/step", "peak MB"),
+    ]
     for way in ways:
         if way.problem:
-            rows.append((way.name, way.problem, *[""] * 6))
+            rows.append((way.name, way.problem, *[""] * (len(rows[0]) - 2)))
             continue
         runs, steps = way.runs, [run["seconds_per_step"] for run in way.runs if run["seconds_per_step"]]
         rows.append(
             (
                 way.name,
                 str(len(runs)),
-                *(_mean_and_deviation([run[name] for run in runs]) for name in ("mse", "mae", "vali_mse")),
+                *(_mean_and_deviation([run[name] for run in runs]) for name in ("mse", "mae", "mase", "vali_mse")),
                 f"{runs[0]['trainable_parameters']:,}",
                 f"{statistics.mean(steps):.3f}" if steps else "",
                 f"{max(run['peak_memory'] for run in runs) / 1e6:.0f}",
             )
         )
+    return _markdown(rows)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows, the first the head, as a Markdown table."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
@@ -213,7 +232,9 @@ def table(ways: Sequence[Way]) -> str:
     return "\n".join(lines)
 
 
-def _mean_and_deviation(values: Sequence[float]) -> str:
+def _mean_and_deviation(values: Sequence[float | None]) -> str:
+    if None in values:  # MASE of a channel that never changes
+        return ""
     mean = f"{statistics.mean(values):.4f}"
     return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
 
@@ -235,8 +256,24 @@ def write_results(folder: Path, ways: Sequence[Way], command: str) -> None:
     draw_comparison(
         files[2],
         {way.name: [run["mse"] for run in way.runs] for way in done},
-        {way.name: [run["history"] for run in way.runs] for way in done},
+        {way.name: [_course(run) for run in way.runs] for way in done},
     )
+
+
+def _course(run: dict) -> list["Validation"]:
+    """Return how a run's errors fell; its seconds are those of training alone."""
+    from utils.runs.pictures import Validation
+
+    seconds = run["seconds_per_step"] or 0.0
+    return [
+        Validation(
+            steps=int(row["steps"]),
+            seconds=int(row["steps"]) * seconds,
+            vali_mse=float(row["vali_loss"]),
+            test_mse=float(row["test_loss"]) if row["test_loss"] else None,
+        )
+        for row in run["history"]
+    ]
 
 
 def _as_csv(ways: Sequence[Way]) -> str:
@@ -248,6 +285,32 @@ def _as_csv(ways: Sequence[Way]) -> str:
     return text.getvalue()
 
 
+def rank(folders: Sequence[Path]) -> str:
+    """Return a table of the ways that several comparisons share: test MSE of each, mean MASE, average rank.
+
+    Raises:
+        UserError: if a folder holds no comparison, or they share no way.
+    """
+    import pandas as pd
+
+    for folder in folders:
+        if not (folder / "compare.csv").is_file():
+            raise UserError(f"no compare.csv in {folder}: --rank takes folders that compare.py has written to")
+    figures = [pd.read_csv(folder / "compare.csv") for folder in folders]
+    mse, mase = (
+        pd.concat([one.groupby("way", sort=False)[name].mean() for one in figures], axis=1, join="inner")
+        for name in ("mse", "mase")
+    )
+    if mse.empty:
+        raise UserError(f"{' and '.join(map(str, folders))} share no way to forecast: there is nothing to rank")
+    names = [folder.name.removeprefix("compare-") for folder in folders]
+    rows = [("", *(f"{name} test MSE" for name in names), "mean MASE", "average rank")]
+    averages = mse.rank().mean(axis=1).sort_values(kind="stable")
+    for way, average in averages.items():
+        rows.append((way, *(f"{error:.4f}" for error in mse.loc[way]), f"{mase.loc[way].mean():.4f}", f"{average:.2f}"))
+    return _markdown(rows)
+
+
 def compare(argv: Sequence[str]) -> int:
     """Compare what the command line names; return 1 if some way failed."""
     parser = OneLineParser(
@@ -256,7 +319,13 @@ def compare(argv: Sequence[str]) -> int:
     parser.add_argument("--way", action="append", default=[], metavar="NAME[=FLAGS]", help="what to compare; repeat it")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each way, from run_main's --seed on")
     parser.add_argument("--out", default="", help="folder of all runs and results")
+    parser.add_argument("--rank", nargs="+", default=[], metavar="OUT", help="folders of comparisons that are done")
     options, flags = parser.parse_known_args(argv)
+    if options.rank:
+        if flags or options.way:
+            raise UserError("--rank compares what is done: leave out all other flags")
+        print(rank([Path(folder) for folder in options.rank]))
+        return 0
     if options.seeds < 1:
         raise UserError(f"--seeds {options.seeds} must be at least 1")
     ways = plan_ways(options.way, options.seeds, flags, options.out)

@@ -11,6 +11,7 @@ from data_provider.series import Table
 from models.DLinear import Model as DLinear
 from models.DLinear import moving_average
 from models.LastValue import Model as LastValue
+from models.PatchTST import Model as PatchTST
 from models.SeasonalNaive import Model as SeasonalNaive
 from tests.conftest import largest_difference
 from utils.cli.options import get_parser
@@ -41,6 +42,41 @@ def test_dlinear_starts_as_the_mean_and_shares_its_maps():
     assert sorted(name for name, _ in model.named_parameters()) == [
         *("rest.bias", "rest.weight", "trend.bias", "trend.weight"),
     ]
+
+
+def patch_tst(*argv):
+    flags = ["--d_model", "8", "--n_heads", "2", "--d_ff", "16", "--patch_len", "6", "--stride", "4", *argv]
+    torch.manual_seed(0)
+    return PatchTST(configs(*flags)).eval()
+
+
+def test_patchtst_forecasts_each_channel_by_itself_in_its_own_units():
+    model, windows = patch_tst(), torch.randn(4, 30, 3).cumsum(1)
+    with torch.no_grad():
+        forecast = model(windows)
+        alone = torch.cat([model(windows[..., [channel]]) for channel in range(3)], dim=-1)
+        moved = model(windows * 7 + 100)
+    assert forecast.shape == (4, 20, 3)
+    assert largest_difference(alone, forecast) < 1e-5
+    assert largest_difference(moved, forecast * 7 + 100) < 1e-4
+
+
+def test_patchtst_is_the_authors_size():
+    """Of their PatchTST/42 for ETTh1: patches 272, positions 672, three layers of 5,392, head 64,608."""
+    flags = ["--seq_len", "336", "--pred_len", "96", "--patch_len", "16", "--stride", "8", "--e_layers", "3"]
+    model = patch_tst(*flags, "--d_model", "16", "--n_heads", "4", "--d_ff", "128")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 81_728
+
+
+def test_patchtst_knows_its_dropout_from_testing():
+    model, windows = patch_tst("--dropout", "0.5"), torch.randn(2, 30, 1)
+    assert torch.equal(model(windows), model(windows))
+    model.train()
+    assert not torch.equal(model(windows), model(windows))
+
+
+def test_heads_that_do_not_share_the_width_are_refused(assert_refused, flags):
+    assert_refused([*flags, "--model", "PatchTST", "--n_heads", 3], "--d_model 8", "--n_heads 3")
 
 
 def test_naive_forecasts_repeat_what_was_seen():
@@ -77,9 +113,10 @@ def test_a_season_longer_than_a_window_is_refused(run, flags):
     assert "--seq_len 48" in refused.err and "49" in refused.err
 
 
-@pytest.mark.parametrize("model", ["DLinear", "SeasonalNaive", "LastValue"])
+@pytest.mark.parametrize("model", ["PatchTST", "DLinear", "SeasonalNaive", "LastValue"])
 def test_a_baseline_trains_tests_forecasts_and_resumes_without_an_llm(run, flags, model):
-    flags = [*flags, "--model", model, "--llm_model_path", "./gone", "--seq_len", 24, "--patch_len", 30]
+    patch_len = 6 if model == "PatchTST" else 30  # longer than a window: the others have no patches
+    flags = [*flags, "--model", model, "--llm_model_path", "./gone", "--seq_len", 24, "--patch_len", patch_len]
     done = run(*flags, "--predict")
     assert (done.code, done.err) == (0, "")
     assert "LLM" not in done.out
@@ -87,7 +124,7 @@ def test_a_baseline_trains_tests_forecasts_and_resumes_without_an_llm(run, flags
     assert trained["llm"] is None
     assert (done.folder / "last").is_file()
     steps = [row["steps"] for row in done.history()]
-    assert steps == (["4"] if model == "DLinear" else ["0"])
+    assert steps == (["4"] if model in ("PatchTST", "DLinear") else ["0"])
     for more in (["--is_training", 0], ["--resume"], ["--is_training", 0, "--predict"]):
         again = run(*flags, *more)
         assert again.code == 0, again.err
@@ -154,6 +191,9 @@ def test_a_random_llm_in_4_bits(run, flags):
     [
         (["--model", "DLinear"], ["--model", "LastValue"], "trained with --model DLinear, not LastValue"),
         (["--model", "DLinear"], ["--model", "DLinear", "--moving_avg", "5"], "trained with --moving_avg 25, not 5"),
+        (["--model", "PatchTST"], ["--model", "PatchTST", "--n_heads", "4"], "trained with --n_heads 2, not 4"),
+        (["--model", "PatchTST"], ["--model", "PatchTST", "--stride", "4"], "trained with --stride 8, not 4"),
+        (["--model", "PatchTST"], ["--model", "PatchTST", "--e_layers", "3"], "give it the flags of its run"),
         (["--model", "SeasonalNaive"], ["--model", "SeasonalNaive", "--season", "7"], "--season 0, not 7"),
         ([], ["--ablation", "no_llm"], "trained with --ablation none, not no_llm"),
     ],

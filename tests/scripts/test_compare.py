@@ -10,6 +10,7 @@ import pytest
 import run_main
 from dataset.demo import write_demo_csv
 from scripts import compare
+from utils.runs.pictures import Validation, _best_so_far
 
 
 @pytest.fixture
@@ -43,8 +44,8 @@ def test_ways_are_compared_over_seeds_and_what_is_done_is_kept(started, flags, t
     assert list(rows) == ["", "TimeLLM", "faster", "DLinear", "last value"]
     assert [row[0] for row in rows.values()] == ["seeds", "2", "2", "2", "1"]
     for row in list(rows.values())[1:4]:
-        assert all(re.fullmatch(r"\d+\.\d{4} ± \d+\.\d{4}", cell) for cell in row[1:4])
-    assert rows["last value"][4:6] == ["0", ""]
+        assert all(re.fullmatch(r"\d+\.\d{4} ± \d+\.\d{4}", cell) for cell in row[1:5])
+    assert rows["last value"][5:7] == ["0", ""]
 
     written = tmp_path / "all"
     assert rows_of((written / "compare.md").read_text(encoding="utf-8")) == rows
@@ -63,6 +64,50 @@ def test_ways_are_compared_over_seeds_and_what_is_done_is_kept(started, flags, t
     assert compare.main([*small(flags), *ways, "--way", "last season"]) == 0
     assert ["SeasonalNaive" in command for command in started] == [True], "only the new way is run"
     assert "TimeLLM: done already" in capsys.readouterr().out
+
+
+def test_comparisons_are_ranked_side_by_side(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    head = "way,seed,mse,mase\n"
+    for name, rows in {
+        "compare-one": "a,1,0.1,1.0\na,2,0.3,2.0\nb,1,0.3,0.5\nonly here,1,0.0,0.0\nc,1,0.1,3.0\n",
+        "two": "c,1,0.4,5.0\nb,1,0.6,1.5\na,1,0.5,1.0\n",
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "compare.csv").write_text(head + rows, encoding="utf-8")
+    assert compare.main(["--rank", "compare-one", "two"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert rows == {
+        "": ["one test MSE", "two test MSE", "mean MASE", "average rank"],
+        "c": ["0.1000", "0.4000", "4.0000", "1.00"],
+        "a": ["0.2000", "0.5000", "1.2500", "2.00"],
+        "b": ["0.3000", "0.6000", "1.0000", "3.00"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--rank", "gone"], ["no compare.csv in gone"]),
+        (["--rank", "one", "--data", "ETTh1"], ["--rank", "leave out"]),
+        (["--rank", "one", "other"], ["share no way"]),
+    ],
+)
+def test_what_cannot_be_ranked(tmp_path, monkeypatch, capsys, argv, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "compare.csv").write_text(f"way,mse,mase\n{name},1,1\n", encoding="utf-8")
+    assert compare.main(argv) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1
+    assert all(word in printed for word in words)
+
+
+def test_the_course_of_a_run_is_that_of_its_best_weights():
+    history = [Validation(steps, steps * 0.5, *errors) for steps, errors in enumerate([(3, 9), (1, 8), (2, 1), (0, 7)])]
+    assert _best_so_far(history) == ([0.0, 0.5, 1.5, 1.5], [9, 8, 7, 7])
+    assert _best_so_far([Validation(1, 1.0, 1.0, None)]) == ([], [])
 
 
 def test_a_way_that_fails_leaves_the_others_alone(started, flags, capsys):

@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from utils.cli.options import has_llm
+from utils.cli.options import has_llm, has_patches
 from utils.cli.places import csv_path, demo_makes, looks_like_a_path, run_folder, trained_folder
 from utils.errors import UserError
 
@@ -30,7 +30,7 @@ _AT_LEAST = {
     ),
     1: (
         *("seq_len", "pred_len", "patch_len", "stride", "d_model", "n_heads", "d_ff", "itr", "train_epochs"),
-        *("batch_size", "patience", "grad_accum", "percent", "moving_avg"),
+        *("batch_size", "patience", "grad_accum", "percent", "moving_avg", "e_layers"),
     ),
 }
 
@@ -40,10 +40,12 @@ _RANGES = {
     "percent": (lambda value: value <= 100, "at most 100"),
     "learning_rate": (lambda value: 0 < value < math.inf, "above 0 and finite"),
     "mapping_rate": (lambda value: 0 < value < math.inf, "above 0 and finite"),
+    "residual_rate": (lambda value: 0 < value < math.inf, "above 0 and finite"),
     "dropout": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
     "pct_start": (lambda value: 0 < value < 1, "between 0 and 1"),
     "grad_clip": (lambda value: 0 <= value < math.inf, "at least 0 and finite"),
     "prompt_decimals": (lambda value: value >= -1, "at least -1"),
+    "test_windows": (lambda value: value >= -1, "at least -1"),
 }
 
 
@@ -77,8 +79,12 @@ def _requirements(args: argparse.Namespace) -> tuple[tuple[bool, str], ...]:
             f"--seed {args.seed} must be at least 0 and, with --itr {args.itr}, at most {MAX_SEED - args.itr}",
         ),
         (
-            args.seq_len >= args.patch_len or not has_llm(args),
+            args.seq_len >= args.patch_len or not has_patches(args),
             f"--seq_len {args.seq_len} is shorter than one patch: give at least --patch_len {args.patch_len}",
+        ),
+        (
+            args.d_model % args.n_heads == 0 or args.model != "PatchTST",
+            f"--d_model {args.d_model} does not divide among --n_heads {args.n_heads}: PatchTST's heads share it",
         ),
         (
             args.label_len <= args.seq_len,
@@ -103,6 +109,10 @@ def _requirements(args: argparse.Namespace) -> tuple[tuple[bool, str], ...]:
         (
             args.ablation == "none" or has_llm(args),
             f"--ablation {args.ablation} is a change of TimeLLM: leave it out with --model {args.model}",
+        ),
+        (
+            args.residual == "none" or has_llm(args),
+            f"--residual {args.residual} is a part of TimeLLM: leave it out with --model {args.model}",
         ),
     )
 

@@ -14,7 +14,7 @@ from utils.cli.command import OneLineParser
 DATA_NAMES = ("ETTh1", "ETTh2", "ETTm1", "ETTm2", "custom", "ECL", "Traffic", "Weather")
 TASK_NAMES = ("long_term_forecast", "short_term_forecast")
 SCHEDULE_NAMES = ("type1", "type2", "type3", "PEMS", "TST", "COS", "constant")
-MODEL_NAMES = ("TimeLLM", "DLinear", "SeasonalNaive", "LastValue")
+MODEL_NAMES = ("TimeLLM", "PatchTST", "DLinear", "SeasonalNaive", "LastValue")
 ABLATION_NAMES = ("none", "no_llm", "random_llm")
 LLM_NAMES = ("LLAMA", "GPT2", "BERT", "QWEN")
 OPTIMIZER_NAMES = ("adam", "adamw", "adamw8bit", "paged_adamw8bit")
@@ -174,7 +174,8 @@ def get_parser() -> argparse.ArgumentParser:
         NEEDED,
         choices=MODEL_NAMES,
         default="TimeLLM",
-        help="the forecaster; DLinear: two linear maps; SeasonalNaive: the last season again; LastValue: the last row",
+        help="the forecaster; PatchTST: a transformer over patches; DLinear: two linear maps; SeasonalNaive: the last"
+        " season again; LastValue: the last row",
     )
     basic.add_argument("--seed", type=int, default=2021, help="random seed of the first repetition")
 
@@ -218,14 +219,26 @@ def get_parser() -> argparse.ArgumentParser:
     _flag(windows, "--pred_len", NEEDED, type=int, default=96, help="rows to forecast")
     windows.add_argument("--seasonal_patterns", default="Monthly", help=COMPATIBILITY)
 
-    model = parser.add_argument_group("model", "of TimeLLM, but where another is named")
+    model = parser.add_argument_group("model", "of TimeLLM and PatchTST, but where it is said")
     for name in ("--enc_in", "--dec_in", "--c_out"):
         model.add_argument(name, type=int, default=7, help=f"{COMPATIBILITY}: the channels are read from the CSV")
     model.add_argument("--d_model", type=int, default=16, help="width of the patch embedding")
-    model.add_argument("--n_heads", type=int, default=8, help="heads of the reprogramming attention")
-    for name, default in (("--e_layers", 2), ("--d_layers", 1)):
-        model.add_argument(name, type=int, default=default, help=f"{COMPATIBILITY}: only names the run")
-    model.add_argument("--d_ff", type=int, default=32, help="width of a reprogramming head, and LLM columns kept")
+    _flag(
+        model,
+        "--n_heads",
+        needed_by("PatchTST"),
+        type=int,
+        default=8,
+        help="heads of the reprogramming attention, or of PatchTST's",
+    )
+    model.add_argument("--e_layers", type=int, default=2, help="layers of PatchTST; TimeLLM: only names the run")
+    model.add_argument("--d_layers", type=int, default=1, help=f"{COMPATIBILITY}: only names the run")
+    model.add_argument(
+        "--d_ff",
+        type=int,
+        default=32,
+        help="width of a reprogramming head, and LLM columns kept; PatchTST: of a layer's inner product",
+    )
     _flag(model, "--moving_avg", needed_by("DLinear"), type=int, default=25, help="DLinear: rows of the moving average")
     _flag(
         model,
@@ -246,13 +259,22 @@ def get_parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--activation", default="gelu", help=COMPATIBILITY)
     model.add_argument("--output_attention", action="store_true", help=COMPATIBILITY)
-    _flag(model, "--patch_len", needed_by("TimeLLM"), type=int, default=16, help="rows a patch")
-    _flag(model, "--stride", needed_by("TimeLLM"), type=int, default=8, help="rows from patch to patch")
+    of_patches = (needed_by("TimeLLM"), needed_by("PatchTST"))
+    _flag(model, "--patch_len", *of_patches, type=int, default=16, help="rows a patch")
+    _flag(model, "--stride", *of_patches, type=int, default=8, help="rows from patch to patch")
     model.add_argument(
         "--mapping",
         choices=("compact", "full"),
         default="compact",
         help="text prototypes with llm_dim (compact) or vocab_size (full, as Time-LLM) weights each, equal in reach",
+    )
+    _flag(
+        model,
+        "--residual",
+        needed_by("TimeLLM"),
+        choices=("none", "linear"),
+        default="none",
+        help="TimeLLM; linear: add a linear map of the scaled window, so that the LLM learns what a line cannot say",
     )
 
     prompt = parser.add_argument_group("prompt", "of TimeLLM")
@@ -369,6 +391,12 @@ def get_parser() -> argparse.ArgumentParser:
         help="TimeLLM: learning rate of the map to the text prototypes, as a share of --learning_rate",
     )
     train.add_argument(
+        "--residual_rate",
+        type=float,
+        default=0.01,
+        help="TimeLLM: learning rate of the map of --residual linear, as a share of --learning_rate",
+    )
+    train.add_argument(
         "--optimizer",
         choices=OPTIMIZER_NAMES,
         default="adam",
@@ -423,6 +451,14 @@ def get_parser() -> argparse.ArgumentParser:
 
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument("--eval_windows", type=int, default=0, help="at most N evenly spaced windows; 0: all")
+    _flag(
+        evaluation,
+        "--test_windows",
+        RESUME_MAY_CHANGE,
+        type=int,
+        default=-1,
+        help="the test at the end on at most N evenly spaced windows; 0: all; -1: as --eval_windows says",
+    )
     evaluation.add_argument(
         "--eval_steps", type=int, default=0, help="validate every N optimiser steps; 0: once an epoch"
     )
@@ -473,9 +509,20 @@ def has_llm(args: argparse.Namespace) -> bool:
     return args.model == "TimeLLM"
 
 
+def has_patches(args: argparse.Namespace) -> bool:
+    """Return whether the forecaster that --model names cuts windows into patches."""
+    return args.model in ("TimeLLM", "PatchTST")
+
+
 def flags_of_repetition(args: argparse.Namespace, repetition: int) -> argparse.Namespace:
     """Return the flags with which repetition 0, 1, ... could be run by itself: with its own seed."""
     return argparse.Namespace(**{**vars(args), "seed": args.seed + repetition})
+
+
+def flags_of_final_test(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the flags whose --eval_windows says how many windows the test at the end takes."""
+    windows = args.eval_windows if args.test_windows < 0 else args.test_windows
+    return argparse.Namespace(**{**vars(args), "eval_windows": windows})
 
 
 def headline_target(args: argparse.Namespace) -> str | None:

@@ -5,7 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from utils.cli.options import SAME_RUN, defaults, flags_tagged
+from utils.cli.options import SAME_RUN, defaults, flags_of_final_test, flags_tagged
 from utils.cli.places import csv_path
 
 
@@ -35,7 +35,8 @@ def is_finished(folder: Path, args: argparse.Namespace) -> bool:
     if not path.is_file() or not is_of(folder, args):
         return False
     metrics = json.loads(path.read_text(encoding="utf-8"))
-    return metrics.get("eval_windows") == args.eval_windows and metrics.get("data_sha256") == hash_of(csv_path(args))
+    windows = flags_of_final_test(args).eval_windows
+    return metrics.get("eval_windows") == windows and metrics.get("data_sha256") == hash_of(csv_path(args))
 
 
 def hash_of(path: Path) -> str:

@@ -3,6 +3,7 @@
 import io
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -84,18 +85,31 @@ def draw_windows(path: Path, windows: Sequence[tuple[str, np.ndarray, np.ndarray
     save_picture(figure, path)
 
 
+@dataclass(frozen=True)
+class Validation:
+    """A validation while training: optimiser steps and seconds of training until then, errors on the splits.
+
+    The test error is None where there was no test.
+    """
+
+    steps: int
+    seconds: float
+    vali_mse: float
+    test_mse: float | None
+
+
 def draw_comparison(
-    path: Path, errors: dict[str, Sequence[float]], histories: dict[str, Sequence[Sequence[tuple[int, float]]]]
+    path: Path, errors: dict[str, Sequence[float]], histories: dict[str, Sequence[Sequence[Validation]]]
 ) -> None:
-    """Draw the test error of each way to forecast, and how its validation error fell.
+    """Draw the test error of each way to forecast, and how its errors fell by steps and by seconds.
 
     Args:
         path: of the PNG.
         errors: the test MSE of each seed, by way.
-        histories: for each seed the steps and validation losses, by way.
+        histories: the validations of each seed, by way.
     """
-    figure = Figure(figsize=(12, 1.5 + max(3.5, 0.5 * len(errors))), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(18, 1.5 + max(3.5, 0.5 * len(errors))), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     names = [label(name, f"way {number + 1}") for number, name in enumerate(errors)]
     for place, (name, values) in enumerate(errors.items()):
         color = f"C{place % 10}"
@@ -103,18 +117,38 @@ def draw_comparison(
         left.plot(values, [place] * len(values), "o", color=color, markersize=5)
         left.annotate(f"  {np.mean(values):.4f}", (max(values), place), va="center", fontsize="small")
         for number, history in enumerate(histories[name]):
-            if history[-1][0]:  # else there was nothing to train
-                steps, losses = zip(*history, strict=True)
-                right.plot(steps, losses, ".-", color=color, alpha=0.7, label=names[place] if number == 0 else None)
+            line = {"color": color, "alpha": 0.7, "label": names[place] if number == 0 else None}
+            if history[-1].steps:  # else there was nothing to train
+                middle.plot([one.steps for one in history], [one.vali_mse for one in history], ".-", **line)
+                right.plot(*_best_so_far(history), drawstyle="steps-post", **line)
+            elif number == 0:
+                right.axhline(np.mean(values), linestyle=":", **line)
     left.set_yticks(range(len(errors)), names)
     left.invert_yaxis()
     left.margins(x=0.15)
     left.set_title("test MSE: a dot a seed, the bar their mean", fontsize="medium")
-    right.set_title("validation MSE while training: a line a seed", fontsize="medium")
-    right.set_xlabel("optimiser steps")
-    if right.lines:
-        right.legend(fontsize="small")
+    middle.set_title("validation MSE while training: a line a seed", fontsize="medium")
+    middle.set_xlabel("optimiser steps")
+    right.set_title("test MSE of the best validation so far", fontsize="medium")
+    right.set_xlabel("seconds of training")
+    for axis in (middle, right):
+        if axis.lines:
+            axis.legend(fontsize="small")
     save_picture(figure, path)
+
+
+def _best_so_far(history: Sequence[Validation]) -> tuple[list[float], list[float]]:
+    """Return when, in seconds, a run's validation error fell to a new least, and its test error then, if known."""
+    seconds, errors, least = [], [], np.inf
+    for one in history:
+        if one.vali_mse < least and one.test_mse is not None:
+            seconds.append(one.seconds)
+            errors.append(one.test_mse)
+        least = min(least, one.vali_mse)
+    if errors:  # the weights stay what they were until the end
+        seconds.append(history[-1].seconds)
+        errors.append(errors[-1])
+    return seconds, errors
 
 
 def label(text: str, stand_in: str) -> str:

@@ -114,6 +114,7 @@ def write_metrics(
         "split": "test",
         "mse": scores.mse,
         "mae": scores.mae,
+        "mase": scores.mase,
         "windows": scores.windows,
         "per_channel": scores.per_channel,
         "seasonal_naive": {"mse": naive.mse, "mae": naive.mae} if naive else None,

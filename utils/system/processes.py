@@ -16,12 +16,16 @@ from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwa
 from utils.errors import UserError
 
 
-def start_processes(seed: int, grad_accum: int, use_amp: bool, deterministic: bool) -> Accelerator:
+def start_processes(
+    seed: int, grad_accum: int, use_amp: bool, deterministic: bool, shares_buffers: bool
+) -> Accelerator:
     """Return the accelerator of this run and seed every random generator.
 
     Args:
         seed: of the weights, of dropout and of the order of the windows.
         grad_accum, use_amp, deterministic: the flags of these names.
+        shares_buffers: whether all processes take the first one's buffers before each batch: PatchTST keeps means of
+            its batches. TimeLLM's one buffer, the basis of the prototypes, never changes.
 
     Raises:
         UserError: if several processes were started that would not work together.
@@ -36,8 +40,7 @@ def start_processes(seed: int, grad_accum: int, use_amp: bool, deterministic: bo
         mixed_precision=_half_precision() if use_amp else None,
         gradient_accumulation_steps=grad_accum,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed, non_blocking=True),
-        # The one buffer there is, the basis of the prototypes, never changes.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=shares_buffers)],
     )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and accelerator.num_processes == 1:

@@ -1,7 +1,7 @@
 """Optimisers by name."""
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -24,23 +24,25 @@ def check_optimizer(name: str, device: torch.device) -> None:
         raise UserError(f"--optimizer {name} needs the package bitsandbytes: pip install bitsandbytes")
 
 
-def parameter_groups(model: nn.Module, learning_rate: float, mapping_rate: float) -> list[dict]:
-    """Return the parameters of a model with the rates of the first step; the map to the prototypes may have its own.
+def parameter_groups(model: nn.Module, learning_rate: float, shares: Mapping[str, float]) -> list[dict]:
+    """Return the parameters of a model with the rates of the first step; some layers may have their own.
 
-    One step of Adam changes the weights of all tokens of the vocabulary in a prototype at once.
+    One step of Adam changes all weights of a layer at once: those of all tokens of the vocabulary in a prototype, or
+    of all values of a window in a value to forecast.
 
     Args:
         model: possibly wrapped by accelerate.
-        learning_rate: of all parameters but the map's.
-        mapping_rate: of the map's, as a share of that; with 1 there is one group of all.
+        learning_rate: of all other parameters, and of the first group.
+        shares: of that rate, by the layer's name in the model; with 1 a layer stays in the first group.
     """
     # An optimiser and its schedule want something to hold, also of a model without parameters.
-    named = dict(model.named_parameters()) or {"nothing": torch.zeros(1, requires_grad=True)}
-    of_map = [name for name in named if mapping_rate != 1 and "mapping_layer." in name]
-    groups = [{"params": [parameter for name, parameter in named.items() if name not in of_map], "lr": learning_rate}]
-    if of_map:
-        groups.append({"params": [named[name] for name in of_map], "lr": learning_rate * mapping_rate})
-    return groups
+    others = dict(model.named_parameters()) or {"nothing": torch.zeros(1, requires_grad=True)}
+    own_groups = []
+    for layer, share in shares.items():
+        names = [name for name in others if share != 1 and f"{layer}." in name]
+        if names:
+            own_groups.append({"params": [others.pop(name) for name in names], "lr": learning_rate * share})
+    return [{"params": list(others.values()), "lr": learning_rate}, *own_groups]
 
 
 def build_optimizer(

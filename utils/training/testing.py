@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -18,6 +19,7 @@ def test(
     accelerator: Accelerator,
     model: nn.Module,
     naive: nn.Module | None,
+    naive_errors: Mapping[str, float],
     split: Split,
     target: str | None,
     keep_forecasts: bool,
@@ -31,6 +33,7 @@ def test(
         accelerator: of the run.
         model: with the best weights.
         naive: the seasonal-naive forecaster, None if no season fits into a window.
+        naive_errors: its mean absolute error on the training rows, by channel.
         split: the test windows.
         target: the channel of the headline metric, None for all channels.
         keep_forecasts: whether to write forecasts and targets as arrays.
@@ -43,7 +46,7 @@ def test(
     """
     started = time.perf_counter()
     kept = [] if keep_forecasts else None
-    scores = evaluate(accelerator, model, split, target, "test", keep=kept)
+    scores = evaluate(accelerator, model, split, target, "test", keep=kept).with_mase(naive_errors, target)
     seconds = time.perf_counter() - started
     if not math.isfinite(scores.mse):
         raise UserError(f"the test MSE is {scores.mse}: give --llm_dtype float32 or bfloat16, and look at the data")

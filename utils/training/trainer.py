@@ -41,6 +41,7 @@ class Recipe(FlagGroup):
     optimizer: str
     learning_rate: float
     mapping_rate: float
+    residual_rate: float
     lradj: str
     pct_start: float
     train_epochs: int
@@ -87,7 +88,8 @@ class Trainer:
         self.interrupts = interrupts
         self.loss = LOSSES[recipe.loss]()
         self.has_nothing_to_train = not list(model.parameters())
-        groups = parameter_groups(model, recipe.learning_rate, recipe.mapping_rate)
+        shares = {"mapping_layer": recipe.mapping_rate, "residual": recipe.residual_rate}
+        groups = parameter_groups(model, recipe.learning_rate, shares)
         optimizer = build_optimizer(recipe.optimizer, groups, recipe.learning_rate)
         self.schedule = Schedule(optimizer, recipe.lradj, self._total_steps(), recipe.pct_start)
         self.optimizer = accelerator.prepare(optimizer)

@@ -56,7 +56,7 @@ def test_two_processes_do_what_one_does(run, flags, tmp_path):
 
 def test_accelerate_is_told_to_give_data_parallelism_no_device_and_no_buffers():
     """All that can be seen without GPUs."""
-    accelerator = start_processes(seed=1, grad_accum=1, use_amp=False, deterministic=False)
+    accelerator = start_processes(seed=1, grad_accum=1, use_amp=False, deterministic=False, shares_buffers=False)
     assert os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] == "true"
     assert not accelerator.ddp_handler.broadcast_buffers
 
@@ -101,6 +101,17 @@ def test_a_baseline_scores_every_window_once_on_two_processes(run, flags, tmp_pa
     resumed = launch([*shared, "--batch_size", "4", "--resume"], tmp_path, "--num_processes", "2", "--cpu")
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads((two / "metrics.json").read_text(encoding="utf-8"))["mse"] == ours["mse"]
+
+
+@pytest.mark.slow
+def test_two_processes_test_with_the_statistics_that_are_kept(run, flags, tmp_path):
+    """PatchTST's means of its batches: each process sees batches of its own."""
+    words = [*flags, "--model", "PatchTST", "--eval_windows", "41"]
+    done = launch(words, tmp_path, "--num_processes", "2", "--cpu")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    two = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["mse"]
+    assert run(*words, "--is_training", "0").metrics()["mse"] == pytest.approx(two, rel=1e-5)
 
 
 @pytest.mark.slow
