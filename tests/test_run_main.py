@@ -9,6 +9,8 @@ import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
@@ -355,6 +357,57 @@ def test_the_map_can_have_a_rate_of_its_own(run, flags):
     assert done.code == 0, done.err
     refused = run(*flags, "--mapping_rate", "0.5", "--des", "0_01", "--max_steps", 2, "--resume")
     assert "--mapping_rate 0.01, not 0.5" in refused.err
+
+
+def test_the_line_has_a_rate_of_its_own(run, flags):
+    flags = [*flags, "--residual", "linear", "--max_steps", 1]
+    rates = {}
+    for number, more in enumerate(([], ["--residual_rate", "1"], ["--residual_rate", "0.5", "--mapping_rate", "0.1"])):
+        run(*flags, *more, "--des", str(number))
+        (folder,) = Path("checkpoints").glob(f"*_{number}_0-none")
+        groups = torch.load(folder / "last", weights_only=True)["training"]["optimizer"]["param_groups"]
+        rates[number] = [(group["lr"], len(group["params"])) for group in groups]
+    small = 15  # tensors: a patch's, four layers of the reprogramming, the map, the head, the line
+    assert rates[0] == [(0.01, small - 2), (pytest.approx(1e-4), 2)]
+    assert rates[1] == [(0.01, small)]
+    assert rates[2] == [(0.01, small - 4), (pytest.approx(1e-3), 2), (pytest.approx(5e-3), 2)]
+
+
+def test_the_test_at_the_end_can_take_other_windows(run, flags):
+    flags = [*flags, "--eval_windows", 14, "--skip_epoch_test"]
+    done = run(*flags, "--test_windows", 28)
+    assert "| 28 windows of " in done.out and done.metrics()["eval_windows"] == 28
+    again = run(*flags, "--is_training", 0)
+    assert again.metrics()["windows"] == 14
+    everything = run(*flags, "--is_training", 0, "--test_windows", 0)
+    assert everything.metrics()["windows"] > 500 and everything.metrics()["eval_windows"] == 0
+    alone = run(*flags, "--is_training", 0, "--eval_windows", 0)
+    assert everything.metrics()["mse"] == alone.metrics()["mse"]
+
+
+def test_mase_is_in_units_of_last_season(run, flags, csv_folder):
+    metrics = run(*flags, "--model", "SeasonalNaive").metrics()
+    frame = pd.read_csv(csv_folder / "small.csv")
+    training = frame.iloc[: len(frame) * 7 // 10]
+    for name, scores in metrics["per_channel"].items():
+        values = training[name].to_numpy()
+        unit = np.abs(values[24:] - values[:-24]).mean() / values.std()
+        assert scores["mase"] == pytest.approx(scores["mae"] / unit, rel=1e-5)
+    channels = metrics["per_channel"].values()
+    weighted = sum(scores["mase"] * scores["windows"] for scores in channels) / metrics["windows"]
+    assert metrics["mase"] == pytest.approx(weighted)
+    of_target = run(*flags, "--model", "SeasonalNaive", "--features", "MS", "--des", "ms").folders
+    scores = json.loads(next(f for f in of_target if "_ftMS_" in f.name).joinpath("metrics.json").read_text("utf-8"))
+    assert scores["mase"] == scores["per_channel"]["OT"]["mase"] != metrics["mase"]
+
+
+def test_a_channel_that_does_not_change_has_no_mase(run, flags, csv_folder, tmp_path):
+    frame = pd.read_csv(csv_folder / "small.csv").assign(OT=[1.0] * 300 + list(range(100)))
+    frame.to_csv(tmp_path / "flat.csv", index=False)
+    words = [*flags, "--model", "LastValue", "--root_path", tmp_path, "--data_path", "flat.csv"]
+    metrics = run(*words).metrics()
+    assert metrics["mase"] is None and metrics["per_channel"]["OT"]["mase"] is None
+    assert metrics["per_channel"]["HUFL"]["mase"] > 0
 
 
 def test_a_one_cycle_of_which_a_fifth_is_one_step(run, flags):
