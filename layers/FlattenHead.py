@@ -19,6 +19,12 @@ class FlattenHead(nn.Module):
         self.linear = nn.Linear(features * patches, pred_len)
         self.dropout = nn.Dropout(dropout)
 
+    @torch.no_grad()
+    def start_at_zero(self) -> None:
+        """Forget the random weights, so that a forecast begins as 0."""
+        self.linear.weight.zero_()
+        self.linear.bias.zero_()
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, P, features) -> (B, pred_len)."""
         # Time-LLM's weights count the patches of the first feature first.

@@ -12,17 +12,30 @@ from layers.FrozenLinear import frozen_product
 
 
 class _Prototypes(nn.Linear):
-    """Text prototypes weight @ basis + bias, (out_features, d_llm); what the basis is, the subclasses say."""
+    """Text prototypes weight @ basis + bias, (out_features, d_llm); what the basis is, the subclasses say.
 
-    def __init__(self, in_features: int, num_tokens: int, embeddings: torch.Tensor, device: torch.device | None):
+    An LLM's token embeddings are small (of SmolLM2-135M and Qwen2.5: 0.1 and 0.02 an entry), prototypes of them too.
+    Attention onto them is all but uniform then, and every patch of every window becomes the same vector but for a
+    hundredth of it. `normalized` ones differ from the start.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_tokens: int,
+        embeddings: torch.Tensor,
+        device: torch.device | None,
+        normalized: bool,
+    ):
         super().__init__(in_features, num_tokens, device=device or embeddings.device)
+        self.normalized = normalized
         # In a tuple, so that the module does not take the LLM's parameter for one of its own.
         self._embeddings = (embeddings,)
         self._cached = EvalCache()
 
     def forward(self) -> torch.Tensor:
         """Return the prototypes, (num_tokens, d_llm)."""
-        return self._cached([*self.parameters(), *self.buffers()], self._mix)
+        return self._cached([*self.parameters(), *self.buffers()], self._prototypes)
 
     @torch.no_grad()
     def token_weights(self, numbers: Sequence[int]) -> torch.Tensor:
@@ -37,9 +50,13 @@ class _Prototypes(nn.Linear):
             (numbers, V) float64, where E is.
         """
         embeddings = self._embeddings[0]
-        mixed = (self()[numbers] - self.bias[numbers, None]).to(embeddings.device, torch.float64)
+        mixed = (self._mix()[numbers] - self.bias[numbers, None]).to(embeddings.device, torch.float64)
         solved = mixed @ torch.linalg.pinv(_gram(embeddings), hermitian=True)
         return torch.cat([solved @ chunk.T for _, chunk in _numbered_chunks(embeddings, torch.float64)], dim=1)
+
+    def _prototypes(self) -> torch.Tensor:
+        mixed = self._mix()
+        return functional.rms_norm(mixed, mixed.shape[-1:]) if self.normalized else mixed
 
     def _mix(self) -> torch.Tensor:
         return frozen_product(self.weight, self._basis().T) + self.bias[:, None]
@@ -52,10 +69,17 @@ class MappingLayer(_Prototypes):
         embeddings: E. It is read, never trained, and is in no state dict.
         num_tokens: how many prototypes.
         device: where the layer is to be, E too; None: where E is.
+        normalized: whether each prototype is scaled to entries of mean square 1.
     """
 
-    def __init__(self, embeddings: torch.Tensor, num_tokens: int = 1000, device: torch.device | None = None):
-        super().__init__(len(embeddings), num_tokens, embeddings, device)
+    def __init__(
+        self,
+        embeddings: torch.Tensor,
+        num_tokens: int = 1000,
+        device: torch.device | None = None,
+        normalized: bool = False,
+    ):
+        super().__init__(len(embeddings), num_tokens, embeddings, device, normalized)
 
     def _basis(self) -> torch.Tensor:
         return self._embeddings[0].to(self.weight.dtype)
@@ -79,6 +103,7 @@ class CompactMappingLayer(_Prototypes):
         num_tokens: how many prototypes.
         device: where the layer is to be; None: where E is.
         basis: B, (d_llm, d_llm), if it is known: working it out takes seconds; None if not.
+        normalized: whether each prototype is scaled to entries of mean square 1.
     """
 
     def __init__(
@@ -87,8 +112,9 @@ class CompactMappingLayer(_Prototypes):
         num_tokens: int = 1000,
         device: torch.device | None = None,
         basis: torch.Tensor | None = None,
+        normalized: bool = False,
     ):
-        super().__init__(embeddings.shape[1], num_tokens, embeddings, device)
+        super().__init__(embeddings.shape[1], num_tokens, embeddings, device, normalized)
         if basis is None:
             basis = _work_out_basis(embeddings)
         self.register_buffer("basis", basis.to(self.weight.device))

@@ -76,17 +76,21 @@ class Model(nn.Module):
         self.prompts, self.llm = _prompts_and_llm(configs, parts, patches)
         embeddings = parts.llm.backbone.get_input_embeddings().weight
         if configs.mapping == "full":
-            self.mapping_layer = MappingLayer(embeddings, device=self.device)
+            self.mapping_layer = MappingLayer(embeddings, device=self.device, normalized=configs.normalize_prototypes)
         else:
             # A basis of another width is another LLM's, as loading the checkpoint will say.
             basis = parts.basis if parts.basis is not None and len(parts.basis) == d_llm else None
-            self.mapping_layer = CompactMappingLayer(embeddings, device=self.device, basis=basis)
+            self.mapping_layer = CompactMappingLayer(
+                embeddings, device=self.device, basis=basis, normalized=configs.normalize_prototypes
+            )
         self.reprogramming_layer = ReprogrammingLayer(
             configs.d_model, configs.n_heads, configs.d_ff, d_llm, configs.dropout
         )
         self.output_projection = FlattenHead(configs.d_ff, patches, configs.pred_len, configs.dropout)
-        is_linear = configs.residual == "linear"
-        self.residual = LinearResidual(configs.seq_len, configs.pred_len) if is_linear else NoResidual()
+        self.residual: LinearResidual | NoResidual = NoResidual()
+        if configs.residual == "linear":
+            self.residual = LinearResidual(configs.seq_len, configs.pred_len)
+            self.output_projection.start_at_zero()  # so that the forecast begins as the line's
         self.to(self.device)
 
     def forward(

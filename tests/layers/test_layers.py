@@ -100,6 +100,33 @@ def test_at_the_size_of_a_real_vocabulary_one_step_moves_the_prototypes_by_sever
     assert after < 1.1 * before
 
 
+@pytest.mark.parametrize("kind", [MappingLayer, CompactMappingLayer])
+def test_normalized_prototypes_are_the_same_in_directions_alone(kind):
+    words = words_with_one_strong_direction()
+    plain, normalized = kind(words, 50), kind(words, 50, normalized=True)
+    normalized.load_state_dict(plain.state_dict())
+    mixed, scaled = prototypes_of(plain), prototypes_of(normalized)
+    expected = mixed / mixed.square().mean(-1, keepdim=True).sqrt()
+    assert largest_difference(scaled, expected) < 1e-5
+    assert largest_difference(normalized.token_weights([7]), plain.token_weights([7])) < 1e-9, "in units of the words"
+    full, compact = MappingLayer(words, 50, normalized=True), CompactMappingLayer(words, 50, normalized=True)
+    compact.load_state_dict(full.state_dict())
+    assert largest_difference(prototypes_of(compact), prototypes_of(full)) < 1e-5
+
+
+def test_patches_look_at_normalized_prototypes_each_in_its_own_way():
+    """Of plain ones, as small as an LLM's words, they see little but the mean."""
+    spread = {}
+    for normalized in (False, True):
+        torch.manual_seed(0)
+        layer = CompactMappingLayer(0.1 * torch.randn(5000, 64), 1000, normalized=normalized)
+        attention = ReprogrammingLayer(d_model=16, n_heads=8, d_keys=32, d_llm=64, dropout=0.0)
+        with torch.no_grad():
+            reprogrammed = attention(torch.randn(8, 20, 16), layer())
+        spread[normalized] = (reprogrammed.std((0, 1)).mean() / reprogrammed.square().mean().sqrt()).item()
+    assert spread[False] < 0.01 < 0.1 < spread[True]
+
+
 def test_the_compact_map_needs_no_full_rank():
     words = words_with_one_strong_direction()
     words[:, 3] = words[:, 2]

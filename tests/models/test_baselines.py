@@ -196,6 +196,7 @@ def test_a_random_llm_in_4_bits(run, flags):
         (["--model", "PatchTST"], ["--model", "PatchTST", "--e_layers", "3"], "give it the flags of its run"),
         (["--model", "SeasonalNaive"], ["--model", "SeasonalNaive", "--season", "7"], "--season 0, not 7"),
         ([], ["--ablation", "no_llm"], "trained with --ablation none, not no_llm"),
+        ([], ["--normalize_prototypes"], "trained with --normalize_prototypes False, not True"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(run, flags, trained, tested, words):

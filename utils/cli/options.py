@@ -270,6 +270,13 @@ def get_parser() -> argparse.ArgumentParser:
     )
     _flag(
         model,
+        "--normalize_prototypes",
+        needed_by("TimeLLM"),
+        action="store_true",
+        help="TimeLLM: scale each text prototype to entries of mean square 1, so that patches differ from the start",
+    )
+    _flag(
+        model,
         "--residual",
         needed_by("TimeLLM"),
         choices=("none", "linear"),

@@ -41,6 +41,7 @@ class Recipe(FlagGroup):
     optimizer: str
     learning_rate: float
     mapping_rate: float
+    residual: str
     residual_rate: float
     lradj: str
     pct_start: float
@@ -118,6 +119,8 @@ class Trainer:
         with self.interrupts.deferred():
             if self.has_nothing_to_train:
                 self._score_untrained()
+            elif self.recipe.residual == "linear" and not self.steps and not self.was_scored:
+                self._validate()  # the line alone: weights that are worse are not kept
             # A run that was interrupted in an epoch's validation has that before it, even if it is its last.
             while not self._is_finished() or (self.batch and self.validated_at < self.steps):
                 self._train_epoch()
