@@ -198,7 +198,7 @@ def test_nothing_is_left_to_be_filled_in(name):
 def test_flags_and_links_are_there(name):
     text = text_of(name)
     known = {flag for action in get_parser()._actions for flag in action.option_strings}
-    known |= {*("--way", "--seeds", "--out", "--dry_run", "--again", "--mirror", "--from_package", "--check")}
+    known |= {*("--way", "--seeds", "--out", "--rank", "--dry_run", "--again", "--mirror", "--from_package", "--check")}
     known |= {*("--num_processes", "--cpu", "--nproc_per_node", "--nnodes", "--node_rank", "--kills", "--fuzz")}
     known |= {"--master_addr", "--master_port"}
     assert not set(re.findall(r"(?<![\w-])--[a-z]\w*", text)) - known
