@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,14 +97,15 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
     from utils.runs.checkpoint import load_checkpoint
     from utils.runs.records import open_run_folder, origin_of
     from utils.runs.run_lock import RunLock
+    from utils.runs.watchers import Units
     from utils.system.processes import seed_rank
     from utils.training.evaluation import share_out
-    from utils.training.testing import test
+    from utils.training.testing import Examination, test
 
     accelerator, model, splits, this_run, resumes = set_up(args, repetition)
     of_test = flags_of_final_test(args)
     tested = share_out(accelerator, *data_provider(of_test, "test"))
-    flags, csv, target = vars(args), csv_path(args), headline_target(args)
+    flags, csv = vars(args), csv_path(args)
     folder, checkpoint = this_run.folder, trained_folder(args, repetition) / "checkpoint"
     if not args.is_training:
         contents = load_checkpoint(checkpoint, model, flags, this_run.data)  # before anything is written
@@ -116,10 +118,14 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
             contents = load_checkpoint(checkpoint, accelerator.unwrap_model(model), flags, this_run.data)
         elif accelerator.is_main_process:
             open_run_folder(folder, flags, csv, str(accelerator.device), resumes)
-        naive, origin = build_seasonal_naive(args), origin_of(checkpoint, csv, of_test.eval_windows)
-        keep, progress = args.save_predictions, contents["progress"]
-        errors = seasonal_errors(args)
-        test(accelerator, model, naive, errors, tested, target, keep, folder, origin, progress)
+        examination = Examination(
+            tested,
+            Units(**asdict(this_run.data), naive_errors=seasonal_errors(args)),
+            headline_target(args),
+            build_seasonal_naive(args),
+            origin_of(checkpoint, csv, of_test.eval_windows),
+        )
+        test(accelerator, model, examination, folder, contents["progress"], args.save_predictions)
         if args.predict:
             forecast(accelerator, args, accelerator.unwrap_model(model), checkpoint, folder)
 

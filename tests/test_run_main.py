@@ -45,12 +45,13 @@ def test_a_run_prints_and_leaves_what_the_contract_says(run, flags, tiny_llm):
     assert re.search(rf"^Epoch: 1 \| {losses}$", text, re.M)
     assert re.search(r"^Validation loss decreased \(inf --> \d+\.\d{6}\)\.  Saving model \.\.\.$", text, re.M)
     assert re.search(rf"^Test \| MSE: {NUMBER} MAE: {NUMBER} \| 40 windows of 511$", text, re.M)
+    assert re.search(r"^In the CSV's units \| RMSE: [\d.]+ MASE: \d\.\d{4} sMAPE: \d+\.\d\d%$", text, re.M)
 
     assert done.folder.name == (
         "long_term_forecast_custom_48_8_TimeLLM_custom_ftM_sl48_ll8_pl8_dm8_nh2_el2_dl1_df8_fc1_ebtimeF_test_0-none"
     )
     assert names_in(done.folder) == [
-        *("args.json", "checkpoint", "history.csv", "last", "metrics.json"),
+        *("args.json", "checkpoint", "errors.png", "history.csv", "last", "metrics.json"),
     ]
     args = json.loads((done.folder / "args.json").read_text(encoding="utf-8"))
     assert set(vars(get_parser().parse_args(flags))) < set(args)
@@ -203,7 +204,7 @@ def test_a_checkpoint_is_tested_on_other_data(run, flags, tmp_path_factory):
     done = run(*flags, *elsewhere, "--is_training", 0, "--checkpoint", trained)
     assert done.code == 0
     (folder,) = (folder for folder in done.folders if "zero_shot" in folder.name)
-    assert sorted(file.name for file in folder.iterdir()) == ["args.json", "metrics.json"]
+    assert sorted(file.name for file in folder.iterdir()) == ["args.json", "errors.png", "metrics.json"]
     assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["checkpoint"].startswith(str(trained))
 
 
@@ -260,7 +261,7 @@ def test_a_second_run_keeps_the_files_of_the_first(run, flags):
     assert names == {
         "args.json",
         "history.csv",
-        *(f"{n}.old" for n in ("args.json", "history.csv", "last", "metrics.json", "checkpoint")),
+        *(f"{n}.old" for n in ("args.json", "history.csv", "last", "metrics.json", "checkpoint", "errors.png")),
     }
     kept = json.loads((done.folder / "metrics.json.old").read_text(encoding="utf-8"))
     assert kept["mse"] == first["mse"]
@@ -385,20 +386,33 @@ def test_the_test_at_the_end_can_take_other_windows(run, flags):
     assert everything.metrics()["mse"] == alone.metrics()["mse"]
 
 
-def test_mase_is_in_units_of_last_season(run, flags, csv_folder):
-    metrics = run(*flags, "--model", "SeasonalNaive").metrics()
+def test_errors_are_told_in_the_units_of_the_csv(run, flags, csv_folder):
+    flags = [*flags, "--model", "SeasonalNaive", "--eval_windows", 0]
+    metrics = run(*flags).metrics()
     frame = pd.read_csv(csv_folder / "small.csv")
-    training = frame.iloc[: len(frame) * 7 // 10]
+    squares, sizes, unit = [], [], {}
     for name, scores in metrics["per_channel"].items():
-        values = training[name].to_numpy()
-        unit = np.abs(values[24:] - values[:-24]).mean() / values.std()
-        assert scores["mase"] == pytest.approx(scores["mae"] / unit, rel=1e-5)
+        values = frame[name].to_numpy()
+        windows = np.lib.stride_tricks.sliding_window_view(values[320 - 24 :], 24 + 8)  # 80 test rows
+        forecast, target = windows[:, :8], windows[:, 24:]
+        unit[name] = np.abs(values[24:280] - values[: 280 - 24]).mean()  # of the training rows
+        assert scores["rmse"] == pytest.approx(np.sqrt(np.square(forecast - target).mean()), rel=1e-5)
+        assert scores["mase"] == pytest.approx(np.abs(forecast - target).mean() / unit[name], rel=1e-5)
+        smape = (200 * np.abs(forecast - target) / (np.abs(forecast) + np.abs(target))).mean()
+        assert scores["smape"] == pytest.approx(smape, rel=1e-4)
+        squares.append(np.square((forecast - target) / values[:280].std()))
+        sizes.append(scores["windows"])
     channels = metrics["per_channel"].values()
-    weighted = sum(scores["mase"] * scores["windows"] for scores in channels) / metrics["windows"]
-    assert metrics["mase"] == pytest.approx(weighted)
-    of_target = run(*flags, "--model", "SeasonalNaive", "--features", "MS", "--des", "ms").folders
+    for name in ("mase", "smape"):
+        assert metrics[name] == pytest.approx(np.average([one[name] for one in channels], weights=sizes))
+    assert metrics["rmse"] == pytest.approx(np.sqrt(np.average([one["rmse"] ** 2 for one in channels], weights=sizes)))
+    assert metrics["mse_by_step"] == pytest.approx(np.concatenate(squares).mean(0).tolist(), rel=1e-5)
+
+    of_target = run(*flags, "--features", "MS", "--des", "ms").folders
     scores = json.loads(next(f for f in of_target if "_ftMS_" in f.name).joinpath("metrics.json").read_text("utf-8"))
-    assert scores["mase"] == scores["per_channel"]["OT"]["mase"] != metrics["mase"]
+    for name in ("mase", "smape", "rmse", "mse"):
+        assert scores[name] == pytest.approx(metrics["per_channel"]["OT"][name])
+    assert scores["mse_by_step"] == pytest.approx(squares[-1].mean(0).tolist(), rel=1e-5)
 
 
 def test_a_channel_that_does_not_change_has_no_mase(run, flags, csv_folder, tmp_path):

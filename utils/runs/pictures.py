@@ -85,6 +85,26 @@ def draw_windows(path: Path, windows: Sequence[tuple[str, np.ndarray, np.ndarray
     save_picture(figure, path)
 
 
+def draw_errors(path: Path, errors: Sequence[float], naive_errors: Sequence[float] | None) -> None:
+    """Draw the scaled squared error of each forecast step, beside the seasonal-naive forecast's if there is one.
+
+    Args:
+        path: of the PNG.
+        errors, naive_errors: a number a step.
+    """
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    steps = np.arange(1, len(errors) + 1)
+    if naive_errors is not None:
+        axis.plot(steps, naive_errors, ".-", markersize=3, color=CONTEXT, label="the last season again")
+    axis.plot(steps, errors, ".-", markersize=3, color=FORECAST, label="forecast")
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("forecast step")
+    axis.set_ylabel("test MSE, scaled")
+    axis.legend(fontsize="small")
+    save_picture(figure, path)
+
+
 @dataclass(frozen=True)
 class Validation:
     """A validation while training: optimiser steps and seconds of training until then, errors on the splits.

@@ -20,6 +20,7 @@ from utils.runs.files import UNFINISHED, keep_earlier, write_text, write_whole
 from utils.runs.finished import hash_of
 from utils.runs.pictures import draw_windows
 from utils.runs.scores import ChannelWindows, Scores
+from utils.runs.watchers import KeptForecasts
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "numpy", "pandas", "scikit-learn", "tqdm")
 
@@ -32,7 +33,7 @@ HISTORY_COLUMNS = (
 # What training writes. Of an earlier run of the same name they are kept, under names with an `.old` behind.
 _FILES = (
     *("checkpoint", "last", "args.json", "metrics.json", "history.csv"),
-    *("pred.npy", "true.npy", "test.png", "forecast.csv", "forecast.png", "prototypes.png"),
+    *("errors.png", "pred.npy", "true.npy", "test.png", "forecast.csv", "forecast.png", "prototypes.png"),
 )
 
 
@@ -92,7 +93,7 @@ def _holds_results(file: Path) -> bool:
 
 def write_metrics(
     folder: Path,
-    scores: Scores,
+    figures: dict,
     naive: Scores | None,
     seconds: float,
     llm: LoadedLLM | None,
@@ -103,7 +104,7 @@ def write_metrics(
 
     Args:
         folder: the run folder.
-        scores: of the best checkpoint.
+        figures: errors of the best checkpoint, see `UnitErrors.figures`.
         naive: of the seasonal-naive forecast on the same windows; None if a window holds no season.
         seconds: that the test took.
         llm: of the model, None if it has none.
@@ -112,11 +113,7 @@ def write_metrics(
     """
     contents = {
         "split": "test",
-        "mse": scores.mse,
-        "mae": scores.mae,
-        "mase": scores.mase,
-        "windows": scores.windows,
-        "per_channel": scores.per_channel,
+        **figures,
         "seasonal_naive": {"mse": naive.mse, "mae": naive.mae} if naive else None,
         "seconds": round(seconds, 3),
         "llm": llm.as_dict() if llm else None,
@@ -157,27 +154,26 @@ def _peak_of_process() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def write_predictions(folder: Path, kept: Sequence[torch.Tensor], windows: ChannelWindows, numbers: np.ndarray) -> None:
+def write_predictions(folder: Path, kept: KeptForecasts, windows: ChannelWindows) -> None:
     """Write pred.npy and true.npy, (windows, pred_len), and test.png with the best, the median and the worst window.
 
     Args:
         folder: the run folder.
-        kept: what `evaluate` kept.
+        kept: of the test.
         windows: those of the split.
-        numbers: which of them were scored, in order.
     """
-    forecast, target = torch.cat(list(kept)).unbind(1)
+    forecast, target = kept.forecast, kept.target
     for name, values in (("pred.npy", forecast), ("true.npy", target)):
-        write_whole(folder / name, lambda file, values=values: np.save(file, values.numpy()))
-    errors = (forecast - target).square().mean(-1)
+        write_whole(folder / name, lambda file, values=values: np.save(file, values))
+    errors = np.square(forecast - target).mean(-1)
     order = errors.argsort()
     drawn = []
     for title, place in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
-        number = int(numbers[place])
+        number = int(kept.numbers[place])
         context = windows.__getitems__([number])[0][0, :, 0].numpy()
         channel = windows.channels[windows.channel_of([number])[0]]
         name = f"{title} of {len(errors)}: window {number}, {channel}, MSE {errors[place]:.4f}"
-        drawn.append((name, context, target[place].numpy(), forecast[place].numpy()))
+        drawn.append((name, context, target[place], forecast[place]))
     draw_windows(folder / "test.png", drawn)
 
 

@@ -1,6 +1,6 @@
 """Score forecasts: every window once, each with the same weight."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,9 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+from layers.StandardNorm import Normalize
 from utils.runs.scores import ChannelWindows, Scores
+from utils.runs.watchers import Batch, Watcher
 from utils.training.progress import show_loss, windows_bar
 
 
@@ -37,7 +39,7 @@ def evaluate(
     target: str | None = None,
     title: str = "",
     before_batch: Callable[[], None] = lambda: None,
-    keep: list[torch.Tensor] | None = None,
+    watchers: Sequence[Watcher] = (),
 ) -> Scores:
     """Forecast the windows of a split's loader and score them.
 
@@ -48,11 +50,12 @@ def evaluate(
         target: the channel of the headline, None for all channels.
         title: of the progress bar.
         before_batch: called before each batch; what it raises ends the evaluation.
-        keep: where to put the forecasts and targets of each batch, (batch, 2, pred_len); None to forget them.
+        watchers: what else is to look at each batch's forecasts; for them they are read back from the device.
     """
     was_training = model.training
     model.eval()
     squared, absolute = [], []
+    numbers = window_numbers(split.loader)
     bar = windows_bar(split.loader, title)
     for number, (seq_x, seq_y, *_) in enumerate(bar):
         before_batch()
@@ -65,13 +68,36 @@ def evaluate(
         squared.append(gathered[:, 0])
         absolute.append(gathered[:, 1])
         show_loss(bar, number, gathered[:, 0])
-        if keep is not None:
-            pair = torch.stack([forecast, target_rows], dim=1)[..., 0].float()  # (batch, 2, pred_len)
-            keep.append(accelerator.gather_for_metrics(pair).cpu())
+        if watchers:
+            batch = _gathered(accelerator, seq_x, forecast, target_rows, numbers[sum(map(len, squared[:-1])) :], split)
+            for watcher in watchers:
+                watcher.watch(batch)
     model.train(was_training)
     errors = np.stack([torch.cat(part).double().cpu().numpy() for part in (squared, absolute)])
     windows = split.windows
-    return _score(errors, windows.channel_of(window_numbers(split.loader)), windows.channels, target)
+    return _score(errors, windows.channel_of(numbers), windows.channels, target)
+
+
+def _gathered(
+    accelerator: Accelerator,
+    seq_x: torch.Tensor,
+    forecast: torch.Tensor,
+    target: torch.Tensor,
+    numbers_to_come: np.ndarray,
+    split: Split,
+) -> Batch:
+    """Gather what watchers look at from all processes."""
+    _, statistics = Normalize()(seq_x[..., 0].to(forecast.device))
+    rows = torch.cat([forecast[..., 0], target[..., 0], statistics.deviation], dim=1).float()
+    rows = accelerator.gather_for_metrics(rows).cpu().numpy()
+    numbers, steps = numbers_to_come[: len(rows)], forecast.shape[1]
+    return Batch(
+        numbers=numbers,
+        channels=split.windows.channel_of(numbers),
+        forecast=rows[:, :steps],
+        target=rows[:, steps:-1],
+        deviation=rows[:, -1],
+    )
 
 
 def window_numbers(loader: DataLoader) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -10,62 +10,90 @@ from torch import nn
 
 from utils.errors import UserError
 from utils.llm.loading import llm_of
+from utils.runs.pictures import draw_errors
 from utils.runs.records import cost_of, write_metrics, write_predictions
 from utils.runs.scores import Scores
-from utils.training.evaluation import Split, evaluate, window_numbers
+from utils.runs.watchers import KeptForecasts, UnitErrors, Units
+from utils.training.evaluation import Split, evaluate
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What a model is tested on.
+
+    Attributes:
+        split: the test windows.
+        units: of their data.
+        target: the channel of the headline metric, None for all channels.
+        naive: the seasonal-naive forecaster, None if no season fits into a window.
+        origin: see `records.origin_of`.
+    """
+
+    split: Split
+    units: Units
+    target: str | None
+    naive: nn.Module | None
+    origin: dict
 
 
 def test(
     accelerator: Accelerator,
     model: nn.Module,
-    naive: nn.Module | None,
-    naive_errors: Mapping[str, float],
-    split: Split,
-    target: str | None,
-    keep_forecasts: bool,
+    examination: Examination,
     folder: Path,
-    origin: dict,
     progress: dict,
+    keeps_forecasts: bool,
 ) -> None:
-    """Score a model on the test windows; print the scores and write metrics.json.
+    """Score a model on the test windows; print the scores and write metrics.json and errors.png.
 
     Args:
         accelerator: of the run.
         model: with the best weights.
-        naive: the seasonal-naive forecaster, None if no season fits into a window.
-        naive_errors: its mean absolute error on the training rows, by channel.
-        split: the test windows.
-        target: the channel of the headline metric, None for all channels.
-        keep_forecasts: whether to write forecasts and targets as arrays.
+        examination: what it is tested on.
         folder: the run folder.
-        origin: see `records.origin_of`.
         progress: what the checkpoint says of the training.
+        keeps_forecasts: whether to write forecasts and targets as arrays.
 
     Raises:
         UserError: if the error is not finite.
     """
+    split, target = examination.split, examination.target
     started = time.perf_counter()
-    kept = [] if keep_forecasts else None
-    scores = evaluate(accelerator, model, split, target, "test", keep=kept).with_mase(naive_errors, target)
+    in_units, kept = UnitErrors(examination.units, target), KeptForecasts()
+    scores = evaluate(
+        accelerator, model, split, target, "test", watchers=[in_units, kept] if keeps_forecasts else [in_units]
+    )
     seconds = time.perf_counter() - started
     if not math.isfinite(scores.mse):
         raise UserError(f"the test MSE is {scores.mse}: give --llm_dtype float32 or bfloat16, and look at the data")
-    whose = "windows" if target is None else f"windows, those of {target},"
-    accelerator.print(
-        f"Test | MSE: {scores.mse:.7f} MAE: {scores.mae:.7f} | {scores.windows} {whose} of {len(split.windows)}"
-    )
-    plain = score_naive(accelerator, naive, split, target) if naive else None
+    figures = in_units.figures(scores)
+    _print_scores(accelerator, figures, split, target)
+    naive_errors = UnitErrors(examination.units, target)
+    plain = score_naive(accelerator, examination, naive_errors) if examination.naive else None
     if accelerator.is_main_process:
         bare_model = accelerator.unwrap_model(model)
         cost = cost_of(bare_model, accelerator.device, progress)
-        write_metrics(folder, scores, plain, seconds, llm_of(bare_model), cost, origin)
-        if kept:
-            write_predictions(folder, kept, split.windows, window_numbers(split.loader))
+        write_metrics(folder, figures, plain, seconds, llm_of(bare_model), cost, examination.origin)
+        by_step = naive_errors.figures(plain)["mse_by_step"] if plain else None
+        draw_errors(folder / "errors.png", figures["mse_by_step"], by_step)
+        if keeps_forecasts:
+            write_predictions(folder, kept, split.windows)
 
 
-def score_naive(accelerator: Accelerator, naive: nn.Module, split: Split, target: str | None) -> Scores:
-    """Score the seasonal-naive forecast on the same windows, and print its scores."""
-    scores = evaluate(accelerator, naive, split, target, "seasonal naive")
+def _print_scores(accelerator: Accelerator, figures: dict, split: Split, target: str | None) -> None:
+    whose = "windows" if target is None else f"windows, those of {target},"
+    accelerator.print(
+        f"Test | MSE: {figures['mse']:.7f} MAE: {figures['mae']:.7f} | {figures['windows']} {whose} of"
+        f" {len(split.windows)}"
+    )
+    mase = "none (a channel that never changes by the season)" if figures["mase"] is None else f"{figures['mase']:.4f}"
+    accelerator.print(f"In the CSV's units | RMSE: {figures['rmse']:.6g} MASE: {mase} sMAPE: {figures['smape']:.2f}%")
+
+
+def score_naive(accelerator: Accelerator, examination: Examination, errors: UnitErrors) -> Scores:
+    """Score the seasonal-naive forecast on the same windows, and print its scores; `errors` watches it."""
+    naive = examination.naive
+    scores = evaluate(accelerator, naive, examination.split, examination.target, "seasonal naive", watchers=[errors])
     accelerator.print(
         f"Seasonal naive | MSE: {scores.mse:.7f} MAE: {scores.mae:.7f} | the last {naive.season} rows again,"
         " on the same windows"

@@ -1,0 +1,150 @@
+"""What is taken down of forecasts beside their mean errors, batch by batch of an evaluation."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from utils.runs.scores import Scores
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows that were forecast, of all processes, in the order of their split.
+
+    Attributes:
+        numbers: of the windows in their split, (B,).
+        channels: their channels' numbers, (B,).
+        forecast, target: (B, pred_len) float32, scaled.
+        deviation: of the values that each window shows, (B,) float32, scaled.
+    """
+
+    numbers: np.ndarray
+    channels: np.ndarray
+    forecast: np.ndarray
+    target: np.ndarray
+    deviation: np.ndarray
+
+
+class Watcher(Protocol):
+    """Takes down what it wants to know of each batch."""
+
+    def watch(self, batch: Batch) -> None:
+        """Look at the next batch."""
+
+
+class KeptForecasts:
+    """Every forecast and target, as they come."""
+
+    def __init__(self):
+        self._batches: list[Batch] = []
+
+    def watch(self, batch: Batch) -> None:
+        """Keep a batch."""
+        self._batches.append(batch)
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The windows' numbers in their split, (windows,)."""
+        return np.concatenate([batch.numbers for batch in self._batches])
+
+    @property
+    def forecast(self) -> np.ndarray:
+        """(windows, pred_len) float32, scaled."""
+        return np.concatenate([batch.forecast for batch in self._batches])
+
+    @property
+    def target(self) -> np.ndarray:
+        """(windows, pred_len) float32, scaled."""
+        return np.concatenate([batch.target for batch in self._batches])
+
+
+@dataclass(frozen=True)
+class Units:
+    """What errors of scaled channels are in the data's own units.
+
+    Attributes:
+        channels: their names.
+        mean, deviation: of their scaler.
+        naive_errors: the seasonal-naive forecast's mean absolute error on the scaled training rows, by channel; some
+            channels may have none.
+    """
+
+    channels: Sequence[str]
+    mean: Sequence[float]
+    deviation: Sequence[float]
+    naive_errors: Mapping[str, float]
+
+
+class UnitErrors:
+    """Errors by step, and those in the data's own units.
+
+    Args:
+        units: of the data.
+        target: the channel that overall figures are of, None for all.
+    """
+
+    def __init__(self, units: Units, target: str | None = None):
+        self.units = units
+        self.target = target
+        self._headline = None if target is None else list(units.channels).index(target)
+        self._mean, self._deviation = np.asarray(units.mean), np.asarray(units.deviation)
+        self._squares: np.ndarray | float = 0.0  # by step, of the headline's windows, scaled
+        self._windows = 0
+        self._smape = np.zeros(len(units.channels))  # a sum over windows, by channel
+
+    def watch(self, batch: Batch) -> None:
+        """Add a batch to the sums."""
+        forecast, target = batch.forecast.astype(np.float64), batch.target.astype(np.float64)
+        counted = slice(None) if self._headline is None else batch.channels == self._headline
+        squares = np.square(forecast - target)[counted]
+        self._squares = self._squares + squares.sum(axis=0)
+        self._windows += len(squares)
+        mean, deviation = self._mean[batch.channels, None], self._deviation[batch.channels, None]
+        own = (forecast * deviation + mean, target * deviation + mean)
+        np.add.at(self._smape, batch.channels, symmetric_error(*own))
+
+    def figures(self, scores: Scores) -> dict:
+        """Return what metrics.json says of errors.
+
+        Beside the scaled mse and mae, overall and a channel each: rmse, the root of the mean squared error in the
+        data's units; mase, the mean absolute error in units of the seasonal-naive forecast's on the training rows
+        (Hyndman and Koehler, 2006), None where there is none; smape, in per cent. Overall figures are means over
+        windows (under the root, for rmse). mse_by_step is scaled, a number a forecast step.
+
+        Args:
+            scores: of the same windows.
+        """
+        per_channel = {name: self._of_channel(name, errors) for name, errors in scores.per_channel.items()}
+        headline = [errors for name, errors in per_channel.items() if self.target in (None, name)]
+        weights = [errors["windows"] for errors in headline]
+        has_mase = all(errors["mase"] is not None for errors in headline)
+        return {
+            "mse": scores.mse,
+            "mae": scores.mae,
+            "rmse": math.sqrt(np.average([errors["rmse"] ** 2 for errors in headline], weights=weights)),
+            "mase": float(np.average([errors["mase"] for errors in headline], weights=weights)) if has_mase else None,
+            "smape": float(np.average([errors["smape"] for errors in headline], weights=weights)),
+            "windows": scores.windows,
+            "per_channel": per_channel,
+            "mse_by_step": (self._squares / self._windows).tolist(),
+        }
+
+    def _of_channel(self, name: str, errors: dict[str, float]) -> dict[str, float | None]:
+        number = list(self.units.channels).index(name)
+        naive = self.units.naive_errors.get(name)
+        return {
+            **errors,
+            "rmse": math.sqrt(errors["mse"]) * self.units.deviation[number],
+            "mase": errors["mae"] / naive if naive else None,
+            "smape": float(self._smape[number] / errors["windows"]),
+        }
+
+
+def symmetric_error(forecast: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Return 200 |forecast - target| / (|forecast| + |target|), the mean over the last axis; of 0 and 0 it is 0."""
+    size = np.abs(forecast) + np.abs(target)
+    error = np.abs(forecast - target)
+    return 200 * np.divide(error, size, out=np.zeros_like(error), where=size > 0).mean(axis=-1)
