@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from utils.runs.checkpoint import Run
+    from utils.runs.intervals import Calibration
     from utils.system.interrupts import Interrupts
     from utils.training.evaluation import Split
 
@@ -99,12 +100,14 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
     from utils.runs.run_lock import RunLock
     from utils.runs.watchers import Units
     from utils.system.processes import seed_rank
+    from utils.training.calibrating import calibrate, check_levels
     from utils.training.evaluation import share_out
     from utils.training.testing import Examination, test
 
     accelerator, model, splits, this_run, resumes = set_up(args, repetition)
     of_test = flags_of_final_test(args)
     tested = share_out(accelerator, *data_provider(of_test, "test"))
+    check_levels(args.level, splits["val"])
     flags, csv = vars(args), csv_path(args)
     folder, checkpoint = this_run.folder, trained_folder(args, repetition) / "checkpoint"
     if not args.is_training:
@@ -124,10 +127,13 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
             headline_target(args),
             build_seasonal_naive(args),
             origin_of(checkpoint, csv, of_test.eval_windows),
+            calibrate(accelerator, model, splits["val"], checkpoint, folder) if args.level else None,
+            args.level,
         )
         test(accelerator, model, examination, folder, contents["progress"], args.save_predictions)
         if args.predict:
-            forecast(accelerator, args, accelerator.unwrap_model(model), checkpoint, folder)
+            bare_model = accelerator.unwrap_model(model)
+            forecast(accelerator, args, bare_model, checkpoint, folder, examination.calibration)
 
 
 def set_up(args: argparse.Namespace, repetition: int) -> "tuple[Accelerator, Module, dict[str, Split], Run, bool]":
@@ -199,6 +205,7 @@ def run_forecast(args: argparse.Namespace, repetition: int) -> None:
     from data_provider.series import read_table
     from models import build_model
     from utils.runs.checkpoint import saved_basis
+    from utils.runs.intervals import load_calibration
     from utils.runs.records import open_run_folder
     from utils.system.processes import start_processes
 
@@ -207,16 +214,22 @@ def run_forecast(args: argparse.Namespace, repetition: int) -> None:
     )
     read_table(args)  # before the LLM: a wrong CSV is found sooner
     folder, checkpoint = run_folder(args, repetition), trained_folder(args, repetition) / "checkpoint"
+    calibration = load_calibration([folder, checkpoint.parent], checkpoint, args.level) if args.level else None
     model = build_model(args, saved_basis(checkpoint, vars(args)))
     if accelerator.is_main_process:
         open_run_folder(folder, vars(args), csv_path(args), str(accelerator.device), resumes=False)
-    forecast(accelerator, args, model, checkpoint, folder)
+    forecast(accelerator, args, model, checkpoint, folder, calibration)
 
 
 def forecast(
-    accelerator: "Accelerator", args: argparse.Namespace, model: "Module", checkpoint: Path, folder: Path
+    accelerator: "Accelerator",
+    args: argparse.Namespace,
+    model: "Module",
+    checkpoint: Path,
+    folder: Path,
+    calibration: "Calibration | None",
 ) -> None:
-    """Write forecast.csv and forecast.png with the weights of a checkpoint."""
+    """Write forecast.csv and forecast.png with the weights of a checkpoint, and with intervals if --level asks."""
     from data_provider.series import last_window
     from utils.runs.checkpoint import check_channels, load_checkpoint
     from utils.runs.prediction import forecast_beyond, write_forecast
@@ -226,7 +239,9 @@ def forecast(
     check_channels(contents, window.channels, csv_path(args))
     batch_size = args.eval_batch_size or args.batch_size
     with accelerator.autocast():  # as in training and testing, whether accelerate has prepared the model or not
-        made = forecast_beyond(model, window.values, window.dates_to_come, contents, batch_size)
+        made = forecast_beyond(
+            model, window.values, window.dates_to_come, contents, batch_size, calibration, args.level
+        )
     if accelerator.is_main_process:
         write_forecast(folder, made, window.dates, window.values)
     first, last = made.dates[0], made.dates[-1]

@@ -87,6 +87,14 @@ def _requirements(args: argparse.Namespace) -> tuple[tuple[bool, str], ...]:
             f"--d_model {args.d_model} does not divide among --n_heads {args.n_heads}: PatchTST's heads share it",
         ),
         (
+            all(1 <= level <= 99 for level in args.level),
+            f"--level {_spaced(args.level)}: levels are whole per cents from 1 to 99",
+        ),
+        (
+            len(set(args.level)) == len(args.level),
+            f"--level {_spaced(args.level)} has a level twice: give each once",
+        ),
+        (
             args.label_len <= args.seq_len,
             f"--label_len {args.label_len} is longer than the window: give at most --seq_len {args.seq_len}",
         ),
@@ -115,6 +123,10 @@ def _requirements(args: argparse.Namespace) -> tuple[tuple[bool, str], ...]:
             f"--residual {args.residual} is a part of TimeLLM: leave it out with --model {args.model}",
         ),
     )
+
+
+def _spaced(levels: list[int]) -> str:
+    return " ".join(map(str, levels))
 
 
 def check_paths(args: argparse.Namespace) -> None:

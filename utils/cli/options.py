@@ -81,6 +81,7 @@ class OptionParser(OneLineParser):
             parsed, rest = self._parse_with_defaults(presets, args, namespace)
         if parsed.data is None and not rest:
             self.error(f"--data is required (one of {', '.join(DATA_NAMES)}); --demo needs no data")
+        parsed.level = sorted(parsed.level)
         parsed.data_path = parsed.data_path or f"{parsed.data}.csv"
         parsed.model_id = parsed.model_id or f"{parsed.data}_{parsed.seq_len}_{parsed.pred_len}"
         return parsed, rest
@@ -485,6 +486,15 @@ def get_parser() -> argparse.ArgumentParser:
         COMPARE_SETS,
         action="store_true",
         help="write the forecast after the last row of the CSV, as CSV and picture",
+    )
+    _flag(
+        evaluation,
+        "--level",
+        RESUME_MAY_CHANGE,
+        nargs="+",
+        type=int,
+        default=[],
+        help="prediction intervals of these levels, in per cent, calibrated on the validation windows, e.g. 80 95",
     )
     _flag(
         evaluation,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font, get_font_names
 from matplotlib.text import Text
@@ -34,14 +35,16 @@ def draw_forecast(
     dates: pd.DatetimeIndex,
     values: np.ndarray,
     channels: Sequence[str],
+    half_widths: dict[int, np.ndarray],
 ) -> None:
-    """Draw the last window and the forecast behind it, one axis a channel, the first twelve.
+    """Draw the last window and the forecast behind it with its intervals, one axis a channel, the first twelve.
 
     Args:
         path: of the PNG.
         context_dates, context: the window, (seq_len,) and (seq_len, channels).
         dates, values: the forecast, (pred_len,) and (pred_len, channels).
         channels: their names.
+        half_widths: of the intervals, (pred_len, channels) each, by level in per cent.
     """
     shown = min(len(channels), MOST_CHANNELS)
     figure = Figure(figsize=(10, 1 + 1.7 * shown), layout="constrained")
@@ -55,31 +58,49 @@ def draw_forecast(
             color=FORECAST,
             label="forecast",
         )
+        _draw_bands(axis, dates, values[:, number], {level: half[:, number] for level, half in half_widths.items()})
         axis.axvline(context_dates[-1], color="0.8", linewidth=0.8)
         axis.set_ylabel(label(channels[number], f"channel {number + 1}"))
-    axes[0].legend(loc="upper left", ncols=2, fontsize="small")
+    axes[0].legend(loc="upper left", ncols=2 + len(half_widths), fontsize="small")
     left_out = f" (the first {shown} of {len(channels)} channels)" if shown < len(channels) else ""
     figure.suptitle(f"{len(dates)} steps after {context_dates[-1]}{left_out}")
     figure.autofmt_xdate()
     save_picture(figure, path)
 
 
-def draw_windows(path: Path, windows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]]) -> None:
-    """Draw test windows one below the other.
+def _draw_bands(axis: Axes, places: Sequence, forecast: np.ndarray, half_widths: dict[int, np.ndarray]) -> None:
+    """Draw intervals around a forecast, (pred_len,) each, the widest the palest."""
+    for level, half in half_widths.items():
+        bounds = (forecast - half, forecast + half)
+        axis.fill_between(places, *bounds, color=FORECAST, alpha=0.2, linewidth=0, label=f"{level}%")
 
-    Args:
-        path: of the PNG.
-        windows: title, context (seq_len,), target and forecast (pred_len,), scaled.
+
+@dataclass(frozen=True)
+class DrawnWindow:
+    """A test window to draw: its title; what it shows, (seq_len,); target and forecast, (pred_len,); all scaled.
+
+    `half_widths` are those of the forecast's intervals, (pred_len,) each, by level in per cent.
     """
+
+    title: str
+    context: np.ndarray
+    target: np.ndarray
+    forecast: np.ndarray
+    half_widths: dict[int, np.ndarray]
+
+
+def draw_windows(path: Path, windows: Sequence[DrawnWindow]) -> None:
+    """Draw test windows one below the other, as a PNG at `path`."""
     figure = Figure(figsize=(10, 2.6 * len(windows)), layout="constrained")
     axes = figure.subplots(len(windows), 1, squeeze=False)[:, 0]
-    for axis, (title, context, target, forecast) in zip(axes, windows, strict=True):
-        behind = np.arange(len(context), len(context) + len(target))
-        axis.plot(context, color=CONTEXT, linewidth=1, label="context")
-        axis.plot(behind, target, color=TARGET, label="target")
-        axis.plot(behind, forecast, color=FORECAST, label="forecast")
-        axis.set_title(label(title, title.encode("ascii", "replace").decode()), fontsize="medium")
-    axes[0].legend(loc="upper left", ncols=3, fontsize="small")
+    for axis, window in zip(axes, windows, strict=True):
+        behind = np.arange(len(window.context), len(window.context) + len(window.target))
+        axis.plot(window.context, color=CONTEXT, linewidth=1, label="context")
+        axis.plot(behind, window.target, color=TARGET, label="target")
+        axis.plot(behind, window.forecast, color=FORECAST, label="forecast")
+        _draw_bands(axis, behind, window.forecast, window.half_widths)
+        axis.set_title(label(window.title, window.title.encode("ascii", "replace").decode()), fontsize="medium")
+    axes[0].legend(loc="upper left", ncols=3 + len(windows[0].half_widths), fontsize="small")
     figure.supxlabel("step of the window")
     figure.supylabel("scaled value")
     save_picture(figure, path)

@@ -14,11 +14,13 @@ import psutil
 import torch
 from torch import nn
 
+from layers.StandardNorm import Normalize
 from utils.errors import UserError
 from utils.llm.loading import LoadedLLM
 from utils.runs.files import UNFINISHED, keep_earlier, write_text, write_whole
 from utils.runs.finished import hash_of
-from utils.runs.pictures import draw_windows
+from utils.runs.intervals import Calibration
+from utils.runs.pictures import DrawnWindow, draw_windows
 from utils.runs.scores import ChannelWindows, Scores
 from utils.runs.watchers import KeptForecasts
 
@@ -32,7 +34,7 @@ HISTORY_COLUMNS = (
 
 # What training writes. Of an earlier run of the same name they are kept, under names with an `.old` behind.
 _FILES = (
-    *("checkpoint", "last", "args.json", "metrics.json", "history.csv"),
+    *("checkpoint", "last", "args.json", "metrics.json", "history.csv", "calibration.npz"),
     *("errors.png", "pred.npy", "true.npy", "test.png", "forecast.csv", "forecast.png", "prototypes.png"),
 )
 
@@ -94,6 +96,7 @@ def _holds_results(file: Path) -> bool:
 def write_metrics(
     folder: Path,
     figures: dict,
+    intervals: list[dict],
     naive: Scores | None,
     seconds: float,
     llm: LoadedLLM | None,
@@ -105,6 +108,7 @@ def write_metrics(
     Args:
         folder: the run folder.
         figures: errors of the best checkpoint, see `UnitErrors.figures`.
+        intervals: see `IntervalScores.figures`; empty if none were asked for.
         naive: of the seasonal-naive forecast on the same windows; None if a window holds no season.
         seconds: that the test took.
         llm: of the model, None if it has none.
@@ -114,6 +118,7 @@ def write_metrics(
     contents = {
         "split": "test",
         **figures,
+        **({"intervals": intervals} if intervals else {}),
         "seasonal_naive": {"mse": naive.mse, "mae": naive.mae} if naive else None,
         "seconds": round(seconds, 3),
         "llm": llm.as_dict() if llm else None,
@@ -154,13 +159,21 @@ def _peak_of_process() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def write_predictions(folder: Path, kept: KeptForecasts, windows: ChannelWindows) -> None:
+def write_predictions(
+    folder: Path,
+    kept: KeptForecasts,
+    windows: ChannelWindows,
+    calibration: Calibration | None,
+    levels: Sequence[int],
+) -> None:
     """Write pred.npy and true.npy, (windows, pred_len), and test.png with the best, the median and the worst window.
 
     Args:
         folder: the run folder.
         kept: of the test.
         windows: those of the split.
+        calibration: of the intervals to draw; None if no levels are asked for.
+        levels: of those, in per cent.
     """
     forecast, target = kept.forecast, kept.target
     for name, values in (("pred.npy", forecast), ("true.npy", target)):
@@ -170,10 +183,12 @@ def write_predictions(folder: Path, kept: KeptForecasts, windows: ChannelWindows
     drawn = []
     for title, place in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
         number = int(kept.numbers[place])
-        context = windows.__getitems__([number])[0][0, :, 0].numpy()
-        channel = windows.channels[windows.channel_of([number])[0]]
-        name = f"{title} of {len(errors)}: window {number}, {channel}, MSE {errors[place]:.4f}"
-        drawn.append((name, context, target[place], forecast[place]))
+        context = windows.__getitems__([number])[0][0, :, 0]
+        channel = windows.channel_of([number])
+        name = f"{title} of {len(errors)}: window {number}, {windows.channels[channel[0]]}, MSE {errors[place]:.4f}"
+        shown = Normalize()(context)[1].deviation.numpy()
+        half_widths = {level: calibration.half_widths(level, channel, shown)[0] for level in levels}
+        drawn.append(DrawnWindow(name, context.numpy(), target[place], forecast[place], half_widths))
     draw_windows(folder / "test.png", drawn)
 
 

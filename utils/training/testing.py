@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from utils.errors import UserError
 from utils.llm.loading import llm_of
+from utils.runs.intervals import Calibration, IntervalScores
 from utils.runs.pictures import draw_errors
 from utils.runs.records import cost_of, write_metrics, write_predictions
 from utils.runs.scores import Scores
@@ -27,6 +29,8 @@ class Examination:
         target: the channel of the headline metric, None for all channels.
         naive: the seasonal-naive forecaster, None if no season fits into a window.
         origin: see `records.origin_of`.
+        calibration: of the intervals; None if no levels are asked for.
+        levels: of those, in per cent.
     """
 
     split: Split
@@ -34,6 +38,13 @@ class Examination:
     target: str | None
     naive: nn.Module | None
     origin: dict
+    calibration: Calibration | None
+    levels: Sequence[int]
+
+    @property
+    def headline(self) -> int | None:
+        """The number of the headline metric's channel, None for all."""
+        return None if self.target is None else self.split.windows.channels.index(self.target)
 
 
 def test(
@@ -60,24 +71,31 @@ def test(
     split, target = examination.split, examination.target
     started = time.perf_counter()
     in_units, kept = UnitErrors(examination.units, target), KeptForecasts()
-    scores = evaluate(
-        accelerator, model, split, target, "test", watchers=[in_units, kept] if keeps_forecasts else [in_units]
-    )
+    intervals = IntervalScores(examination.calibration, examination.levels, examination.headline)
+    watchers = [in_units, intervals, *([kept] if keeps_forecasts else [])]
+    scores = evaluate(accelerator, model, split, target, "test", watchers=watchers)
     seconds = time.perf_counter() - started
     if not math.isfinite(scores.mse):
         raise UserError(f"the test MSE is {scores.mse}: give --llm_dtype float32 or bfloat16, and look at the data")
     figures = in_units.figures(scores)
     _print_scores(accelerator, figures, split, target)
+    for one in intervals.figures():
+        accelerator.print(
+            f"Intervals | level: {one['level']} coverage: {one['coverage']:.4f} width: {one['width']:.4f}"
+            f" score: {one['score']:.4f} | {intervals.windows} windows"
+        )
     naive_errors = UnitErrors(examination.units, target)
     plain = score_naive(accelerator, examination, naive_errors) if examination.naive else None
     if accelerator.is_main_process:
         bare_model = accelerator.unwrap_model(model)
         cost = cost_of(bare_model, accelerator.device, progress)
-        write_metrics(folder, figures, plain, seconds, llm_of(bare_model), cost, examination.origin)
+        write_metrics(
+            folder, figures, intervals.figures(), plain, seconds, llm_of(bare_model), cost, examination.origin
+        )
         by_step = naive_errors.figures(plain)["mse_by_step"] if plain else None
         draw_errors(folder / "errors.png", figures["mse_by_step"], by_step)
         if keeps_forecasts:
-            write_predictions(folder, kept, split.windows)
+            write_predictions(folder, kept, split.windows, examination.calibration, examination.levels)
 
 
 def _print_scores(accelerator: Accelerator, figures: dict, split: Split, target: str | None) -> None:

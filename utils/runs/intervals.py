@@ -1,0 +1,181 @@
+"""Prediction intervals for any forecaster, by split conformal prediction (Lei et al., 2018)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.runs.files import write_whole
+from utils.runs.finished import hash_of
+from utils.runs.watchers import Batch
+
+# In per cent; a calibration holds the quantiles of all.
+LEVELS = range(1, 100)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How far validation targets were from their forecasts, a channel and a forecast step each.
+
+    Attributes:
+        channels: their names.
+        quantiles: (99, channels, pred_len) float32, in units of the deviation of what a window shows: of `n` validation
+            windows, row L - 1 holds the distance that ceil((n + 1) L / 100) of them do not exceed. An interval of that
+            half width holds what comes next with a probability of at least L per cent, if it is like the validation
+            windows. Infinite where there are too few windows.
+        checkpoint: the SHA-256 of the weights' file.
+    """
+
+    channels: tuple[str, ...]
+    quantiles: np.ndarray
+    checkpoint: str
+
+    def half_widths(self, level: int, channels: np.ndarray, deviations: np.ndarray) -> np.ndarray:
+        """Return half the width of intervals, (windows, pred_len), in the units of the deviations.
+
+        Args:
+            level: in per cent.
+            channels: the number of each window's channel, (windows,).
+            deviations: of what each window shows, (windows,).
+        """
+        return self.quantiles[level - 1][channels] * deviations[:, None]
+
+    def save(self, folder: Path) -> None:
+        """Write `calibration.npz`, whole or not at all."""
+        contents = {"channels": np.array(self.channels), "quantiles": self.quantiles, "checkpoint": self.checkpoint}
+        write_whole(folder / FILE, lambda file: np.savez(file, **contents))
+
+
+FILE = "calibration.npz"
+
+
+class Residuals:
+    """Watches the forecasts of validation windows, to calibrate by."""
+
+    def __init__(self):
+        self._channels: list[np.ndarray] = []
+        self._distances: list[np.ndarray] = []
+
+    def watch(self, batch: Batch) -> None:
+        """Keep the distances of a batch's targets from their forecasts, in units of the windows' deviations."""
+        self._channels.append(batch.channels)
+        self._distances.append(np.abs(batch.target - batch.forecast) / batch.deviation[:, None])
+
+    def calibration(self, channels: Sequence[str], checkpoint: Path) -> Calibration:
+        """Return the quantiles of what was watched, of each of these channels.
+
+        Args:
+            channels: names, by number.
+            checkpoint: the file of the weights.
+        """
+        of_window, distances = np.concatenate(self._channels), np.concatenate(self._distances)
+        quantiles = np.full((len(LEVELS), len(channels), distances.shape[1]), np.inf, np.float32)
+        for number in range(len(channels)):
+            ordered = np.sort(distances[of_window == number], axis=0)
+            for row, level in enumerate(LEVELS):
+                if len(ordered) >= windows_needed(level):
+                    quantiles[row, number] = ordered[_rank(level, len(ordered)) - 1]
+        return Calibration(tuple(channels), quantiles, hash_of(checkpoint))
+
+
+def _rank(level: int, windows: int) -> int:
+    """Return ceil((windows + 1) level / 100), without a rounding error."""
+    return -(-(windows + 1) * level // 100)
+
+
+def windows_needed(level: int) -> int:
+    """Return the least number of windows that a level can be calibrated on."""
+    return -(-level // (100 - level))
+
+
+def check_windows(levels: Sequence[int], windows: int) -> None:
+    """Refuse levels for which there are too few validation windows of some channel.
+
+    Args:
+        levels: in per cent.
+        windows: validation windows of the channel that has the fewest.
+
+    Raises:
+        UserError: names the number that is needed.
+    """
+    if levels and windows < windows_needed(max(levels)):
+        raise UserError(
+            f"--level {max(levels)} needs {windows_needed(max(levels))} validation windows of each channel, there are"
+            f" {windows}: give a lower level, a higher --eval_windows or more rows"
+        )
+
+
+def load_calibration(folders: Sequence[Path], checkpoint: Path, levels: Sequence[int]) -> Calibration:
+    """Return what an earlier test with --level has kept of these weights, from the first folder that has it.
+
+    Raises:
+        UserError: if there is none, or the file is damaged or too small for a level.
+    """
+    for folder in folders:
+        if not (folder / FILE).is_file():
+            continue
+        calibration = _read(folder / FILE)
+        if calibration.checkpoint != hash_of(checkpoint):
+            continue
+        for level in levels:
+            if not np.isfinite(calibration.quantiles[level - 1]).all():
+                raise UserError(
+                    f"{folder / FILE} is of too few validation windows for --level {level}: give a lower one"
+                )
+        return calibration
+    raise UserError(
+        f"no {FILE} for {checkpoint} in {folders[0]}: test it once with --level, without --predict, on a CSV with"
+        " validation rows"
+    )
+
+
+def _read(path: Path) -> Calibration:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return Calibration(tuple(file["channels"].tolist()), file["quantiles"], str(file["checkpoint"]))
+    except Exception as problem:  # a file that is cut off or of another kind can make numpy raise anything
+        raise UserError(f"{path} is damaged: test once with --level to write it anew") from problem
+
+
+class IntervalScores:
+    """Watches test windows: how many targets their intervals hold, and how wide those are.
+
+    Args:
+        calibration: the widths.
+        levels: in per cent.
+        headline: the number of the channel that figures are of, None for all.
+    """
+
+    def __init__(self, calibration: Calibration, levels: Sequence[int], headline: int | None):
+        self._calibration = calibration
+        self._levels = levels
+        self._headline = headline
+        self._sums = {level: np.zeros(()) for level in levels}  # then (3, pred_len): held, width, score
+        self.windows = 0
+
+    def watch(self, batch: Batch) -> None:
+        """Add a batch to the sums."""
+        counted = slice(None) if self._headline is None else batch.channels == self._headline
+        channels, deviations = batch.channels[counted], batch.deviation[counted]
+        distance = np.abs(batch.target - batch.forecast)[counted].astype(np.float64)
+        for level in self._levels:
+            half = self._calibration.half_widths(level, channels, deviations)
+            beyond = np.maximum(distance - half, 0)
+            # The interval score of Winkler (1972): the width, and what is missed, the dearer the higher the level.
+            score = 2 * half + beyond * 200 / (100 - level)
+            parts = np.stack([(distance <= half).astype(np.float64), 2 * half, score])
+            self._sums[level] = self._sums[level] + parts.sum(axis=1)
+        self.windows += len(distance)
+
+    def figures(self) -> list[dict]:
+        """Return what metrics.json says of intervals, one dictionary a level; widths and scores are scaled."""
+        found = []
+        for level, sums in self._sums.items():
+            means = sums / self.windows  # (3, pred_len)
+            names = ("coverage", "width", "score")
+            overall = {name: float(row.mean()) for name, row in zip(names, means, strict=True)}
+            by_step = {f"{name}_by_step": row.tolist() for name, row in zip(names, means, strict=True)}
+            found.append({"level": level, **overall, **by_step})
+        return found
