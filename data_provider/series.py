@@ -139,7 +139,10 @@ def read_table(args: argparse.Namespace) -> Table:
 
 @lru_cache(maxsize=1)
 def _read_table(path: Path, _changed: int, data: str, features: str, target: str) -> Table:
-    frame = _read_csv(path)
+    return _table_of(_read_csv(path), path, data, features, target)
+
+
+def _table_of(frame: pd.DataFrame, path: Path, data: str, features: str, target: str) -> Table:
     channels = _choose_channels(path, list(frame.columns), LAYOUTS[data], features, target)
     raw = _numbers(path, frame, channels)
     return Table(_dates(path, frame["date"]), raw, tuple(channels))
@@ -200,7 +203,24 @@ def last_window(args: argparse.Namespace) -> LastWindow:
     Raises:
         UserError: if the CSV is wrong, has fewer rows than a window or dates without a step.
     """
-    table, path = read_table(args), csv_path(args)
+    return _last_window(read_table(args), csv_path(args), args)
+
+
+def last_window_of(frame: pd.DataFrame, args: argparse.Namespace) -> LastWindow:
+    """Return the same of a DataFrame like the CSV: with a column `date`, or dates for its index.
+
+    Raises:
+        UserError: as in `last_window`.
+    """
+    if "date" not in frame.columns:
+        if not isinstance(frame.index, pd.DatetimeIndex):
+            raise UserError("the DataFrame has no column 'date' and no dates for its index: give it either")
+        frame = frame.rename_axis("date").reset_index()
+    name = Path("the DataFrame")  # what messages call it
+    return _last_window(_table_of(frame, name, args.data, args.features, args.target), name, args)
+
+
+def _last_window(table: Table, path: Path, args: argparse.Namespace) -> LastWindow:
     if len(table.raw) < args.seq_len:
         raise UserError(f"{path} has {len(table.raw)} rows: a forecast needs --seq_len {args.seq_len}")
     return LastWindow(

@@ -31,10 +31,9 @@ from data_provider.series import read_table
 from models import build_model
 from utils.cli.checks import check_options, check_paths
 from utils.cli.command import OneLineParser, exit_code_of
-from utils.cli.options import get_parser
 from utils.cli.places import csv_path
 from utils.errors import UserError
-from utils.runs.checkpoint import load_checkpoint, read_checkpoint, saved_basis
+from utils.runs.checkpoint import flags_to_test, load_checkpoint, read_checkpoint, saved_basis
 from utils.runs.pictures import save_picture
 
 # Files of a run that may have been moved since.
@@ -57,21 +56,6 @@ class Prototype:
     number: int
     attention: np.ndarray
     tokens: Sequence[tuple[float, str]]
-
-
-def flags_of(folder: Path, contents: dict, moved: dict[str, str]) -> argparse.Namespace:
-    """Return the flags to test a run with: its own, but for the places of files that were moved.
-
-    Raises:
-        UserError: if a file is not there.
-    """
-    # A run of an earlier version lacks the flags that came later: their defaults are what it did.
-    args = get_parser().parse_args(["--data", contents["flags"]["data"]])
-    of_a_test = {"is_training": 0, "resume": "", "demo": False, "checkpoint": str(folder)}
-    vars(args).update({**contents["flags"], **of_a_test, **moved})
-    check_options(args)
-    check_paths(args)
-    return args
 
 
 def choose_window(args: argparse.Namespace, contents: dict, channel: str | None, row: int | None) -> Window:
@@ -228,7 +212,9 @@ def show_prototypes(options: argparse.Namespace) -> None:
     if contents["llm"] is None:
         raise UserError(f"{options.folder} is a run without an LLM and has no text prototypes: name one of TimeLLM")
     moved = {name: value for name, value in vars(options).items() if name in PLACES}
-    args = flags_of(options.folder, contents, moved)
+    args = flags_to_test(options.folder, contents, moved)
+    check_options(args)
+    check_paths(args)
     window = choose_window(
         args, contents, options.channel, options.row
     )  # before the LLM: what is wrong is found sooner

@@ -1,5 +1,6 @@
 """Save and load the trained layers. The frozen LLM is never in a checkpoint."""
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,15 @@ from accelerate import PartialState
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from utils.cli.options import NEEDED, RESUME_MAY_CHANGE, SAID, defaults, flags_tagged, needed_by
+from utils.cli.options import (
+    NEEDED,
+    RESUME_MAY_CHANGE,
+    SAID,
+    defaults,
+    flags_tagged,
+    get_parser,
+    needed_by,
+)
 from utils.errors import UserError
 from utils.llm.loading import LoadedLLM, llm_of
 from utils.runs.files import write_whole
@@ -144,6 +153,21 @@ def resumed_batches(path: Path) -> tuple[int, int]:
     """
     flags = read_checkpoint(path, {"training"})["flags"]
     return flags["batch_size"], flags["grad_accum"]
+
+
+def flags_to_test(folder: Path, contents: dict, changes: dict[str, object]) -> argparse.Namespace:
+    """Return the flags to test or forecast with a run's checkpoint: its own, but for these changes.
+
+    Args:
+        folder: the run folder.
+        contents: of its checkpoint.
+        changes: such as places of files that were moved.
+    """
+    # A run of an earlier version lacks the flags that came later: their defaults are what it did.
+    args = get_parser().parse_args(["--data", contents["flags"]["data"]])
+    of_a_test = {"is_training": 0, "resume": "", "demo": False, "checkpoint": str(folder)}
+    vars(args).update({**contents["flags"], **of_a_test, **changes})
+    return args
 
 
 def _differing(contents: dict, data: DataFacts) -> list[str]:

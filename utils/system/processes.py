@@ -30,6 +30,21 @@ def start_processes(
     Raises:
         UserError: if several processes were started that would not work together.
     """
+    accelerator = build_accelerator(seed, grad_accum, use_amp, shares_buffers)
+    set_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first product is made
+    # Where a kernel has no deterministic form, torch warns and names it.
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    return accelerator
+
+
+def build_accelerator(seed: int, grad_accum: int, use_amp: bool, shares_buffers: bool) -> Accelerator:
+    """Return the accelerator of a run, and leave the random generators alone.
+
+    Raises:
+        UserError: as in `start_processes`.
+    """
     # accelerate keeps its settings for the life of the interpreter and refuses others; `main` may be called
     # again with another precision.
     AcceleratorState._reset_state()
@@ -48,11 +63,6 @@ def start_processes(
             f"{started} processes were started, and each takes itself for the only one: start them with accelerate"
             " launch, or, on the CPU, set ACCELERATE_USE_CPU=1"
         )
-    set_seed(seed)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first product is made
-    # Where a kernel has no deterministic form, torch warns and names it.
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
     return accelerator
 
 
