@@ -148,11 +148,13 @@ def set_up(args: argparse.Namespace, repetition: int) -> "tuple[Accelerator, Mod
     from utils.training.evaluation import share_out
     from utils.training.introduction import introduce
     from utils.training.optimizers import check_optimizer
+    from utils.training.reporting import check_reporting
 
     accelerator = start_processes(
         args.seed, args.grad_accum, args.use_amp, args.deterministic, shares_buffers=not has_llm(args)
     )
     check_optimizer(args.optimizer, accelerator.device)
+    check_reporting(args.report_to)
     splits = {name: share_out(accelerator, *data_provider(args, name)) for name in SPLITS}
     series = load_series(args)
     for note in series.notes:
@@ -186,6 +188,7 @@ def train(
     from utils.runs.checkpoint import load_last
     from utils.runs.records import open_run_folder
     from utils.system.processes import exists_on_all_ranks
+    from utils.training.reporting import start_reporting, stop_reporting
     from utils.training.trainer import Recipe, Trainer
 
     state = load_last(this_run, accelerator.unwrap_model(model)) if resumes else None
@@ -195,7 +198,9 @@ def train(
         open_run_folder(this_run.folder, this_run.flags, csv_path(args), str(accelerator.device), resumes)
     accelerator.print(f"Run folder: {this_run.folder}")
     target = headline_target(args)
+    start_reporting(accelerator, args.report_to, this_run.folder, this_run.flags)
     Trainer(Recipe.of(args), accelerator, model, splits, target, this_run, interrupts, state).fit()
+    stop_reporting(accelerator)
     accelerator.wait_for_everyone()
     exists_on_all_ranks(this_run.folder / "checkpoint")
 

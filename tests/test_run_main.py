@@ -51,7 +51,7 @@ def test_a_run_prints_and_leaves_what_the_contract_says(run, flags, tiny_llm):
         "long_term_forecast_custom_48_8_TimeLLM_custom_ftM_sl48_ll8_pl8_dm8_nh2_el2_dl1_df8_fc1_ebtimeF_test_0-none"
     )
     assert names_in(done.folder) == [
-        *("args.json", "checkpoint", "errors.png", "history.csv", "last", "metrics.json"),
+        *("args.json", "checkpoint", "errors.png", "history.csv", "history.png", "last", "metrics.json"),
     ]
     args = json.loads((done.folder / "args.json").read_text(encoding="utf-8"))
     assert set(vars(get_parser().parse_args(flags))) < set(args)
@@ -261,7 +261,8 @@ def test_a_second_run_keeps_the_files_of_the_first(run, flags):
     assert names == {
         "args.json",
         "history.csv",
-        *(f"{n}.old" for n in ("args.json", "history.csv", "last", "metrics.json", "checkpoint", "errors.png")),
+        *(f"{n}.old" for n in ("args.json", "history.csv", "last", "metrics.json", "checkpoint")),
+        *(f"{n}.png.old" for n in ("errors", "history")),
     }
     kept = json.loads((done.folder / "metrics.json.old").read_text(encoding="utf-8"))
     assert kept["mse"] == first["mse"]

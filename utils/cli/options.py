@@ -446,6 +446,15 @@ def get_parser() -> argparse.ArgumentParser:
     )
     _flag(
         train,
+        "--report_to",
+        RESUME_MAY_CHANGE,
+        SAME_RUN,
+        choices=("none", "tensorboard"),
+        default="none",
+        help="what else is told of each validation: TensorBoard, in the run folder, by accelerate's tracker",
+    )
+    _flag(
+        train,
         "--save_steps",
         RESUME_MAY_CHANGE,
         SAME_RUN,

@@ -126,6 +126,30 @@ def draw_errors(path: Path, errors: Sequence[float], naive_errors: Sequence[floa
     save_picture(figure, path)
 
 
+def draw_history(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Draw the losses of a run, and its learning rate, by optimiser step.
+
+    Args:
+        path: of the PNG.
+        rows: of history.csv.
+    """
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, shown, color in (("train_loss", "training", CONTEXT), ("vali_loss", "validation", FORECAST)):
+        known = [(int(row["steps"]), float(row[name])) for row in rows if row[name]]
+        if known:
+            axis.plot(*zip(*known, strict=True), ".-", color=color, label=f"{shown} loss")
+    rate = axis.twinx()
+    rates = [float(row["lr"]) for row in rows]
+    rate.plot([int(row["steps"]) for row in rows], rates, ":", color=TARGET, label="learning rate")
+    rate.set_ylim(bottom=0)
+    rate.set_ylabel("learning rate")
+    axis.set_xlabel("optimiser steps")
+    axis.set_ylabel("loss, scaled")
+    axis.legend(handles=[*axis.lines, *rate.lines], fontsize="small")
+    save_picture(figure, path)
+
+
 @dataclass(frozen=True)
 class Validation:
     """A validation while training: optimiser steps and seconds of training until then, errors on the splits.

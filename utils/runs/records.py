@@ -3,9 +3,11 @@
 import csv
 import io
 import json
+import math
 import platform
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from utils.llm.loading import LoadedLLM
 from utils.runs.files import UNFINISHED, keep_earlier, write_text, write_whole
 from utils.runs.finished import hash_of
 from utils.runs.intervals import Calibration
-from utils.runs.pictures import DrawnWindow, draw_windows
+from utils.runs.pictures import DrawnWindow, draw_history, draw_windows
 from utils.runs.scores import ChannelWindows, Scores
 from utils.runs.watchers import KeptForecasts
 
@@ -34,7 +36,7 @@ HISTORY_COLUMNS = (
 
 # What training writes. Of an earlier run of the same name they are kept, under names with an `.old` behind.
 _FILES = (
-    *("checkpoint", "last", "args.json", "metrics.json", "history.csv", "calibration.npz"),
+    *("checkpoint", "last", "args.json", "metrics.json", "history.csv", "history.png", "calibration.npz"),
     *("errors.png", "pred.npy", "true.npy", "test.png", "forecast.csv", "forecast.png", "prototypes.png"),
 )
 
@@ -197,13 +199,14 @@ def _write_json(path: Path, contents: dict) -> None:
 
 
 class History:
-    """history.csv: a row a validation, written as soon as it is known.
+    """history.csv: a row a validation, written as soon as it is known; and history.png, its picture.
 
-    It is a record: where it cannot be written (Excel under Windows keeps others from a file that it shows), that is
-    said once, and it is written with the next row. The rows are in the state to resume from, too.
+    They are records: where one cannot be written (Excel under Windows keeps others from a file that it shows), that is
+    said once, and it is written with the next row. The rows are in the state to resume from, too. The picture is drawn
+    again at most once a second, and at the end.
 
     Args:
-        path: the file.
+        path: the CSV.
         rows: of the run so far, if it is resumed: lists of cells.
     """
 
@@ -211,15 +214,20 @@ class History:
         self.path = path
         self.rows = [list(row) for row in rows]
         self._is_behind = self._has_warned = False
+        self._drawn_at, self._rows_drawn = -math.inf, 0
         self._write()
 
     def add(self, **row: float | None) -> None:
         """Append a row; a column that is not given, or None, stays empty."""
         self.rows.append(["" if row.get(name) is None else str(row[name]) for name in HISTORY_COLUMNS])
         self._write()
+        if time.monotonic() - self._drawn_at > 1:
+            self._draw()
 
-    def write_if_behind(self) -> None:
-        """Write the rows that could not be written before, or say that they are missing."""
+    def finish(self) -> None:
+        """Write the rows that could not be written before, or say that they are missing, and draw all."""
+        if self._rows_drawn < len(self.rows):
+            self._draw()
         if self._is_behind:
             self._write()
         if self._is_behind:
@@ -230,11 +238,20 @@ class History:
         # A run that an earlier version began has fewer columns.
         padded = [[*row, *[""] * (len(HISTORY_COLUMNS) - len(row))] for row in self.rows]
         csv.writer(text).writerows([HISTORY_COLUMNS, *padded])
+        self._is_behind = not self._is_written(lambda: write_text(self.path, text.getvalue()))
+
+    def _draw(self) -> None:
+        self._drawn_at, self._rows_drawn = time.monotonic(), len(self.rows)
+        rows = [dict(zip(HISTORY_COLUMNS, row, strict=False)) for row in self.rows]
+        self._is_written(lambda: draw_history(self.path.with_suffix(".png"), rows))
+
+    def _is_written(self, write: Callable[[], None]) -> bool:
+        """Return whether a file could be written; the first that could not is told."""
         try:
-            write_text(self.path, text.getvalue())
+            write()
         except UserError as problem:
             if not self._has_warned:
                 print(f"Warning: {problem}; training goes on, it is tried again at the next validation", flush=True)
-            self._is_behind = self._has_warned = True
-        else:
-            self._is_behind = False
+            self._has_warned = True
+            return False
+        return True

@@ -127,7 +127,7 @@ class Trainer:
         if self.stopping.should_stop:
             self.accelerator.print("Early stopping")
         if self.history:
-            self.history.write_if_behind()
+            self.history.finish()
 
     def _score_untrained(self) -> None:
         """Leave the files of a trained model, so that testing, forecasting and resuming need not know."""
@@ -256,8 +256,7 @@ class Trainer:
         self._report(train_loss, vali, test)
         if self.stopping.update(vali.mse) and self.accelerator.is_main_process:
             self._save_best(vali)
-        if self.history:  # after the weights: it is only a record
-            self._record(train_loss, vali, test)
+        self._record(train_loss, vali, test)  # after the weights: it is only a record
         self.validated_at = self.steps
         self.validating_seconds += time.perf_counter() - started
         self._forget_losses()
@@ -306,18 +305,22 @@ class Trainer:
         self.accelerator.print(f"Epoch: {self.epoch}{step} | {trained}Vali Loss: {vali.mse:.7f}{tested}")
 
     def _record(self, train_loss: float | None, vali: Scores, test: Scores | None) -> None:
-        self.history.add(
-            epoch=self.epoch,
-            steps=self.steps,
-            lr=self.schedule.rate,
-            train_loss=train_loss,
-            vali_loss=vali.mse,
-            vali_mae=vali.mae,
-            test_loss=test.mse if test else None,
-            test_mae=test.mae if test else None,
-            seconds=round(time.perf_counter() - self.started, 3),
+        if not self.accelerator.is_main_process:
+            return
+        row = {
+            "epoch": self.epoch,
+            "steps": self.steps,
+            "lr": self.schedule.rate,
+            "train_loss": train_loss,
+            "vali_loss": vali.mse,
+            "vali_mae": vali.mae,
+            "test_loss": test.mse if test else None,
+            "test_mae": test.mae if test else None,
+            "seconds": round(time.perf_counter() - self.started, 3),
             **self._map_state(),
-        )
+        }
+        self.history.add(**row)
+        self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=self.steps)
 
     def _map_state(self) -> dict[str, float]:
         """Return `map_state` of some validation windows, always the same, for a model that has it."""
