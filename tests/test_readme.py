@@ -77,7 +77,9 @@ def run_here(command: list[str]) -> int:
 
 def forecaster(words: list[str]) -> None:
     """python run_main.py ..."""
-    assert run_main.main([*words, *([] if "--plan" in words or "--help" in words else SMALL)]) == 0
+    small = [] if "--plan" in words or "--help" in words else SMALL
+    enough = ["--eval_windows", "140"] if "--level" in words else []  # 20 of each of the demo's channels
+    assert run_main.main([*words, *small, *enough]) == 0
 
 
 def fetch(words: list[str]) -> None:
@@ -162,11 +164,23 @@ def test_every_command_works(house, monkeypatch, capsys):
     assert np.all(forecast["date"].diff().dropna() == pd.Timedelta("10min"))
 
 
+def test_the_example_in_python_works(house, capsys):
+    """On a run of the README's own CSV."""
+    words = ["--data", "custom", "--data_path", "my.csv", "--seq_len", "96", "--pred_len", "8", "--level", "80", "95"]
+    assert run_main.main([*words, "--model", "DLinear", "--max_steps", "2", "--eval_windows", "90"]) == 0
+    trained = next(Path("checkpoints").iterdir())
+    (example,) = re.findall(r"^```python\n(.*?)^```$", text_of("docs/reference.md"), re.M | re.S)
+    exec(example.replace("checkpoints/RUN", str(trained)), {})
+    assert "load-lo-80" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("page", "twin"), PAGES.items())
 def test_both_languages_have_the_same_commands_pictures_and_figures(page, twin):
     english, chinese = text_of(page), text_of(twin)
     assert commands(chinese) == commands(english)
     assert blocks(chinese) == blocks(english)
+    examples = [re.findall(r"^```python\n.*?^```$", text, re.M | re.S) for text in (english, chinese)]
+    assert examples[0] == examples[1]
     pictures = [re.findall(r"!\[[^]]*\]\((?:\.\./)*([^)]+)\)", text) for text in (english, chinese)]
     assert pictures[0] == pictures[1]
     assert len(re.findall("^## ", english, re.M)) == len(re.findall("^## ", chinese, re.M))
