@@ -65,7 +65,17 @@ def test_each_data_set_runs_its_four_horizons_each_in_a_folder_of_its_own(data, 
     assert [args.pred_len for args in runs] == [96, 192, 336, 720]
     assert {csv_path(args).as_posix() for args in runs} == {f"dataset/{data}.csv"}
     assert len({run_folder(args, 0) for args in runs}) == 4
-    assert {args.model_id for args in runs} == {f"{data}_512_{pred_len}" for pred_len in (96, 192, 336, 720)}
+    assert {args.model_id for args in runs} == {f"{data}_336_{pred_len}" for pred_len in (96, 192, 336, 720)}
+
+
+def test_the_recipe_is_timellms_where_it_is_of_timellm(dry_run):
+    """A linear residual, and 64 windows an optimiser step."""
+    (ours,), (other,) = dry_run("ETTm1", "96"), dry_run("ETTh1", "96", "--model", "DLinear")
+    assert (ours.residual, ours.normalize_prototypes, ours.mapping_rate) == ("linear", True, 0.003)
+    assert (other.residual, other.normalize_prototypes) == ("none", False)
+    assert ours.batch_size * ours.grad_accum == 64
+    assert (ours.max_steps, other.max_steps) == (1200, 600)
+    assert (ours.eval_windows, ours.test_windows) == (2000, 0)
 
 
 def test_horizons_can_be_named_and_further_flags_win(dry_run):
