@@ -93,44 +93,43 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> None:
     """Train, test and, if asked for, forecast; or test a trained model. `args` has the seed of this repetition."""
-    from data_provider.data_factory import data_provider
     from models import build_seasonal_naive, seasonal_errors
-    from utils.runs.checkpoint import load_checkpoint
+    from utils.runs.checkpoint import differing, load_checkpoint
     from utils.runs.records import open_run_folder, origin_of
     from utils.runs.run_lock import RunLock
     from utils.runs.watchers import Units
     from utils.system.processes import seed_rank
-    from utils.training.calibrating import calibrate, check_levels
-    from utils.training.evaluation import share_out
+    from utils.training.calibrating import calibrate
     from utils.training.testing import Examination, test
 
     accelerator, model, splits, this_run, resumes = set_up(args, repetition)
-    of_test = flags_of_final_test(args)
-    tested = share_out(accelerator, *data_provider(of_test, "test"))
-    check_levels(args.level, splits["val"])
     flags, csv = vars(args), csv_path(args)
     folder, checkpoint = this_run.folder, trained_folder(args, repetition) / "checkpoint"
     if not args.is_training:
         contents = load_checkpoint(checkpoint, model, flags, this_run.data)  # before anything is written
+        seconds_per_step = contents["progress"].get("seconds_per_step")
     if list(model.parameters()):  # torch's data parallelism refuses models without
         model = accelerator.prepare(model)
     seed_rank(accelerator, args.seed)
     with RunLock(folder) if args.is_training and accelerator.is_main_process else nullcontext():
         if args.is_training:
-            train(accelerator, args, model, splits, this_run, interrupts, resumes)
+            seconds_per_step = train(accelerator, args, model, splits, this_run, interrupts, resumes)
             contents = load_checkpoint(checkpoint, accelerator.unwrap_model(model), flags, this_run.data)
         elif accelerator.is_main_process:
             open_run_folder(folder, flags, csv, str(accelerator.device), resumes)
+        # A calibration on other data must not take the place of the run's own.
+        is_own = args.is_training or folder.resolve() != checkpoint.parent.resolve()
+        keep_in = folder if is_own or not differing(contents, this_run.data) else None
         examination = Examination(
-            tested,
+            splits["last test"],
             Units(**asdict(this_run.data), naive_errors=seasonal_errors(args)),
             headline_target(args),
             build_seasonal_naive(args),
-            origin_of(checkpoint, csv, of_test.eval_windows),
-            calibrate(accelerator, model, splits["val"], checkpoint, folder) if args.level else None,
+            origin_of(checkpoint, csv, flags_of_final_test(args).eval_windows),
+            calibrate(accelerator, model, splits["val"], checkpoint, keep_in) if args.level else None,
             args.level,
         )
-        test(accelerator, model, examination, folder, contents["progress"], args.save_predictions)
+        test(accelerator, model, examination, folder, seconds_per_step, args.save_predictions)
         if args.predict:
             bare_model = accelerator.unwrap_model(model)
             forecast(accelerator, args, bare_model, checkpoint, folder, examination.calibration)
@@ -138,14 +137,13 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
 
 def set_up(args: argparse.Namespace, repetition: int) -> "tuple[Accelerator, Module, dict[str, Split], Run, bool]":
     """Return device and processes, the model, the splits, the run, and whether it goes on from its last state."""
-    from data_provider.data_factory import data_provider
     from data_provider.series import SPLITS, load_series
     from models import build_around, build_model
     from utils.memory.plan import memory_in_short
     from utils.runs.checkpoint import Run, facts_of, saved_basis
     from utils.system.processes import exists_on_all_ranks, start_processes
     from utils.training.batch_size import choose_batch_size
-    from utils.training.evaluation import share_out
+    from utils.training.calibrating import check_levels
     from utils.training.introduction import introduce
     from utils.training.optimizers import check_optimizer
     from utils.training.reporting import check_reporting
@@ -155,7 +153,8 @@ def set_up(args: argparse.Namespace, repetition: int) -> "tuple[Accelerator, Mod
     )
     check_optimizer(args.optimizer, accelerator.device)
     check_reporting(args.report_to)
-    splits = {name: share_out(accelerator, *data_provider(args, name)) for name in SPLITS}
+    splits = all_splits(accelerator, args)
+    check_levels(args.level, splits["val"])
     series = load_series(args)
     for note in series.notes:
         accelerator.print(f"Warning: {note}")
@@ -167,12 +166,25 @@ def set_up(args: argparse.Namespace, repetition: int) -> "tuple[Accelerator, Mod
     model = build_model(args, saved_basis(begun, vars(args)) if begun else None)
     if args.is_training and args.auto_batch_size and list(model.parameters()):
         choose_batch_size(args, accelerator, model, begun)
-        splits = {name: share_out(accelerator, *data_provider(args, name)) for name in SPLITS}
-    introduce(accelerator, model, splits, args.eval_windows)
+        splits = all_splits(accelerator, args)
+    introduce(accelerator, model, {name: splits[name] for name in SPLITS}, args.eval_windows)
     if args.is_training and not resumes and args.residual == "linear":
         error = model.start_from(splits["train"].windows, splits["val"].windows)
-        accelerator.print(f"Linear residual: fitted to the training windows; alone, its validation MSE is {error:.7f}")
+        accelerator.print(
+            f"Linear residual: fitted to the training windows; its MSE on all validation windows is {error:.7f}"
+        )
     return accelerator, model, splits, Run(last.parent, vars(args), facts_of(series)), resumes
+
+
+def all_splits(accelerator: "Accelerator", args: argparse.Namespace) -> "dict[str, Split]":
+    """Return train, val and test, and the windows of the last test, which may be others of the test's."""
+    from data_provider.data_factory import data_provider
+    from data_provider.series import SPLITS
+    from utils.training.evaluation import share_out
+
+    splits = {name: share_out(accelerator, *data_provider(args, name)) for name in SPLITS}
+    splits["last test"] = share_out(accelerator, *data_provider(flags_of_final_test(args), "test"))
+    return splits
 
 
 def train(
@@ -183,8 +195,8 @@ def train(
     this_run: "Run",
     interrupts: "Interrupts",
     resumes: bool,
-) -> None:
-    """Train, from the start or from the state in the run folder."""
+) -> float | None:
+    """Train, from the start or from the state in the run folder; return the seconds of a step."""
     from utils.runs.checkpoint import load_last
     from utils.runs.records import open_run_folder
     from utils.system.processes import exists_on_all_ranks
@@ -199,10 +211,14 @@ def train(
     accelerator.print(f"Run folder: {this_run.folder}")
     target = headline_target(args)
     start_reporting(accelerator, args.report_to, this_run.folder, this_run.flags)
-    Trainer(Recipe.of(args), accelerator, model, splits, target, this_run, interrupts, state).fit()
-    stop_reporting(accelerator)
+    trainer = Trainer(Recipe.of(args), accelerator, model, splits, target, this_run, interrupts, state)
+    try:
+        trainer.fit()
+    finally:
+        stop_reporting(accelerator)
     accelerator.wait_for_everyone()
     exists_on_all_ranks(this_run.folder / "checkpoint")
+    return trainer.seconds_per_step
 
 
 def run_forecast(args: argparse.Namespace, repetition: int) -> None:
@@ -217,9 +233,9 @@ def run_forecast(args: argparse.Namespace, repetition: int) -> None:
     accelerator = start_processes(
         args.seed, args.grad_accum, args.use_amp, args.deterministic, shares_buffers=not has_llm(args)
     )
-    read_table(args)  # before the LLM: a wrong CSV is found sooner
+    table = read_table(args)  # before the LLM: a wrong CSV is found sooner
     folder, checkpoint = run_folder(args, repetition), trained_folder(args, repetition) / "checkpoint"
-    calibration = load_calibration([folder, checkpoint.parent], checkpoint, args.level) if args.level else None
+    calibration = load_calibration(folder, checkpoint, table.channels, args.level) if args.level else None
     model = build_model(args, saved_basis(checkpoint, vars(args)))
     if accelerator.is_main_process:
         open_run_folder(folder, vars(args), csv_path(args), str(accelerator.device), resumes=False)

@@ -52,7 +52,10 @@ def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, D
 def _check_target_is_shown(dataset: WindowDataset, shown: Subset, target: str) -> None:
     """Refuse an evaluation without a window of the channel that its headline metric is of."""
     if dataset.channels.index(target) not in dataset.channel_of(shown.indices):
-        raise UserError(f"no window of --target {target} among so few: raise --eval_windows to {len(dataset.channels)}")
+        enough = len(dataset.channels)
+        raise UserError(
+            f"no window of --target {target} among so few: raise --eval_windows or --test_windows to {enough}"
+        )
 
 
 def _as_gathered(batch):

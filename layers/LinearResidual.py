@@ -15,7 +15,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 class LinearResidual(nn.Module):
-    """Add a linear map of the scaled window to the forecast. All channels share it; it begins as the window's mean.
+    """Add a linear map of the scaled window to the forecast. All channels share it; until `fit` it adds nothing.
 
     Args:
         seq_len: values of a window.
@@ -42,7 +42,8 @@ class LinearResidual(nn.Module):
         squares = products = torch.zeros(())
         for windows, targets in _scaled(training):
             squares, products = squares + windows.T @ windows, products + windows.T @ targets
-        unit = torch.eye(len(squares), dtype=squares.dtype) * squares.trace() / len(squares)
+        # Where nothing ever changes, any penalty will do: the map stays 0.
+        unit = torch.eye(len(squares), dtype=squares.dtype) * (squares.trace() / len(squares) or 1.0)
         maps = [torch.linalg.solve(squares + ridge * unit, products) for ridge in RIDGES]  # (seq_len, pred_len) each
         errors, count = torch.zeros(len(maps), dtype=squares.dtype), 0
         for windows, targets in _scaled(validation):
@@ -59,9 +60,6 @@ class NoResidual(nn.Module):
     def forward(self, forecast: torch.Tensor, _windows: torch.Tensor) -> torch.Tensor:
         """Return the forecast."""
         return forecast
-
-    def fit(self, _training: Pairs, _validation: Pairs) -> None:
-        """There is nothing to fit."""
 
 
 def _scaled(pairs: Pairs) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:

@@ -117,15 +117,15 @@ class Model(nn.Module):
         forecast = self.normalize.inverse(forecast, statistics)
         return forecast.unflatten(0, (len(x_enc), -1)).transpose(1, 2)  # (B, pred_len, N)
 
-    def start_from(self, training: ChannelWindows, validation: ChannelWindows) -> float | None:
-        """Fit the linear residual, if there is one, before training: the forecast begins as its.
+    def start_from(self, training: ChannelWindows, validation: ChannelWindows) -> float:
+        """Fit the linear residual before training: the forecast begins as its.
 
         Args:
             training: windows to fit it to, (B, seq_len, 1) and what follows.
             validation: windows to choose its penalty by.
 
         Returns:
-            Its squared error on those, None if there is none.
+            Its mean squared error on those, of all channels.
         """
         return self.residual.fit(self._pairs(training), self._pairs(validation))
 

@@ -1,8 +1,10 @@
 """A trained run, ready to forecast from Python."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
@@ -10,7 +12,8 @@ from accelerate import PartialState
 from data_provider.series import last_window_of
 from models import build_model
 from utils.cli.checks import check_options
-from utils.cli.options import has_llm
+from utils.cli.options import defaults, has_llm
+from utils.cli.places import csv_path
 from utils.errors import UserError
 from utils.runs.checkpoint import check_channels, flags_to_test, load_checkpoint, read_checkpoint, saved_basis
 from utils.runs.intervals import load_calibration
@@ -34,12 +37,20 @@ class TrainedRun:
         self._contents = read_checkpoint(checkpoint, {"progress"})
         self._args = args = flags_to_test(folder, self._contents, changes)
         check_options(args)
+        if unknown := sorted(changes.keys() - defaults().keys()):
+            raise UserError(f"{', '.join(unknown)} is no flag of run_main.py: load_run takes those of the run")
+        if args.model == "SeasonalNaive" and not args.season and not csv_path(args).is_file():
+            raise UserError(
+                f"no {csv_path(args)} to read the season off: say where it is, with root_path= and data_path="
+            )
         self._checkpoint = checkpoint
         self.channels: tuple[str, ...] = tuple(self._contents["channels"])
         self.seq_len: int = args.seq_len
         self.pred_len: int = args.pred_len
         _choose_device(device)
-        self._accelerator = build_accelerator(args.seed, 1, args.use_amp, shares_buffers=not has_llm(args))
+        accelerator = build_accelerator(args.seed, 1, args.use_amp, shares_buffers=not has_llm(args))
+        # Of this run alone: accelerate's own follows whatever was loaded last.
+        self._half_precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         with torch.random.fork_rng():  # whoever calls has a generator of their own
             torch.manual_seed(args.seed)
             self.model = build_model(args, saved_basis(checkpoint, vars(args)))
@@ -60,13 +71,18 @@ class TrainedRun:
         Raises:
             UserError: if the frame has other channels, too few rows or cells that are no numbers, or a level is wrong.
         """
-        levels = sorted([level] if isinstance(level, int) else level)
+        levels = [level] if np.ndim(level) == 0 else list(level)
+        if not all(isinstance(one, Integral) for one in levels):
+            raise UserError(f"level={level!r}: levels are whole per cents from 1 to 99")
+        levels = sorted(map(int, levels))
         check_options(flags_to_test(self._checkpoint.parent, self._contents, {"level": levels}))
         window = last_window_of(frame, self._args)
         check_channels(self._contents, window.channels, Path("the DataFrame"))
-        calibration = load_calibration([self._checkpoint.parent], self._checkpoint, levels) if levels else None
+        calibration = (
+            load_calibration(self._checkpoint.parent, self._checkpoint, self.channels, levels) if levels else None
+        )
         batch_size = self._args.eval_batch_size or self._args.batch_size
-        with self._accelerator.autocast():
+        with torch.autocast(self.model.device.type, self._half_precision, enabled=bool(self._half_precision)):
             made = forecast_beyond(
                 self.model, window.values, window.dates_to_come, self._contents, batch_size, calibration, levels
             )

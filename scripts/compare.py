@@ -189,7 +189,7 @@ def collect(ways: Sequence[Way]) -> None:
                     "seed": way.args.seed + repetition,
                     "mse": metrics["mse"],
                     "mae": metrics["mae"],
-                    "mase": metrics["mase"],
+                    "mase": metrics.get("mase"),  # of an earlier version: none
                     "windows": metrics["windows"],
                     "vali_mse": min(float(row["vali_loss"]) for row in history),
                     "steps": int(history[-1]["steps"]),
@@ -264,7 +264,7 @@ def _course(run: dict) -> list["Validation"]:
     """Return how a run's errors fell; its seconds are those of training alone."""
     from utils.runs.pictures import Validation
 
-    seconds = run["seconds_per_step"] or 0.0
+    seconds = run["seconds_per_step"] or 0.0  # none: nothing to train
     return [
         Validation(
             steps=int(row["steps"]),
@@ -296,7 +296,9 @@ def rank(folders: Sequence[Path]) -> str:
     for folder in folders:
         if not (folder / "compare.csv").is_file():
             raise UserError(f"no compare.csv in {folder}: --rank takes folders that compare.py has written to")
-    figures = [pd.read_csv(folder / "compare.csv") for folder in folders]
+    # A comparison of an earlier version has no MASE.
+    figures = [pd.DataFrame({"mase": None, **pd.read_csv(folder / "compare.csv")}) for folder in folders]
+    figures = [one.astype({"mase": float}) for one in figures]
     mse, mase = (
         pd.concat([one.groupby("way", sort=False)[name].mean() for one in figures], axis=1, join="inner")
         for name in ("mse", "mase")
@@ -307,7 +309,9 @@ def rank(folders: Sequence[Path]) -> str:
     rows = [("", *(f"{name} test MSE" for name in names), "mean MASE", "average rank")]
     averages = mse.rank().mean(axis=1).sort_values(kind="stable")
     for way, average in averages.items():
-        rows.append((way, *(f"{error:.4f}" for error in mse.loc[way]), f"{mase.loc[way].mean():.4f}", f"{average:.2f}"))
+        scaled = mase.loc[way].mean(skipna=False)
+        figures_of_way = (*(f"{error:.4f}" for error in mse.loc[way]), "" if pd.isna(scaled) else f"{scaled:.4f}")
+        rows.append((way, *figures_of_way, f"{average:.2f}"))
     return _markdown(rows)
 
 
@@ -322,7 +326,7 @@ def compare(argv: Sequence[str]) -> int:
     parser.add_argument("--rank", nargs="+", default=[], metavar="OUT", help="folders of comparisons that are done")
     options, flags = parser.parse_known_args(argv)
     if options.rank:
-        if flags or options.way:
+        if flags or options.way or options.out:
             raise UserError("--rank compares what is done: leave out all other flags")
         print(rank([Path(folder) for folder in options.rank]))
         return 0

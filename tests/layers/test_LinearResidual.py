@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.linear_model import Ridge
@@ -11,6 +12,7 @@ from layers.LinearResidual import RIDGES, LinearResidual
 from models.TimeLLM import Model
 from tests.conftest import largest_difference
 from utils.cli.options import get_parser
+from utils.training.trainer import Trainer
 
 
 def pairs(count, seed, noise=0.0):
@@ -84,7 +86,7 @@ def test_a_run_with_a_line_trains_tests_resumes_and_forecasts(run, flags, more):
     flags = [*flags, "--residual", "linear", "--prompt_decimals", 2, *more]
     done = run(*flags, "--predict")
     assert (done.code, done.err) == (0, "")
-    assert "Linear residual: fitted to the training windows; alone, its validation MSE is 0." in done.out
+    assert "Linear residual: fitted to the training windows; its MSE on all validation windows is 0." in done.out
     scores, forecast = done.metrics(), (done.folder / "forecast.csv").read_bytes()
     for again in (["--is_training", 0], ["--resume"], ["--is_training", 0, "--predict"]):
         assert run(*flags, *again).metrics()["mse"] == scores["mse"]
@@ -105,6 +107,46 @@ def test_a_resumed_run_is_the_run_with_its_line(run, flags):
     assert "Linear residual: fitted" not in done.out
     (folder,) = (folder for folder in done.folders if "_whole_" not in folder.name)
     assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["mse"] == whole
+
+
+def weights_of(done):
+    return torch.load(done.folder / "last", weights_only=True)["weights"]
+
+
+def test_a_run_that_was_stopped_while_the_line_was_validated_goes_on_exactly(run, flags, monkeypatch):
+    flags = [*flags, "--residual", "linear", "--dropout", 0.3]
+    whole = weights_of(run(*flags))
+    score = Trainer._scores
+
+    def interrupted(self, split):
+        score(self, split)  # which draws random numbers
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_scores", interrupted)
+    for more in ([], ["--resume"]):  # twice
+        assert run(*flags, *more).code == 130
+    monkeypatch.setattr(Trainer, "_scores", score)
+    parts = weights_of(run(*flags, "--resume"))
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_line_through_what_never_changes_is_flat(run, flags, csv_folder, tmp_path):
+    frame = pd.read_csv(csv_folder / "small.csv").assign(OT=[1.0] * 300 + list(range(100)))
+    frame.to_csv(tmp_path / "flat.csv", index=False)
+    words = ["--residual", "linear", "--features", "S", "--root_path", tmp_path, "--data_path", "flat.csv"]
+    done = run(*flags, *words)
+    assert done.code == 0, done.err
+
+
+def test_a_run_whose_line_stays_best_knows_what_its_steps_took(run, flags):
+    done = run(*flags, "--residual", "linear", "--learning_rate", 1e-9, "--residual_rate", 1e9, "--loss", "MAE")
+    assert torch.load(done.folder / "checkpoint", weights_only=True)["progress"]["steps"] == 0
+    assert done.metrics()["cost"]["seconds_per_step"] > 0
+
+
+def test_a_loss_that_is_no_number_leaves_the_line(run, flags):
+    done = run(*flags, "--residual", "linear", "--learning_rate", 1e25)
+    assert done.code == 2 and "the best checkpoint is kept" in done.err
 
 
 def test_the_plan_counts_the_line(run, flags):

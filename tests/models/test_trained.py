@@ -1,7 +1,8 @@
 """Forecasting from Python: `utils.runs.load_run`."""
 
 import io
-from shutil import copytree
+from pathlib import Path
+from shutil import copyfile, copytree
 
 import numpy as np
 import pandas as pd
@@ -89,8 +90,31 @@ def test_what_is_wrong_is_said(run, flags, whole, tmp_path):
         trained.predict(whole, level=80)
     with pytest.raises(UserError, match="--level 0"):
         trained.predict(whole, level=[0])
+    for level in (80.0, [80.5], "80"):
+        with pytest.raises(UserError, match="levels are whole per cents"):
+            trained.predict(whole, level=level)
+    with pytest.raises(UserError, match="nonsense is no flag"):
+        load_run(run(*flags, "--model", "DLinear").folder, nonsense=3)
     with pytest.raises(UserError, match="no checkpoint in"):
         load_run(tmp_path)
+
+
+def test_a_csv_that_was_moved_is_named(run, flags, whole, tmp_path):
+    folder = run(*flags, "--model", "SeasonalNaive").folder
+    forecast = load_run(folder).predict(whole)
+    csv = flags[flags.index("--root_path") + 1]
+    copyfile(Path(csv) / "small.csv", tmp_path / "moved.csv")
+    with pytest.raises(UserError, match="root_path="):
+        load_run(folder, root_path="gone")
+    moved = load_run(folder, root_path=str(tmp_path), data_path="moved.csv")
+    pd.testing.assert_frame_equal(moved.predict(whole), forecast)
+
+
+def test_runs_of_different_precision_do_not_disturb_each_other(run, flags, whole):
+    half = load_run(run(*flags, "--use_amp", "--des", "half").folder)
+    before = half.predict(whole)
+    load_run(next(folder for folder in run(*flags).folders if "_half_" not in folder.name))
+    pd.testing.assert_frame_equal(half.predict(whole), before)
 
 
 def test_many_forecasts_leave_nothing_behind(run, flags, whole):

@@ -110,6 +110,22 @@ def test_the_course_of_a_run_is_that_of_its_best_weights():
     assert _best_so_far([Validation(1, 1.0, 1.0, None)]) == ([], [])
 
 
+def test_a_comparison_of_an_earlier_version_has_no_mase(started, flags, tmp_path, capsys):
+    words = [*small(flags), "--seeds", "1", "--way", "DLinear"]
+    compare.main(words)
+    (path,) = (tmp_path / "all").glob("*/metrics.json")
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    del metrics["mase"]
+    path.write_text(json.dumps(metrics), encoding="utf-8")
+    capsys.readouterr()
+    assert compare.main(words) == 0
+    assert rows_of(capsys.readouterr().out)["DLinear"][3] == ""
+    csv_file = tmp_path / "all" / "compare.csv"
+    csv_file.write_text("way,mse\nDLinear,0.5\n", encoding="utf-8")
+    assert compare.main(["--rank", "all"]) == 0
+    assert rows_of(capsys.readouterr().out)["DLinear"] == ["0.5000", "", "1.00"]
+
+
 def test_a_way_that_fails_leaves_the_others_alone(started, flags, capsys):
     ways = ["--way", "bad=--learning_rate 1e25", "--way", "DLinear"]
     assert compare.main([*small(flags), *ways]) == 1

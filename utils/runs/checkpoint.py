@@ -109,7 +109,7 @@ def load_checkpoint(path: Path, model: nn.Module, flags: dict, data: DataFacts |
     contents = read_checkpoint(path, {"progress"})
     _compare_flags(path, contents["flags"], flags)
     if data and not flags["checkpoint"]:
-        for name in _differing(contents, data):
+        for name in differing(contents, data):
             PartialState().print(f"Note: {path} was trained on other data: the {name} of its training rows differ")
     _load_weights(path, contents, model)
     return contents
@@ -139,7 +139,7 @@ def load_last(run: Run, model: nn.Module) -> dict:
         before = contents["flags"].get(name, defaults().get(name))
         if name not in flags_tagged(RESUME_MAY_CHANGE) and before != now:
             raise UserError(f"{path} is of a run with --{name} {before}, not {now}: resume with the flags of the run")
-    for name in _differing(contents, run.data):
+    for name in differing(contents, run.data):
         raise UserError(f"{path} is of a run on other data (their {name} differ): leave out --resume to train anew")
     _load_weights(path, contents, model)
     return contents["training"]
@@ -170,7 +170,7 @@ def flags_to_test(folder: Path, contents: dict, changes: dict[str, object]) -> a
     return args
 
 
-def _differing(contents: dict, data: DataFacts) -> list[str]:
+def differing(contents: dict, data: DataFacts) -> list[str]:
     """Return what of the data is not as it was."""
     return [name for name, now in asdict(data).items() if not _same(contents[name], now)]
 

@@ -56,7 +56,7 @@ def keep_earlier(files: Sequence[Path]) -> None:
     endings = itertools.chain([".old"], (f".old{number}" for number in itertools.count(2)))
     ending = next(ending for ending in endings if not any(folder.glob(f"*{ending}")))
     renamed = []
-    for file in filter(Path.is_file, files):
+    for file in filter(Path.exists, files):
         kept = file.with_name(file.name + ending)
         try:
             file.replace(kept)

@@ -52,16 +52,30 @@ FILE = "calibration.npz"
 
 
 class Residuals:
-    """Watches the forecasts of validation windows, to calibrate by."""
+    """Watches the forecasts of validation windows, to calibrate by.
+
+    They come a channel after the other: of one that is over, its quantiles alone are kept.
+    """
 
     def __init__(self):
-        self._channels: list[np.ndarray] = []
-        self._distances: list[np.ndarray] = []
+        self._distances: dict[int, list[np.ndarray]] = {}  # of the channels in hand
+        self._quantiles: dict[int, np.ndarray] = {}
 
     def watch(self, batch: Batch) -> None:
         """Keep the distances of a batch's targets from their forecasts, in units of the windows' deviations."""
-        self._channels.append(batch.channels)
-        self._distances.append(np.abs(batch.target - batch.forecast) / batch.deviation[:, None])
+        distances = np.abs(batch.target - batch.forecast) / batch.deviation[:, None]
+        for channel in np.unique(batch.channels).tolist():
+            self._distances.setdefault(channel, []).append(distances[batch.channels == channel])
+        for channel in [channel for channel in self._distances if channel < batch.channels[-1]]:
+            self._finish(channel)
+
+    def _finish(self, channel: int) -> None:
+        ordered = np.sort(np.concatenate(self._distances.pop(channel)), axis=0)
+        quantiles = np.full((len(LEVELS), ordered.shape[1]), np.inf, np.float32)
+        for row, level in enumerate(LEVELS):
+            if len(ordered) >= windows_needed(level):
+                quantiles[row] = ordered[_rank(level, len(ordered)) - 1]
+        self._quantiles[channel] = quantiles
 
     def calibration(self, channels: Sequence[str], checkpoint: Path) -> Calibration:
         """Return the quantiles of what was watched, of each of these channels.
@@ -70,13 +84,9 @@ class Residuals:
             channels: names, by number.
             checkpoint: the file of the weights.
         """
-        of_window, distances = np.concatenate(self._channels), np.concatenate(self._distances)
-        quantiles = np.full((len(LEVELS), len(channels), distances.shape[1]), np.inf, np.float32)
-        for number in range(len(channels)):
-            ordered = np.sort(distances[of_window == number], axis=0)
-            for row, level in enumerate(LEVELS):
-                if len(ordered) >= windows_needed(level):
-                    quantiles[row, number] = ordered[_rank(level, len(ordered)) - 1]
+        for channel in list(self._distances):
+            self._finish(channel)
+        quantiles = np.stack([self._quantiles[number] for number in range(len(channels))], axis=1)
         return Calibration(tuple(channels), quantiles, hash_of(checkpoint))
 
 
@@ -107,28 +117,28 @@ def check_windows(levels: Sequence[int], windows: int) -> None:
         )
 
 
-def load_calibration(folders: Sequence[Path], checkpoint: Path, levels: Sequence[int]) -> Calibration:
-    """Return what an earlier test with --level has kept of these weights, from the first folder that has it.
+def load_calibration(folder: Path, checkpoint: Path, channels: Sequence[str], levels: Sequence[int]) -> Calibration:
+    """Return what an earlier test with --level has kept in a run folder.
+
+    Args:
+        folder: the run folder of that test.
+        checkpoint: the file of the weights that it must be of.
+        channels: that it must be of.
+        levels: that it must be enough for, in per cent.
 
     Raises:
         UserError: if there is none, or the file is damaged or too small for a level.
     """
-    for folder in folders:
-        if not (folder / FILE).is_file():
-            continue
-        calibration = _read(folder / FILE)
-        if calibration.checkpoint != hash_of(checkpoint):
-            continue
-        for level in levels:
-            if not np.isfinite(calibration.quantiles[level - 1]).all():
-                raise UserError(
-                    f"{folder / FILE} is of too few validation windows for --level {level}: give a lower one"
-                )
-        return calibration
-    raise UserError(
-        f"no {FILE} for {checkpoint} in {folders[0]}: test it once with --level, without --predict, on a CSV with"
-        " validation rows"
-    )
+    calibration = _read(folder / FILE) if (folder / FILE).is_file() else None
+    if calibration is None or (calibration.checkpoint, calibration.channels) != (hash_of(checkpoint), tuple(channels)):
+        raise UserError(
+            f"no {FILE} of {checkpoint} and these channels in {folder}: test once with --level, without --predict, on a"
+            " CSV with validation rows"
+        )
+    for level in levels:
+        if not np.isfinite(calibration.quantiles[level - 1]).all():
+            raise UserError(f"{folder / FILE} is of too few validation windows for --level {level}: give a lower one")
+    return calibration
 
 
 def _read(path: Path) -> Calibration:
@@ -143,12 +153,12 @@ class IntervalScores:
     """Watches test windows: how many targets their intervals hold, and how wide those are.
 
     Args:
-        calibration: the widths.
+        calibration: the widths; None if there are no levels.
         levels: in per cent.
         headline: the number of the channel that figures are of, None for all.
     """
 
-    def __init__(self, calibration: Calibration, levels: Sequence[int], headline: int | None):
+    def __init__(self, calibration: Calibration | None, levels: Sequence[int], headline: int | None):
         self._calibration = calibration
         self._levels = levels
         self._headline = headline

@@ -37,7 +37,16 @@ HISTORY_COLUMNS = (
 # What training writes. Of an earlier run of the same name they are kept, under names with an `.old` behind.
 _FILES = (
     *("checkpoint", "last", "args.json", "metrics.json", "history.csv", "history.png", "calibration.npz"),
-    *("errors.png", "pred.npy", "true.npy", "test.png", "forecast.csv", "forecast.png", "prototypes.png"),
+    *(
+        "errors.png",
+        "pred.npy",
+        "true.npy",
+        "test.png",
+        "forecast.csv",
+        "forecast.png",
+        "prototypes.png",
+        "tensorboard",
+    ),
 )
 
 
@@ -83,7 +92,7 @@ def _version(package: str) -> str | None:
 
 
 def _keep_earlier_files(folder: Path) -> None:
-    present = [folder / name for name in _FILES if (folder / name).is_file()]
+    present = [folder / name for name in _FILES if (folder / name).exists()]
     if not any(_holds_results(file) for file in present):
         return  # a run that was stopped before its first step
     keep_earlier(present)
@@ -140,15 +149,15 @@ def origin_of(checkpoint: Path, csv: Path, eval_windows: int) -> dict:
     }
 
 
-def cost_of(model: nn.Module, device: torch.device, progress: dict) -> dict:
+def cost_of(model: nn.Module, device: torch.device, seconds_per_step: float | None) -> dict:
     """Return what a model took: trainable parameters, seconds a step if it was trained, bytes at the worst moment.
 
-    The seconds are those until its checkpoint was written, and of all processes that trained it.
+    The seconds are those of all processes that trained it.
     The bytes are those of tensors on a GPU, and all that the process held of memory where there is none.
     """
     return {
         "trainable_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "seconds_per_step": progress.get("seconds_per_step"),
+        "seconds_per_step": seconds_per_step,
         "peak_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_of_process(),
     }
 

@@ -94,10 +94,13 @@ def _try_step(batch_size: int, args: argparse.Namespace, model: nn.Module) -> in
     """Train on one batch, without an update; return its size."""
     model.train()
     model.zero_grad()  # of a step that did not fit
+    # PatchTST's means of its batches must not hold what is made up here.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     trained = sum(parameter.numel() for parameter in model.parameters())
     state = torch.empty(round(trained * STATE_BYTES[args.optimizer]), dtype=torch.uint8, device=model.device)
     forecast = model(torch.randn(batch_size, args.seq_len, 1))
     functional.mse_loss(forecast, torch.zeros_like(forecast)).backward()
     model.zero_grad()
+    model.load_state_dict(buffers, strict=False)
     del state
     return batch_size

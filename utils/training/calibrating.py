@@ -21,7 +21,9 @@ def check_levels(levels: Sequence[int], split: Split) -> None:
     check_windows(levels, int(np.bincount(channels, minlength=len(split.windows.channels)).min()))
 
 
-def calibrate(accelerator: Accelerator, model: nn.Module, split: Split, checkpoint: Path, folder: Path) -> Calibration:
+def calibrate(
+    accelerator: Accelerator, model: nn.Module, split: Split, checkpoint: Path, folder: Path | None
+) -> Calibration:
     """Forecast the validation windows once, and keep in the run folder how far they were from it.
 
     Args:
@@ -29,11 +31,15 @@ def calibrate(accelerator: Accelerator, model: nn.Module, split: Split, checkpoi
         model: with the best weights.
         split: the validation windows.
         checkpoint: the file of those weights.
-        folder: the run folder.
+        folder: the run folder; None if it holds the calibration of other data, which stays.
     """
     residuals = Residuals()
     evaluate(accelerator, model, split, title="calibration", watchers=[residuals])
     calibration = residuals.calibration(split.windows.channels, checkpoint)
-    if accelerator.is_main_process:
+    if folder is None:
+        accelerator.print(
+            "Note: this calibration is not kept, since the run folder has that of its own data: give --des"
+        )
+    elif accelerator.is_main_process:
         calibration.save(folder)
     return calibration

@@ -55,7 +55,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     squared, absolute = [], []
-    numbers = window_numbers(split.loader)
+    numbers, seen = window_numbers(split.loader), 0
     bar = windows_bar(split.loader, title)
     for number, (seq_x, seq_y, *_) in enumerate(bar):
         before_batch()
@@ -69,7 +69,8 @@ def evaluate(
         absolute.append(gathered[:, 1])
         show_loss(bar, number, gathered[:, 0])
         if watchers:
-            batch = _gathered(accelerator, seq_x, forecast, target_rows, numbers[sum(map(len, squared[:-1])) :], split)
+            batch = _gathered(accelerator, seq_x, forecast, target_rows, numbers[seen:], split)
+            seen += len(batch.numbers)
             for watcher in watchers:
                 watcher.watch(batch)
     model.train(was_training)

@@ -52,7 +52,7 @@ def test(
     model: nn.Module,
     examination: Examination,
     folder: Path,
-    progress: dict,
+    seconds_per_step: float | None,
     keeps_forecasts: bool,
 ) -> None:
     """Score a model on the test windows; print the scores and write metrics.json and errors.png.
@@ -62,7 +62,7 @@ def test(
         model: with the best weights.
         examination: what it is tested on.
         folder: the run folder.
-        progress: what the checkpoint says of the training.
+        seconds_per_step: of its training, None if there was none.
         keeps_forecasts: whether to write forecasts and targets as arrays.
 
     Raises:
@@ -88,7 +88,7 @@ def test(
     plain = score_naive(accelerator, examination, naive_errors) if examination.naive else None
     if accelerator.is_main_process:
         bare_model = accelerator.unwrap_model(model)
-        cost = cost_of(bare_model, accelerator.device, progress)
+        cost = cost_of(bare_model, accelerator.device, seconds_per_step)
         write_metrics(
             folder, figures, intervals.figures(), plain, seconds, llm_of(bare_model), cost, examination.origin
         )

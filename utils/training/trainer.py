@@ -117,17 +117,23 @@ class Trainer:
             KeyboardInterrupt: on a signal, when the state to resume from is saved.
         """
         with self.interrupts.deferred():
-            if self.has_nothing_to_train:
-                self._score_untrained()
-            elif self.recipe.residual == "linear" and not self.steps and not self.was_scored:
-                self._validate()  # the line alone: weights that are worse are not kept
-            # A run that was interrupted in an epoch's validation has that before it, even if it is its last.
-            while not self._is_finished() or (self.batch and self.validated_at < self.steps):
-                self._train_epoch()
+            try:
+                self._fit()
+            finally:
+                if self.history:
+                    self.history.finish()
         if self.stopping.should_stop:
             self.accelerator.print("Early stopping")
-        if self.history:
-            self.history.finish()
+
+    def _fit(self) -> None:
+        if self.has_nothing_to_train:
+            self._score_untrained()
+        elif self.recipe.residual == "linear" and not self.steps and not self.was_scored:
+            self._restore_random()  # if this was interrupted
+            self._validate()  # the line alone: weights that are worse are not kept
+        # A run that was interrupted in an epoch's validation has that before it, even if it is its last.
+        while not self._is_finished() or (self.batch and self.validated_at < self.steps):
+            self._train_epoch()
 
     def _score_untrained(self) -> None:
         """Leave the files of a trained model, so that testing, forecasting and resuming need not know."""
@@ -262,13 +268,18 @@ class Trainer:
         self._forget_losses()
         self._watch_memory()
 
+    @property
+    def seconds_per_step(self) -> float | None:
+        """The seconds that a step of the run has taken, None before the first."""
+        return self.learning_seconds / self.steps if self.steps else None
+
     def _save_best(self, vali: Scores) -> None:
         model = self.accelerator.unwrap_model(self.model)
         progress = {
             "epoch": self.epoch,
             "steps": self.steps,
             "vali_loss": vali.mse,
-            "seconds_per_step": self.learning_seconds / self.steps if self.steps else None,
+            "seconds_per_step": self.seconds_per_step,
         }
         save_checkpoint(self.run, model, progress)
 
@@ -334,7 +345,11 @@ class Trainer:
     def _check_finite(self, loss: float, which: str) -> None:
         """Stop the run if a loss is infinite or not a number."""
         if not math.isfinite(loss):
-            kept = "the best checkpoint is kept" if self.validated_at else "there is no checkpoint of this run yet"
+            kept = (
+                "the best checkpoint is kept"
+                if math.isfinite(self.stopping.lowest)
+                else "there is no checkpoint of this run yet"
+            )
             raise UserError(
                 f"the {which} loss is {loss} after {self.steps} steps ({kept}): lower --learning_rate, give"
                 " --grad_clip 1, or --llm_dtype bfloat16 or float32"

@@ -170,6 +170,25 @@ def test_another_data_set_is_calibrated_on_its_own_rows(run, flags, tmp_path):
     assert forecast.code == 0, forecast.err
 
 
+def test_a_runs_own_calibration_stays_its_own(run, flags, tmp_path):
+    """The CSV's name is not in the run folder's: a test on another one is the same run."""
+    flags = [*flags, "--eval_windows", 0, "--level", 80, "--model", "DLinear"]
+    trained = run(*flags).folder
+    kept = (trained / "calibration.npz").read_bytes()
+    write_demo_csv(tmp_path / "other.csv", rows=500, seed=9)
+    elsewhere = ["--root_path", tmp_path, "--data_path", "other.csv", "--is_training", 0]
+    done = run(*flags, *elsewhere, "--checkpoint", trained)
+    assert "this calibration is not kept" in done.out
+    assert (trained / "calibration.npz").read_bytes() == kept
+
+    pd.read_csv(tmp_path / "other.csv").iloc[:, :3].to_csv(tmp_path / "other.csv", index=False)
+    assert run(*flags, *elsewhere).code == 0
+    refused = run(*flags, *elsewhere, "--predict")
+    assert refused.code == 2 and "these channels" in refused.err
+    refused = run(*flags, *elsewhere, "--predict", "--checkpoint", trained, "--des", "other")
+    assert refused.code == 2 and "no calibration.npz" in refused.err, "not that of the training's data"
+
+
 def test_what_cannot_be_is_refused_in_a_line(run, flags, assert_refused):
     for levels, words in (
         ([0], ["--level 0", "1 to 99"]),

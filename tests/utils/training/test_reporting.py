@@ -36,6 +36,13 @@ def test_tensorboard_is_told_what_the_history_says(run, flags):
             assert values == [pytest.approx(float(row[name]), rel=1e-6)]
 
 
+def test_an_earlier_run_of_the_name_keeps_its_own(run, flags):
+    for _ in range(2):
+        folder = run(*flags, "--report_to", "tensorboard").folder
+    assert len({step for step, _, _ in scalars(folder / "tensorboard")}) == 1
+    assert scalars(folder / "tensorboard.old")
+
+
 def test_by_default_nobody_is_told(run, flags):
     assert not (run(*flags).folder / "tensorboard").exists()
 
