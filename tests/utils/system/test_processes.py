@@ -38,6 +38,7 @@ def losses(folder):
 def test_two_processes_do_what_one_does(run, flags, tmp_path):
     # 41 windows: they do not divide by two processes, nor by the batch. Dropout draws by process: off.
     shared = [*flags, "--dropout", "0", "--max_steps", "6", "--eval_steps", "3", "--eval_windows", "41"]
+    shared += ["--level", "50"]
     done = launch([*shared, "--batch_size", "4"], tmp_path, "--num_processes", "2", "--cpu")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Test | MSE") == 1
@@ -49,6 +50,8 @@ def test_two_processes_do_what_one_does(run, flags, tmp_path):
     ours, theirs = (json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in (two, one))
     assert ours["windows"] == theirs["windows"] == 41
     assert (ours["mse"], ours["mae"]) == pytest.approx((theirs["mse"], theirs["mae"]), rel=1e-6)
+    for name in ("coverage_by_step", "width_by_step", "score_by_step"):
+        assert ours["intervals"][0][name] == pytest.approx(theirs["intervals"][0][name], rel=1e-5)
     assert sorted(file.name for file in two.iterdir()) == sorted(file.name for file in one.iterdir())
     first, second = torch.load(two / "last", weights_only=True)["training"]["random"]
     assert not torch.equal(first["cpu"], second["cpu"]), "each draws dropout of its own"
