@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,10 @@ ALL_PAGES = (*PAGES, *PAGES.values())
 CONTINUES = {"powershell": "`", "bat": "^", "bash": "\\"}
 
 # What makes a run small enough for a test. Of the documented flags those that shape it stay.
-SMALL = ["--max_steps", "1", "--eval_steps", "0", "--eval_windows", "7", "--batch_size", "4", "--d_model", "8"]
+SMALL = [
+    *("--max_steps", "1", "--eval_steps", "0", "--eval_windows", "7", "--test_windows", "-1", "--batch_size", "4"),
+    *("--d_model", "8"),
+]
 
 
 def text_of(name: str) -> str:
@@ -92,6 +96,11 @@ def launch(words: list[str]) -> None:
 
 
 def compare(words: list[str]) -> None:
+    # A way's own flags come last, and would make its run a long one again.
+    words = [
+        f"{word} {' '.join(SMALL)}" if before == "--way" and "=" in word else word
+        for before, word in pairwise(["", *words])
+    ]
     assert importlib.import_module("scripts.compare").main([*words, *SMALL, "--seeds", "1"]) == 0
 
 
