@@ -70,9 +70,9 @@ def draw_forecast(
 
 def _draw_bands(axis: Axes, places: Sequence, forecast: np.ndarray, half_widths: dict[int, np.ndarray]) -> None:
     """Draw intervals around a forecast, (pred_len,) each, the widest the palest."""
-    for level, half in half_widths.items():
-        bounds = (forecast - half, forecast + half)
-        axis.fill_between(places, *bounds, color=FORECAST, alpha=0.2, linewidth=0, label=f"{level}%")
+    for place, (level, half) in enumerate(reversed(half_widths.items())):
+        shade = {"color": FORECAST, "alpha": min(0.15 + 0.15 * place, 0.6), "linewidth": 0}
+        axis.fill_between(places, forecast - half, forecast + half, label=f"{level}%", **shade)
 
 
 @dataclass(frozen=True)

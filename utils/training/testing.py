@@ -79,23 +79,18 @@ def test(
         raise UserError(f"the test MSE is {scores.mse}: give --llm_dtype float32 or bfloat16, and look at the data")
     figures = in_units.figures(scores)
     _print_scores(accelerator, figures, split, target)
-    for one in intervals.figures():
-        accelerator.print(
-            f"Intervals | level: {one['level']} coverage: {one['coverage']:.4f} width: {one['width']:.4f}"
-            f" score: {one['score']:.4f} | {intervals.windows} windows"
-        )
+    _print_intervals(accelerator, intervals)
     naive_errors = UnitErrors(examination.units, target)
     plain = score_naive(accelerator, examination, naive_errors) if examination.naive else None
-    if accelerator.is_main_process:
-        bare_model = accelerator.unwrap_model(model)
-        cost = cost_of(bare_model, accelerator.device, seconds_per_step)
-        write_metrics(
-            folder, figures, intervals.figures(), plain, seconds, llm_of(bare_model), cost, examination.origin
-        )
-        by_step = naive_errors.figures(plain)["mse_by_step"] if plain else None
-        draw_errors(folder / "errors.png", figures["mse_by_step"], by_step)
-        if keeps_forecasts:
-            write_predictions(folder, kept, split.windows, examination.calibration, examination.levels)
+    if not accelerator.is_main_process:
+        return
+    bare_model = accelerator.unwrap_model(model)
+    cost = cost_of(bare_model, accelerator.device, seconds_per_step)
+    write_metrics(folder, figures, intervals.figures(), plain, seconds, llm_of(bare_model), cost, examination.origin)
+    by_step = naive_errors.figures(plain)["mse_by_step"] if plain else None
+    draw_errors(folder / "errors.png", figures["mse_by_step"], by_step)
+    if keeps_forecasts:
+        write_predictions(folder, kept, split.windows, examination.calibration, examination.levels)
 
 
 def _print_scores(accelerator: Accelerator, figures: dict, split: Split, target: str | None) -> None:
@@ -106,6 +101,14 @@ def _print_scores(accelerator: Accelerator, figures: dict, split: Split, target:
     )
     mase = "none (a channel that never changes by the season)" if figures["mase"] is None else f"{figures['mase']:.4f}"
     accelerator.print(f"In the CSV's units | RMSE: {figures['rmse']:.6g} MASE: {mase} sMAPE: {figures['smape']:.2f}%")
+
+
+def _print_intervals(accelerator: Accelerator, intervals: IntervalScores) -> None:
+    for one in intervals.figures():
+        accelerator.print(
+            f"Intervals | level: {one['level']} coverage: {one['coverage']:.4f} width: {one['width']:.4f}"
+            f" score: {one['score']:.4f} | {intervals.windows} windows"
+        )
 
 
 def score_naive(accelerator: Accelerator, examination: Examination, errors: UnitErrors) -> Scores:
