@@ -41,7 +41,7 @@ class FrozenLLM(nn.Module):
     """Run prompts and patches through a language model that is never trained and never saved.
 
     A causal model's prompt cannot see the patches, and nothing trainable stands before it: its keys and values
-    are constants. So the prefix that all prompts share is run once, the rest of each prompt without gradient,
+    are constants. So the prefix that all prompts share is run once, the rest of each distinct prompt without gradient,
     and only the patches with gradient, looking back at both. A row is laid out as
     [shared prefix][pads, if left][rest of the prompt][pads, if right][patches].
 
@@ -176,14 +176,20 @@ class FrozenLLM(nn.Module):
         device, count = patches.device, patches.shape[1]
         begins_alike = all(list(prompt[: len(self.shared_prefix)]) == self.shared_prefix for prompt in prompts)
         shared = self._cache_of_shared_prefix(device) if begins_alike else self._no_prefix()
-        ids, is_real = self._pad([prompt[len(shared) :] for prompt in prompts])
+        rests = [tuple(prompt[len(shared) :]) for prompt in prompts]
+        distinct = {rest: number for number, rest in enumerate(dict.fromkeys(rests))}
+        ids, is_real = self._pad(list(distinct))
         if self.padding == "right":
             is_real = torch.ones_like(is_real)
-        is_real = _send(functional.pad(is_real, (len(shared), count), value=1), device).bool()  # (B, L + P)
+        is_real = _send(functional.pad(is_real, (len(shared), count), value=1), device).bool()  # (distinct, L + P)
         positions = (is_real.long().cumsum(-1) - 1).clamp(min=0)
         prefix = shared
         if ids.shape[1]:
             prefix = self._extend(shared, ids, is_real[:, :-count], positions[:, len(shared) : -count])
+        if len(distinct) < len(prompts):  # windows of like statistics: each prompt was run once
+            rows = _send(torch.tensor([distinct[rest] for rest in rests]), device)
+            is_real, positions = is_real[rows], positions[rows]
+            prefix = prefix.of_rows(rows) if ids.shape[1] else shared
         hidden = prefix.run(
             self.backbone,
             inputs_embeds=patches.to(self.token_embeddings.dtype),

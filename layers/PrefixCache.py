@@ -108,6 +108,10 @@ class Prefix:
                 return Prefix([PrefixLayer(layer.keys, layer.values) for layer in layers])
         raise NotImplementedError(f"{type(model).__name__} does not use its cache")
 
+    def of_rows(self, rows: torch.Tensor) -> "Prefix":
+        """Return the prefix whose row i is this one's `rows[i]`."""
+        return Prefix([PrefixLayer(layer.keys[rows], layer.values[rows]) for layer in self.layers])
+
     def run(self, model: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
         """Return the last hidden states of tokens behind the prefix, (B, n, d_llm)."""
         return model(past_key_values=Cache(layers=self.layers), use_cache=True, **inputs).last_hidden_state

@@ -15,7 +15,7 @@ from utils.llm.loading import LLMFlags, load_llm
 CAUSAL = ("qwen2", "llama", "gpt2")
 FAMILIES = (*CAUSAL, "bert")
 HEAD = list(range(100, 112))
-PROMPTS = [HEAD + list(range(30, 30 + length)) for length in (20, 25, 22, 20, 24)]
+PROMPTS = [HEAD + list(range(30 + number, 30 + length)) for number, length in enumerate((20, 26, 24, 23, 28))]
 # What two prompts have in common must be what all have: they begin with different words behind the head.
 EXAMPLES = [HEAD + list(range(60, 75)), HEAD + list(range(80, 100))]
 
@@ -159,6 +159,26 @@ def test_the_head_goes_through_the_llm_once_and_the_patches_alone_with_gradient(
         llm(PROMPTS, patches().requires_grad_())
     assert [tuple(shape[:2]) for shape in lengths] == [(1, 12), (5, 25), (5, 6), (5, 25), (5, 6)]
     assert mlp_lengths == [6, 6], "behind the last layer's keys and values nothing of a prefix is needed"
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_a_prompt_that_several_windows_have_goes_through_the_llm_once(tiny_llm, padding):
+    model = backbone(tiny_llm("qwen2"))
+    llm, one_pass = frozen(model, padding), frozen(model, padding, use_prefix=False)
+    for order in ([0, 1, 0, 2, 1], [3] * 5):
+        prompts = [PROMPTS[number] for number in order]
+        rows = []
+        handle = model.layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs, rows=rows: rows.append(args[0].shape[0]), with_kwargs=True
+        )
+        inputs = patches().requires_grad_()
+        hidden = llm(prompts, inputs)
+        handle.remove()
+        assert rows[-2:] == [len(set(order)), 5]
+        (gradient,) = torch.autograd.grad(hidden[..., :20].square().sum(), inputs)
+        reference = one_pass(prompts, inputs)
+        assert largest_difference(hidden, reference) < 1e-5
+        assert largest_difference(gradient, *torch.autograd.grad(reference[..., :20].square().sum(), inputs)) < 1e-5
 
 
 def test_a_prompt_with_another_head_is_run_whole(tiny_llm):
