@@ -156,8 +156,7 @@ def set_up(args: argparse.Namespace, repetition: int) -> "tuple[Accelerator, Mod
     splits = all_splits(accelerator, args)
     check_levels(args.level, splits["val"])
     series = load_series(args)
-    for note in series.notes:
-        accelerator.print(f"Warning: {note}")
+    warn(accelerator, series.notes)
     if has_llm(args):
         accelerator.print(memory_in_short(args, build_around))
     last = run_folder(args, repetition) / "last"
@@ -223,7 +222,7 @@ def train(
 
 def run_forecast(args: argparse.Namespace, repetition: int) -> None:
     """Forecast beyond the CSV with a trained checkpoint; the CSV needs no more rows than a window has."""
-    from data_provider.series import read_table
+    from data_provider.tables import read_table
     from models import build_model
     from utils.runs.checkpoint import saved_basis
     from utils.runs.intervals import load_calibration
@@ -234,6 +233,7 @@ def run_forecast(args: argparse.Namespace, repetition: int) -> None:
         args.seed, args.grad_accum, args.use_amp, args.deterministic, shares_buffers=not has_llm(args)
     )
     table = read_table(args)  # before the LLM: a wrong CSV is found sooner
+    warn(accelerator, table.notes(args.seq_len))
     folder, checkpoint = run_folder(args, repetition), trained_folder(args, repetition) / "checkpoint"
     calibration = load_calibration(folder, checkpoint, table.channels, args.level) if args.level else None
     model = build_model(args, saved_basis(checkpoint, vars(args)))
@@ -257,16 +257,20 @@ def forecast(
 
     contents = load_checkpoint(checkpoint, model, vars(args), None)
     window = last_window(args)
-    check_channels(contents, window.channels, csv_path(args))
+    check_channels(contents, window.channels, window.is_long, csv_path(args))
     batch_size = args.eval_batch_size or args.batch_size
     with accelerator.autocast():  # as in training and testing, whether accelerate has prepared the model or not
-        made = forecast_beyond(
-            model, window.values, window.dates_to_come, contents, batch_size, calibration, args.level
-        )
+        made = forecast_beyond(model, window, contents, batch_size, calibration, args.level)
     if accelerator.is_main_process:
-        write_forecast(folder, made, window.dates, window.values)
-    first, last = made.dates[0], made.dates[-1]
-    accelerator.print(f"Forecast | {first} to {last}, {len(made.channels)} channels: {folder / 'forecast.csv'}")
+        write_forecast(folder, made)
+    first, last = min(dates[0] for dates in window.dates_to_come), max(dates[-1] for dates in window.dates_to_come)
+    accelerator.print(f"Forecast | {first} to {last}, {len(window.channels)} channels: {folder / 'forecast.csv'}")
+
+
+def warn(accelerator: "Accelerator", notes: Sequence[str]) -> None:
+    """Print what the user should know of the data."""
+    for note in notes:
+        accelerator.print(f"Warning: {note}")
 
 
 def prepare_demo(args: argparse.Namespace) -> None:

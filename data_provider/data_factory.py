@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from data_provider.series import SPLITS, last_window, load_series, time_marks
+from data_provider.series import last_window, load_series, time_marks
 from data_provider.windows import WindowDataset, evenly_spaced
 from utils.errors import UserError
 
@@ -27,7 +27,10 @@ def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, D
     Raises:
         UserError: if the CSV is wrong or too short for the split.
     """
-    dataset = _windows_to_come(args) if flag == "pred" else _windows_of(args, flag)
+    if flag == "pred":
+        dataset = _windows_to_come(args)
+    else:
+        dataset = load_series(args).windows(flag, args.seq_len, args.label_len, args.pred_len, args.percent)
     if flag == "train":
         batch, shown = args.batch_size, dataset
     else:
@@ -73,38 +76,8 @@ def _leave_signals_to_the_main_process(_worker: int) -> None:
 
 def _windows_to_come(args: argparse.Namespace) -> WindowDataset:
     """Return the windows that end with the CSV's last row, one a channel, followed by rows that nobody knows."""
-    series, to_come = load_series(args), last_window(args).dates_to_come
-    unknown = np.full((args.pred_len, len(series.channels)), np.nan, np.float32)
-    return WindowDataset(
-        np.concatenate([series.values[-args.seq_len :], unknown]),
-        np.concatenate([series.marks[-args.seq_len :], time_marks(to_come, args.data, args.embed, args.freq)]),
-        series.channels,
-        args.seq_len,
-        args.label_len,
-        args.pred_len,
-    )
-
-
-def _windows_of(args: argparse.Namespace, flag: str) -> WindowDataset:
-    series = load_series(args)
-    split = SPLITS.index(flag)
-    end = series.ends[split]
-    # The first forecast of a split is of its first row: the window reaches back into the split before.
-    begin = series.ends[split - 1] - args.seq_len if split else 0
-    if flag == "train":
-        end = (end - args.seq_len) * args.percent // 100 + args.seq_len
-    if begin < 0:
-        raise UserError(
-            f"{args.data_path}: --seq_len {args.seq_len} reaches back before the first row:"
-            f" {begin + args.seq_len} rows stand before the {flag} split"
-        )
-    needed = args.seq_len + args.pred_len
-    if end - begin < needed:
-        raise UserError(
-            f"{args.data_path}: the {flag} split is too short for --seq_len {args.seq_len} and --pred_len"
-            f" {args.pred_len}: {needed} rows needed, {end - begin} there"
-        )
-    rows = slice(begin, end)
-    return WindowDataset(
-        series.values[rows], series.marks[rows], series.channels, args.seq_len, args.label_len, args.pred_len
+    to_come = last_window(args).dates_to_come
+    marks = {id(dates): time_marks(dates, args.data, args.embed, args.freq) for dates in to_come}
+    return load_series(args).windows_to_come(
+        np.stack([marks[id(dates)] for dates in to_come]), args.seq_len, args.label_len
     )

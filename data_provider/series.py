@@ -1,17 +1,17 @@
 """A CSV as one scaled array, with the borders of its splits."""
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pandas as pd
-from sklearn.preprocessing import StandardScaler
 
+from data_provider.tables import Table, read_table, table_of
 from data_provider.timefeatures import integer_features, scaled_features
-from utils.cli.places import csv_path
+from data_provider.windows import Spans, WindowDataset
 from utils.errors import UserError
 from utils.exact import mean_and_variance
 
@@ -68,84 +68,131 @@ LAYOUTS = {
 
 
 @dataclass(frozen=True)
-class Series:
-    """A scaled multivariate series.
+class Scaler:
+    """How each channel was scaled: by the mean and the deviation of its training rows; constant ones by 1.
 
     Attributes:
-        values: (rows, channels) float32, scaled with the training rows' mean and deviation.
-        marks: (rows, marks) float32, the time marks.
+        mean_, scale_: (channels,) float64, in the CSV's units.
+    """
+
+    mean_: np.ndarray
+    scale_: np.ndarray
+
+
+@dataclass(frozen=True)
+class Series:
+    """Scaled channels, one behind the other.
+
+    Attributes:
+        source: the CSV, as messages call it.
+        values: (all rows,) float32, scaled with the training rows' mean and deviation; gaps are filled.
+        targets: the same with NaN in the gaps; `values` itself if there are none.
+        marks: (dates, marks) float32, the time marks.
         channels: the channels' names.
-        scaler: the fitted scaler; `scaler.mean_` and `scaler.scale_` are in the CSV's units.
-        ends: the first row after the training, validation and test rows.
+        spans: the rows of each channel.
+        scaler: of each channel.
+        ends: (channels, 3): the row of each channel behind its training, validation and test rows.
+        is_long: whether it was a long CSV.
         notes: what the user should know of the data, a line each.
     """
 
+    source: Path
     values: np.ndarray
+    targets: np.ndarray
     marks: np.ndarray
     channels: tuple[str, ...]
-    scaler: StandardScaler
-    ends: tuple[int, int, int]
+    spans: Spans
+    scaler: Scaler
+    ends: np.ndarray
+    is_long: bool
     notes: tuple[str, ...]
+
+    def of_channel(self, channel: int) -> np.ndarray:
+        """Return the scaled values of a channel, (rows,)."""
+        first = self.spans.first[channel]
+        return self.values[first : first + self.spans.rows[channel]]
 
     def seasonal_errors(self, season: int) -> dict[str, float]:
         """Return how far, on average, each channel's training rows are from those `season` rows before, scaled.
 
-        Of a channel that never changes by the season, or of fewer rows, there is none.
+        Of a channel that never changes by the season, or of fewer rows, there is none. Empty cells do not count.
         """
-        training = self.values[: self.ends[0]].astype(np.float64)
-        if len(training) <= season:
-            return {}
-        errors = np.abs(training[season:] - training[:-season]).mean(axis=0)
-        return {name: float(error) for name, error in zip(self.channels, errors, strict=True) if error}
+        errors = {}
+        for first, end, name in zip(self.spans.first, self.ends[:, 0], self.channels, strict=True):
+            training = self.targets[first : first + end].astype(np.float64)
+            steps = np.abs(training[season:] - training[:-season])
+            known = steps[~np.isnan(steps)]
+            if len(known) and (error := float(known.mean())):
+                errors[name] = error
+        return errors
 
+    def windows(self, split: str, seq_len: int, label_len: int, pred_len: int, percent: int) -> WindowDataset:
+        """Return the windows of a split: of every channel, the first forecast is of the split's first row.
 
-@dataclass(frozen=True, eq=False)  # by identity: it is the key of a cache
-class Table:
-    """What a CSV holds of the channels in use.
+        Args:
+            split: train, val or test.
+            seq_len, label_len, pred_len: of the windows, in rows.
+            percent: share of the training rows to use.
 
-    Attributes:
-        dates: one a row, none before the one above it.
-        raw: (rows, channels) float64, in the CSV's units.
-        channels: the channels' names.
-    """
-
-    dates: pd.DatetimeIndex
-    raw: np.ndarray
-    channels: tuple[str, ...]
-
-    def rows_of_a_season(self) -> int:
-        """Return the rows of a day, of a week where they are days, of a year where they are longer; at least 1.
-
-        They are counted, so that a week may have five days.
+        Raises:
+            UserError: if no channel has rows enough, or nothing is known of what is to be forecast.
         """
-        days = self.dates.to_series().diff().median() / pd.Timedelta("1D")  # of one row NaN: nothing is larger
-        for longest_row, length, period in ((0.5, 1, "D"), (3.5, 7, "W"), (183, 365.25, "Y")):
-            if days <= longest_row:
-                counts = pd.Series(self.dates.tz_localize(None).to_period(period)).value_counts(sort=False)
-                # The first and the last may be cut off.
-                return int(counts.iloc[1:-1].median()) if len(counts) > 3 else max(round(length / days), 1)
-        return 1
+        number = SPLITS.index(split)
+        end = self.ends[:, number]
+        # The window reaches back into the split before.
+        begin = self.ends[:, number - 1] - seq_len if number else np.zeros_like(end)
+        if split == "train":
+            end = (end - seq_len) * percent // 100 + seq_len
+        if self.is_long:
+            begin = np.maximum(begin, 0)
+        elif begin[0] < 0:
+            raise UserError(
+                f"{self.source.name}: --seq_len {seq_len} reaches back before the first row:"
+                f" {begin[0] + seq_len} rows stand before the {split} split"
+            )
+        needed, there = seq_len + pred_len, int((end - begin).max())
+        if there < needed:
+            whose = " of its longest series" if self.is_long else ""
+            raise UserError(
+                f"{self.source.name}: the {split} split{whose} is too short for --seq_len {seq_len} and --pred_len"
+                f" {pred_len}: {needed} rows needed, {max(there, 0)} there"
+            )
+        part = self.spans.part(begin, end)
+        self._check_targets(split, part, seq_len)
+        return WindowDataset(
+            self.values, self.targets, self.marks, part, self.channels, seq_len, label_len, pred_len, self.is_long
+        )
 
+    def _check_targets(self, split: str, part: Spans, seq_len: int) -> None:
+        if self.targets is self.values:
+            return
+        ends = part.first + part.rows
+        if all(
+            np.isnan(self.targets[first + seq_len : end]).all() for first, end in zip(part.first, ends, strict=True)
+        ):
+            raise UserError(
+                f"{self.source.name}: every cell of the {split} split is empty, there is nothing to score: fill it,"
+                " or give a CSV that ends before it"
+            )
 
-def read_table(args: argparse.Namespace) -> Table:
-    """Read the run's CSV; a second call for the same file and flags returns the same object.
+    def windows_to_come(self, marks: np.ndarray, seq_len: int, label_len: int) -> WindowDataset:
+        """Return the windows that end with each channel's last row, followed by rows that nobody knows.
 
-    Raises:
-        UserError: names the file, column, row or flag that is wrong.
-    """
-    path = csv_path(args)
-    return _read_table(path, path.stat().st_mtime_ns, args.data, args.features, args.target)
-
-
-@lru_cache(maxsize=1)
-def _read_table(path: Path, _changed: int, data: str, features: str, target: str) -> Table:
-    return _table_of(_read_csv(path), path, data, features, target)
-
-
-def _table_of(frame: pd.DataFrame, path: Path, data: str, features: str, target: str) -> Table:
-    channels = _choose_channels(path, list(frame.columns), LAYOUTS[data], features, target)
-    raw = _numbers(path, frame, channels)
-    return Table(_dates(path, frame["date"]), raw, tuple(channels))
+        Args:
+            marks: the time marks of the rows to come, (channels, pred_len, marks).
+            seq_len: rows that a window shows.
+            label_len: past rows repeated before what is to come.
+        """
+        count, pred_len, _ = marks.shape
+        rows, dates = self.spans.last(seq_len)  # (channels, seq_len) each
+        unknown = np.full((count, pred_len), np.nan, np.float32)
+        values, targets = (np.hstack([part[rows], unknown]).ravel() for part in (self.values, self.targets))
+        all_marks = np.concatenate([self.marks[dates], marks], axis=1).reshape(-1, marks.shape[2])
+        first = np.arange(count) * (seq_len + pred_len)
+        spans = Spans(first, np.full(count, seq_len + pred_len), first)
+        return WindowDataset(
+            values, targets, all_marks, spans, self.channels, seq_len, label_len, pred_len, self.is_long
+        )
 
 
 def load_series(args: argparse.Namespace) -> Series:
@@ -154,47 +201,79 @@ def load_series(args: argparse.Namespace) -> Series:
     Raises:
         UserError: names the file, column, row or flag that is wrong.
     """
-    path = csv_path(args)
-    return _load_series(read_table(args), path, args.data, args.embed, args.freq)
+    return _load_series(read_table(args), args.data, args.embed, args.freq, args.seq_len, args.pred_len)
 
 
 @lru_cache(maxsize=1)
-def _load_series(table: Table, path: Path, data: str, embed: str, freq: str) -> Series:
-    layout, raw, dates, channels = LAYOUTS[data], table.raw, table.dates, table.channels
-    rows = layout.rows(len(raw))
-    if sum(rows) > len(raw):
-        raise UserError(
-            f"{path} is too short for --data {data}: {sum(rows)} rows needed, {len(raw)} there"
-            " (--data custom splits any length 70/10/20)"
-        )
-    if rows[0] == 0:
-        raise UserError(f"{path} has {len(raw)} data rows: too few to train on")
+def _load_series(table: Table, data: str, embed: str, freq: str, seq_len: int, pred_len: int) -> Series:
+    layout, spans = LAYOUTS[data], table.spans
+    shares = np.array([layout.rows(rows) for rows in spans.rows.tolist()])  # (channels, 3)
+    _check_rows(table, data, shares)
     # Fitted on all training rows, whatever --percent uses of them, as in Time-LLM.
-    scaler = _fit_scaler(path, raw[: rows[0]], channels)
+    scaler = _fit_scaler(table, shares[:, 0])
+    values = _scale(table, table.filled, scaler)
+    targets = values if table.filled is table.raw else np.where(np.isnan(table.raw), np.float32(np.nan), values)
+    notes = [*table.notes(seq_len), *_notes_on_channels(table, scaler, shares[:, 0])]
+    short = (shares[:, 0] < seq_len + pred_len).sum() if table.is_long else 0
+    if short:
+        notes.append(
+            f"{table.source}: {short} of {len(spans.rows)} series are too short to train on (their training rows are"
+            f" fewer than {seq_len + pred_len}, --seq_len and --pred_len): tested and forecast where they have the rows"
+        )
     return Series(
-        values=_scale(path, raw, channels, scaler),
-        marks=time_marks(dates, data, embed, freq),
-        channels=channels,
+        source=table.source,
+        values=values,
+        targets=targets,
+        marks=_marks(table, data, embed, freq),
+        channels=table.channels,
+        spans=spans,
         scaler=scaler,
-        ends=(rows[0], rows[0] + rows[1], sum(rows)),
-        notes=(*_notes_on_dates(path, dates), *_notes_on_channels(path, raw[: rows[0]], channels)),
+        ends=shares.cumsum(axis=1),
+        is_long=table.is_long,
+        notes=tuple(notes),
     )
+
+
+def _marks(table: Table, data: str, embed: str, freq: str) -> np.ndarray:
+    if not table.is_long:
+        return time_marks(table.dates, data, embed, freq)
+    codes, dates = pd.factorize(table.dates)  # series share most of their dates
+    return time_marks(dates, data, embed, freq)[codes]
+
+
+def _check_rows(table: Table, data: str, shares: np.ndarray) -> None:
+    """Refuse channels with fewer rows than their splits have, or none to train on."""
+    needed = shares.sum(axis=1)
+    if (short := needed > table.spans.rows).any():
+        channel = int(short.argmax())
+        whose = f", series {table.channels[channel]!r}," if table.is_long else ""
+        raise UserError(
+            f"{table.source}{whose} is too short for --data {data}: {needed[channel]} rows needed,"
+            f" {table.spans.rows[channel]} there (--data custom splits any length 70/10/20)"
+        )
+    if not shares[:, 0].all():
+        raise UserError(f"{table.source} has {table.spans.rows.min()} data rows: too few to train on")
 
 
 @dataclass(frozen=True)
 class LastWindow:
-    """The last rows of a CSV, and when the next ones will be.
+    """The last rows of each channel of a CSV, and when the next ones will be.
 
     Attributes:
-        dates, values: (seq_len,) and (seq_len, channels), in the CSV's units.
+        values: (seq_len, channels), in the CSV's units; gaps are filled.
         channels: the channels' names.
-        dates_to_come: (pred_len,).
+        dates: of those rows, a channel each.
+        dates_to_come: of the pred_len rows to come, a channel each.
+        is_long: whether it was a long CSV.
+        notes: what the user should know of the data, a line each.
     """
 
-    dates: pd.DatetimeIndex
     values: np.ndarray
     channels: tuple[str, ...]
-    dates_to_come: pd.DatetimeIndex
+    dates: tuple[pd.DatetimeIndex, ...]
+    dates_to_come: tuple[pd.DatetimeIndex, ...]
+    is_long: bool
+    notes: tuple[str, ...]
 
 
 def last_window(args: argparse.Namespace) -> LastWindow:
@@ -203,36 +282,41 @@ def last_window(args: argparse.Namespace) -> LastWindow:
     Raises:
         UserError: if the CSV is wrong, has fewer rows than a window or dates without a step.
     """
-    return _last_window(read_table(args), csv_path(args), args)
+    return _last_window(read_table(args), args)
 
 
 def last_window_of(frame: pd.DataFrame, args: argparse.Namespace) -> LastWindow:
-    """Return the same of a DataFrame like the CSV: with a column `date`, or dates for its index.
+    """Return the same of a DataFrame like the CSV.
 
     Raises:
         UserError: as in `last_window`.
     """
-    if "date" not in frame.columns:
-        if not isinstance(frame.index, pd.DatetimeIndex):
-            raise UserError("the DataFrame has no column 'date' and no dates for its index: give it either")
-        frame = frame.rename_axis("date").reset_index()
-    name = Path("the DataFrame")  # what messages call it
-    return _last_window(_table_of(frame, name, args.data, args.features, args.target), name, args)
+    return _last_window(table_of(frame, "the DataFrame", args), args)
 
 
-def _last_window(table: Table, path: Path, args: argparse.Namespace) -> LastWindow:
-    if len(table.raw) < args.seq_len:
-        raise UserError(f"{path} has {len(table.raw)} rows: a forecast needs --seq_len {args.seq_len}")
+def _last_window(table: Table, args: argparse.Namespace) -> LastWindow:
+    spans, seq_len = table.spans, args.seq_len
+    if spans.rows.min() < seq_len:
+        raise UserError(f"{table.source} has {spans.rows.min()} rows: a forecast needs --seq_len {seq_len}")
+    rows, _ = spans.last(seq_len)  # (channels, seq_len)
+    offset = step_of(table.dates_of_longest(), table.source)
+    known = {}  # what follows a date: most series end with the same
+    dates = [table.dates_of(channel) for channel in range(len(table.channels))]
+    for own in dates:
+        if own[-1] not in known:
+            known[own[-1]] = continue_dates(own[-1], offset, args.pred_len)
     return LastWindow(
-        dates=table.dates[-args.seq_len :],
-        values=table.raw[-args.seq_len :],
+        values=table.filled[rows].T,
         channels=table.channels,
-        dates_to_come=continue_dates(table.dates, args.pred_len, path),
+        dates=tuple(own[-seq_len:] for own in dates),
+        dates_to_come=tuple(known[own[-1]] for own in dates),
+        is_long=table.is_long,
+        notes=tuple(table.notes(seq_len)),
     )
 
 
-def continue_dates(dates: pd.DatetimeIndex, count: int, path: Path) -> pd.DatetimeIndex:
-    """Return so many dates after the last of those that a CSV has, at their own step.
+def step_of(dates: pd.DatetimeIndex, source: Path) -> pd.offsets.BaseOffset | pd.Timedelta:
+    """Return the step from date to date: a calendar's, such as a month, or the most frequent.
 
     Raises:
         UserError: if the dates have no step.
@@ -242,12 +326,20 @@ def continue_dates(dates: pd.DatetimeIndex, count: int, path: Path) -> pd.Dateti
     with pd.option_context("future.infer_freq_returns_offset", True):
         offset = pd.infer_freq(recent) if len(recent) > 2 else None
     if offset is not None:
-        return pd.date_range(recent[-1], periods=count + 1, freq=offset)[1:]
+        return offset
     steps = pd.Series(recent).diff().dropna()
     step = steps[steps > pd.Timedelta(0)].mode()
     if step.empty:
-        raise UserError(f"{path}: the dates have no step to go on with")
-    return pd.DatetimeIndex([recent[-1] + step[0] * number for number in range(1, count + 1)])
+        raise UserError(f"{source}: the dates have no step to go on with")
+    return step[0]
+
+
+def continue_dates(last: pd.Timestamp, step: pd.offsets.BaseOffset | pd.Timedelta, count: int) -> pd.DatetimeIndex:
+    """Return so many dates after the last one."""
+    if isinstance(step, pd.Timedelta):
+        return pd.DatetimeIndex([last + step * number for number in range(1, count + 1)])
+    dates = pd.date_range(last, periods=count + 1, freq=step)
+    return dates[dates > last][:count]
 
 
 def time_marks(dates: pd.DatetimeIndex, data: str, embed: str, freq: str) -> np.ndarray:
@@ -257,143 +349,57 @@ def time_marks(dates: pd.DatetimeIndex, data: str, embed: str, freq: str) -> np.
     return integer_features(dates, LAYOUTS[data].quarter_hours)
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    try:
-        frame = pd.read_csv(path, encoding="utf-8-sig")
-    except UnicodeDecodeError as problem:
-        raise UserError(f"{path} is not UTF-8 but {_guess_encoding(path)}: save it as UTF-8") from problem
-    except Exception as problem:  # of whatever kind: empty, ragged, a broken archive, a folder without permission
-        reason = str(problem).strip().splitlines() or [type(problem).__name__]
-        raise UserError(f"{path} is not a CSV with a header line: {reason[0]}") from problem
-    if not isinstance(frame.index, pd.RangeIndex):
-        raise UserError(f"{path} has rows with more cells than its header: give every column a name")
-    if "date" not in frame.columns and len(frame.columns) == 1:
-        for delimiter, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-            if delimiter in frame.columns[0]:
-                raise UserError(f"{path} has its columns separated by {name}: save it with commas")
-    if "date" not in frame.columns:
-        raise UserError(f"{path} has no column 'date', but {list(frame.columns)}: name the timestamps' column 'date'")
-    return frame
-
-
-def _guess_encoding(path: Path) -> str:
-    """Name the encoding of a text that is not UTF-8."""
-    start = path.read_bytes()[:100_000]
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in start:
-        return "UTF-16"
-    try:
-        start[: len(start) // 2 * 2].decode("gbk")
-    except UnicodeDecodeError as problem:
-        # Cut in the middle of a character at the very end is no sign against it.
-        return "GBK" if problem.end >= len(start) - 1 else "of another encoding"
-    return "GBK"
-
-
-def _choose_channels(path: Path, columns: list[str], layout: Layout, features: str, target: str) -> list[str]:
-    channels = [name for name in columns if name != "date"]
-    target_is_needed = features != "M" or target != "OT"
-    if target not in channels:
-        if target_is_needed:
-            raise UserError(f"{path} has no column {target!r} for --target, but {channels}")
-        return channels
-    if features == "S":
-        return [target]
-    if layout.target_last:
-        channels.remove(target)
-        channels.append(target)
-    return channels
-
-
-def _numbers(path: Path, frame: pd.DataFrame, channels: list[str]) -> np.ndarray:
-    if not channels:
-        raise UserError(f"{path} has no column beside 'date': there is nothing to forecast")
-    numbers = frame[channels].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float64)
-    bad = np.argwhere(~np.isfinite(numbers))
-    if len(bad):
-        row, column = bad[0]
-        cell = frame[channels[column]].iloc[row]
-        raise UserError(
-            f"{path} data row {row + 1}, column {channels[column]!r}: {str(cell)!r} is not a finite number:"
-            f" fill or drop such cells ({len(bad)} in all)"
-        )
-    return numbers
-
-
-def _dates(path: Path, column: pd.Series) -> pd.DatetimeIndex:
-    if pd.api.types.is_numeric_dtype(column):
-        raise UserError(f"{path}, column 'date': numbers such as {column.iloc[0]} are no dates")
-    # ISO 8601 first: with it, midnight may be written without a time.
-    for options in ({"format": "ISO8601"}, {}):
-        try:
-            dates = pd.to_datetime(column, errors="coerce", **options)
-        except ValueError as problem:  # offsets from UTC that change
-            raise UserError(f"{path}, column 'date': {str(problem).splitlines()[0]}") from problem
-        if not dates.isna().any():
-            return _in_order(path, column, pd.DatetimeIndex(dates))
-    row = int(dates.isna().to_numpy().argmax())
-    raise UserError(f"{path} data row {row + 1}, column 'date': {str(column.iloc[row])!r} is not a date")
-
-
-def _in_order(path: Path, column: pd.Series, dates: pd.DatetimeIndex) -> pd.DatetimeIndex:
-    """Return the dates if none is before the one above it."""
-    back = np.flatnonzero(np.diff(dates.asi8) < 0)
-    if len(back):
-        row = back[0] + 1
-        raise UserError(
-            f"{path} data row {row + 1}, column 'date': {str(column.iloc[row])!r} is before the row above it: sort the"
-            f" rows by date ({len(back)} such rows)"
-        )
-    return dates
-
-
-def _notes_on_dates(path: Path, dates: pd.DatetimeIndex) -> list[str]:
-    """Return what is odd about the steps from date to date."""
-    steps = np.diff(dates.asi8)
-    notes = []
-    if not steps.all():
-        row = np.flatnonzero(steps == 0)[0] + 2
-        notes.append(f"{path}: {(steps == 0).sum()} rows have the date of the row above them, data row {row} first")
-    usual = np.median(steps) if len(steps) else 0
-    # Half as long again: months and years are not all of one length.
-    gaps = np.flatnonzero(steps > 1.5 * usual) if usual else []
-    if len(gaps) and len(gaps) < len(steps) / 2:
-        row = gaps[0] + 2
-        notes.append(f"{path}: {len(gaps)} gaps in the dates, before data row {row} first: windows run across them")
-    return notes
-
-
-def _notes_on_channels(path: Path, training: np.ndarray, channels: Sequence[str]) -> list[str]:
+def _notes_on_channels(table: Table, scaler: Scaler, training_rows: np.ndarray) -> list[str]:
     """Return which channels never change in the rows that they are scaled by."""
-    constant = [name for name, column in zip(channels, training.T, strict=True) if np.ptp(column) == 0]
-    return [f"{path}: constant in the training rows, so not scaled: {', '.join(constant)}"] if constant else []
+    constant = [
+        name
+        for name, first, rows in zip(table.channels, table.spans.first, training_rows, strict=True)
+        if np.ptp(table.filled[first : first + rows]) == 0
+    ]
+    more = f" and {len(constant) - 8} more" if len(constant) > 8 else ""
+    names = ", ".join(constant[:8]) + more
+    return [f"{table.source}: constant in the training rows, so not scaled: {names}"] if constant else []
 
 
-def _fit_scaler(path: Path, training: np.ndarray, channels: Sequence[str]) -> StandardScaler:
-    """Return scikit-learn's scaler, with means and deviations that come out alike on every machine.
+def _fit_scaler(table: Table, training_rows: np.ndarray) -> Scaler:
+    """Return the scaler of each channel's known training rows; its numbers come out alike on every machine."""
+    found = np.zeros((len(table.channels), 2))
+    for channel, (first, rows) in enumerate(zip(table.spans.first, training_rows, strict=True)):
+        training = table.raw[first : first + rows]
+        known = training[~np.isnan(training)]
+        if not len(known):
+            raise UserError(
+                f"{table.source}, {table.channels[channel]!r} holds no number in its training rows: drop it, or give"
+                " more rows"
+            )
+        if (huge := np.flatnonzero(np.abs(training) > _HUGE)).size:
+            _refuse(table, first + huge[0], "is too large to be a reading")
+        mean, variance = mean_and_variance(known)
+        # As scikit-learn's StandardScaler tells a constant from the rounding of its mean.
+        rounding = np.finfo(np.float64).eps * len(known)
+        is_constant = variance <= rounding * variance + (rounding * mean) ** 2
+        found[channel] = mean, 1 if is_constant else np.sqrt(variance)
+    return Scaler(*found.T.copy())
 
-    A channel that it takes for constant keeps its scale of 1.
-    """
-    huge = np.argwhere(np.abs(training) > _HUGE)
-    if len(huge):
-        row, column = huge[0]
-        raise UserError(
-            f"{path} data row {row + 1}, column {channels[column]!r}: {training[row, column]:g} is too large to be a"
-            " reading"
-        )
-    scaler = StandardScaler().fit(training)
-    scaler.mean_, scaler.var_ = np.array([mean_and_variance(column) for column in training.T]).T
-    scaler.scale_ = np.where(scaler.scale_ == 1, 1, np.sqrt(scaler.var_))
-    return scaler
 
-
-def _scale(path: Path, raw: np.ndarray, channels: Sequence[str], scaler: StandardScaler) -> np.ndarray:
-    """Return the scaled rows as float32."""
-    scaled = scaler.transform(raw)
-    too_large = np.argwhere(np.abs(scaled) > _LARGEST)
-    if len(too_large):
-        row, column = too_large[0]
-        raise UserError(
-            f"{path} data row {row + 1}, column {channels[column]!r}: {raw[row, column]:g} is too far from the training"
-            f" rows' mean {scaler.mean_[column]:g} and deviation {scaler.scale_[column]:g} to be a reading"
+def _scale(table: Table, values: np.ndarray, scaler: Scaler) -> np.ndarray:
+    """Return scaled values as float32."""
+    rows = table.spans.rows
+    scaled = (values - np.repeat(scaler.mean_, rows)) / np.repeat(scaler.scale_, rows)
+    if (too_large := np.flatnonzero(np.abs(scaled) > _LARGEST)).size:
+        channel = np.searchsorted(table.spans.first, too_large[0], side="right") - 1
+        _refuse(
+            table,
+            too_large[0],
+            f"is too far from the training rows' mean {scaler.mean_[channel]:g} and deviation"
+            f" {scaler.scale_[channel]:g} to be a reading",
         )
     return scaled.astype(np.float32)
+
+
+def _refuse(table: Table, place: int, words: str) -> NoReturn:
+    """Say what is wrong with a value."""
+    channel = int(np.searchsorted(table.spans.first, place, side="right")) - 1
+    row = place - table.spans.first[channel] + 1
+    where = f"row {row} of series" if table.is_long else f"data row {row}, column"
+    raise UserError(f"{table.source} {where} {table.channels[channel]!r}: {table.raw[place]:g} {words}")

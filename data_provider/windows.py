@@ -1,6 +1,8 @@
-"""Windows over a series, one channel each, gathered a batch at a time."""
+"""Windows over series, one channel each, gathered a batch at a time."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -11,39 +13,83 @@ Window = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class WindowDataset(Dataset):
-    """Every window of every channel between two rows, channel-major as in Time-LLM.
+@dataclass(frozen=True)
+class Spans:
+    """Where the rows of each channel stand, where all channels lie one behind the other.
 
-    Item `i` is window `i % windows_per_channel` of channel `i // windows_per_channel`, as
-    (seq_x, seq_y, seq_x_mark, seq_y_mark): (seq_len, 1), (label_len + pred_len, 1) and their time marks;
-    seq_y begins with the last label_len rows of seq_x.
+    Attributes:
+        first: of its values, (channels,).
+        rows: how many, (channels,).
+        dates: the first of its dates, (channels,); channels may share them.
+    """
+
+    first: np.ndarray
+    rows: np.ndarray
+    dates: np.ndarray
+
+    @classmethod
+    def of_table(cls, rows: int, channels: int) -> Self:
+        """Return those of channels of equal length that share their dates."""
+        return cls(np.arange(channels) * rows, np.full(channels, rows), np.zeros(channels, np.int64))
+
+    def part(self, begin: np.ndarray, end: np.ndarray) -> Self:
+        """Return those of rows `begin` to `end` of each channel; of none, where they are in the wrong order."""
+        return Spans(self.first + begin, np.maximum(end - begin, 0), self.dates + begin)
+
+    def last(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return where the last values of each channel stand, and their dates: (channels, count) each."""
+        back = self.rows[:, None] + np.arange(-count, 0)
+        return self.first[:, None] + back, self.dates[:, None] + back
+
+
+class WindowDataset(Dataset):
+    """Every window of every channel, channel-major as in Time-LLM.
+
+    Item `i` is (seq_x, seq_y, seq_x_mark, seq_y_mark): (seq_len, 1), (label_len + pred_len, 1) and their time marks;
+    seq_y begins with the last label_len rows of seq_x. Where a target is not known, seq_y is NaN.
 
     Args:
-        values: (rows, channels) float32.
-        marks: (rows, marks) float32.
+        values: (all rows,) float32, what windows show.
+        targets: (all rows,) float32, what is forecast, NaN where it is not known; `values` itself if all is known.
+        marks: (dates, marks) float32.
+        spans: the rows of each channel to take windows from; a channel too short for one has none.
         channels: the channels' names.
-        seq_len, label_len, pred_len: rows of the context, repeated of it, and to forecast; rows >= seq_len + pred_len.
+        seq_len, label_len, pred_len: rows of the context, repeated of it, and to forecast.
+        is_long: whether the channels are the series of a long CSV.
     """
 
     def __init__(
         self,
         values: np.ndarray,
+        targets: np.ndarray,
         marks: np.ndarray,
+        spans: Spans,
         channels: Sequence[str],
         seq_len: int,
         label_len: int,
         pred_len: int,
+        is_long: bool = False,
     ):
         self.values = values
+        # None stands for `values`: a worker process would be sent the same numbers twice.
+        self.targets = None if targets is values else targets
         self.marks = marks
         self.channels = tuple(channels)
         self.seq_len = seq_len
         self.label_len = label_len
+        self.pred_len = pred_len
         self.length = seq_len + pred_len
-        self.windows_per_channel = len(values) - self.length + 1
+        self.is_long = is_long
+        self._spans = spans
+        self._ends = np.maximum(spans.rows - self.length + 1, 0).cumsum()  # the number behind each channel's windows
 
     def __len__(self) -> int:
-        return self.windows_per_channel * len(self.channels)
+        return int(self._ends[-1])
+
+    @property
+    def has_gaps(self) -> bool:
+        """Return whether some targets may be unknown."""
+        return self.targets is not None
 
     def __getitem__(self, index: int) -> Window:
         if not -len(self) <= index < len(self):
@@ -55,17 +101,23 @@ class WindowDataset(Dataset):
 
         torch's DataLoader calls this instead of `__getitem__`; no collation is needed after it.
         """
-        channels, starts = np.divmod(np.asarray(indices), self.windows_per_channel)
+        indices = np.asarray(indices)
+        channels = self.channel_of(indices)
+        starts = indices - np.where(channels > 0, self._ends[channels - 1], 0)  # within the channel
+        rows, dates = self._spans.first[channels] + starts, self._spans.dates[channels] + starts
         # Views are made here and not kept: they cost microseconds, and a kept view would be written out
         # in full when the dataset is sent to a worker process.
-        values = torch.from_numpy(sliding_window_view(self.values, self.length, axis=0)[starts, channels, :, None])
-        marks = torch.from_numpy(sliding_window_view(self.marks, self.length, axis=0)[starts]).transpose(1, 2)
+        values = torch.from_numpy(sliding_window_view(self.values, self.length)[rows, :, None])
+        targets = values
+        if self.targets is not None:
+            targets = torch.from_numpy(sliding_window_view(self.targets, self.length)[rows, :, None])
+        marks = torch.from_numpy(sliding_window_view(self.marks, self.length, axis=0)[dates]).transpose(1, 2)
         context, repeated = self.seq_len, self.seq_len - self.label_len
-        return values[:, :context], values[:, repeated:], marks[:, :context], marks[:, repeated:]
+        return values[:, :context], targets[:, repeated:], marks[:, :context], marks[:, repeated:]
 
     def channel_of(self, indices: Sequence[int]) -> np.ndarray:
         """Return the channel number of each window."""
-        return np.asarray(indices) // self.windows_per_channel
+        return np.searchsorted(self._ends, np.asarray(indices), side="right")
 
 
 def evenly_spaced(windows: int, at_most: int) -> np.ndarray:

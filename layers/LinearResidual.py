@@ -1,17 +1,21 @@
 """A linear map of the scaled window, added to the forecast, so that the LLM learns what a line cannot say."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
 
 from layers.StandardNorm import Normalize
 
-# Contexts (B, seq_len) and what followed them, (B, pred_len).
-Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
+# Contexts (B, seq_len) and what followed them, (B, pred_len), NaN where that is not known; from the start at each call.
+Pairs = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 
 # Strengths of the ridge penalty that are tried, as shares of the mean square of a value.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+
+
+# With gaps: passes over the training pairs at most.
+_MOST_ROUNDS = 20
 
 
 class LinearResidual(nn.Module):
@@ -37,21 +41,21 @@ class LinearResidual(nn.Module):
         """Set the map to the one that alone has the least squared error, and return that of the validation pairs.
 
         Ridge regression: solved, not trained, in float64 on the CPU. Of several strengths of the penalty the one is
-        taken that does best on the validation pairs. The bias stays.
+        taken that does best on the validation pairs. The bias stays. Targets that are not known do not count; to choose
+        the strength, they are taken for their window's mean.
         """
-        squares = products = torch.zeros(())
-        for windows, targets in _scaled(training):
-            squares, products = squares + windows.T @ windows, products + windows.T @ targets
+        squares, products, has_gaps = _moments(training)
         # Where nothing ever changes, any penalty will do: the map stays 0.
         unit = torch.eye(len(squares), dtype=squares.dtype) * (squares.trace() / len(squares) or 1.0)
         maps = [torch.linalg.solve(squares + ridge * unit, products) for ridge in RIDGES]  # (seq_len, pred_len) each
-        errors, count = torch.zeros(len(maps), dtype=squares.dtype), 0
-        for windows, targets in _scaled(validation):
-            errors += torch.stack([(windows @ weights - targets).square().sum() for weights in maps])
-            count += targets.numel()
+        errors = _errors(maps, validation)
         best = int(errors.argmin())
-        self.linear.weight.copy_(maps[best].T)
-        return (errors[best] / count).item()
+        chosen, error = maps[best], errors[best]
+        if has_gaps:
+            chosen = _fit_known(chosen, products, squares, RIDGES[best] * unit, training)
+            (error,) = _errors([chosen], validation)
+        self.linear.weight.copy_(chosen.T)
+        return error.item()
 
 
 class NoResidual(nn.Module):
@@ -62,8 +66,64 @@ class NoResidual(nn.Module):
         return forecast
 
 
+def _moments(pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Return W'W and W'T of windows W and targets T, unknown ones taken for 0, and whether there are such."""
+    squares = products = torch.zeros(())
+    has_gaps = False
+    for windows, targets in _scaled(pairs):
+        if targets.isnan().any():
+            has_gaps, targets = True, targets.nan_to_num()
+        squares, products = squares + windows.T @ windows, products + windows.T @ targets
+    return squares, products, has_gaps
+
+
+def _fit_known(
+    start: torch.Tensor, products: torch.Tensor, squares: torch.Tensor, penalty: torch.Tensor, pairs: Pairs
+) -> torch.Tensor:
+    """Return the ridge regression on the known targets alone: a system of its own for each step to forecast.
+
+    Solved together, a pass over the pairs a round, by conjugate gradients, preconditioned with what would hold if all
+    targets were known.
+
+    Args:
+        start: a first guess, (seq_len, pred_len).
+        products: W'T, unknown targets taken for 0.
+        squares, penalty: W'W and what is added to it.
+        pairs: the windows and targets.
+    """
+
+    def apply(weights: torch.Tensor) -> torch.Tensor:
+        return penalty @ weights + sum(
+            windows.T @ (windows @ weights).masked_fill(targets.isnan(), 0) for windows, targets in _scaled(pairs)
+        )
+
+    inverse = torch.linalg.inv(squares + penalty)
+    weights, left = start, products - apply(start)
+    direction = better = inverse @ left
+    gain = (left * better).sum(0)
+    for _ in range(_MOST_ROUNDS):
+        if left.norm() <= 1e-6 * products.norm():
+            break
+        applied = apply(direction)
+        length = gain / (direction * applied).sum(0).clamp(min=torch.finfo(gain.dtype).tiny)
+        weights, left = weights + length * direction, left - length * applied
+        better = inverse @ left
+        gain, before = (left * better).sum(0), gain
+        direction = better + gain / before.clamp(min=torch.finfo(gain.dtype).tiny) * direction
+    return weights
+
+
+def _errors(maps: Sequence[torch.Tensor], pairs: Pairs) -> torch.Tensor:
+    """Return the mean squared error of each map on the targets that are known."""
+    errors, count = torch.zeros(len(maps), dtype=torch.float64), 0
+    for windows, targets in _scaled(pairs):
+        errors += torch.stack([(windows @ weights - targets).square().nansum() for weights in maps])
+        count += int((~targets.isnan()).sum())
+    return errors / count
+
+
 def _scaled(pairs: Pairs) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
     """Yield windows and targets without the window's mean, float64: in the units that the error is taken in."""
-    for contexts, targets in pairs:
+    for contexts, targets in pairs():
         windows, statistics = Normalize()(contexts.double())
         yield windows * statistics.deviation, targets.double() - statistics.mean

@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from utils.runs.scores import ChannelWindows
 
 # Windows that the linear residual is fitted to at most, and how many are read at a time.
 _FITTED_WINDOWS = 200_000
+_FITTED_WITH_GAPS = 50_000  # they are read several times
 _FITTED_AT_ONCE = 4096
 
 
@@ -127,11 +129,11 @@ class Model(nn.Module):
         Returns:
             Its mean squared error on those, of all channels.
         """
-        return self.residual.fit(self._pairs(training), self._pairs(validation))
+        return self.residual.fit(partial(self._pairs, training), partial(self._pairs, validation))
 
     def _pairs(self, windows: ChannelWindows) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield contexts (B, seq_len) and what follows them, (B, pred_len), of windows spread evenly over all."""
-        numbers = evenly_spaced(len(windows), _FITTED_WINDOWS)
+        numbers = evenly_spaced(len(windows), _FITTED_WITH_GAPS if windows.has_gaps else _FITTED_WINDOWS)
         for some in np.array_split(numbers, math.ceil(len(numbers) / _FITTED_AT_ONCE)):
             context, following, *_ = windows.__getitems__(some)
             yield context[..., 0], following[:, -self.pred_len :, 0]

@@ -77,16 +77,14 @@ class TrainedRun:
         levels = sorted(map(int, levels))
         check_options(flags_to_test(self._checkpoint.parent, self._contents, {"level": levels}))
         window = last_window_of(frame, self._args)
-        check_channels(self._contents, window.channels, Path("the DataFrame"))
+        check_channels(self._contents, window.channels, window.is_long, Path("the DataFrame"))
         calibration = (
             load_calibration(self._checkpoint.parent, self._checkpoint, self.channels, levels) if levels else None
         )
         batch_size = self._args.eval_batch_size or self._args.batch_size
         with torch.autocast(self.model.device.type, self._half_precision, enabled=bool(self._half_precision)):
-            made = forecast_beyond(
-                self.model, window.values, window.dates_to_come, self._contents, batch_size, calibration, levels
-            )
-        return made.as_frame().reset_index()
+            made = forecast_beyond(self.model, window, self._contents, batch_size, calibration, levels)
+        return made.as_frame()
 
 
 def _choose_device(device: str | torch.device | None) -> None:

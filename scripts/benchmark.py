@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from data_provider.windows import WindowDataset
+from data_provider.windows import Spans, WindowDataset
 from dataset.demo import demo_frame
 from layers.FrozenLinear import frozen_product
 from models import build_around
@@ -270,8 +270,11 @@ def table(results: list[Result], floor: dict[str, float]) -> str:
 def load_windows(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a batch of evenly spaced training windows and their targets."""
     if args.demo:
-        values = demo_frame(rows=4 * (args.seq_len + args.pred_len)).iloc[:, 1:].to_numpy("float32")
-        dataset = WindowDataset(values, values, range(7), args.seq_len, 0, args.pred_len)
+        table = demo_frame(rows=4 * (args.seq_len + args.pred_len)).iloc[:, 1:].to_numpy("float32")
+        values = table.T.ravel()
+        dataset = WindowDataset(
+            values, values, table, Spans.of_table(*table.shape), range(7), args.seq_len, 0, args.pred_len
+        )
     else:
         from data_provider.data_factory import data_provider
 

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from data_provider.series import read_table
+from data_provider.tables import read_table
 from models import build_model
 from utils.cli.checks import check_options, check_paths
 from utils.cli.command import OneLineParser, exit_code_of
@@ -75,16 +75,18 @@ def choose_window(args: argparse.Namespace, contents: dict, channel: str | None,
     shared = [name for name in trained_on if name in table.channels]
     if channel not in shared:
         raise UserError(f"{path} and the run have no channel {channel!r} in common: --channel takes one of {shared}")
-    rows, length = len(table.raw), args.seq_len
+    number_in_csv = table.channels.index(channel)
+    own, dates, length = table.filled[table.rows_of(number_in_csv)], table.dates_of(number_in_csv), args.seq_len
+    rows = len(own)
     if rows < length:
         raise UserError(f"{path} has {rows} rows: a window of the run has {length}")
     end = rows if row is None else row
     if not length <= end <= rows:
         raise UserError(f"--row {row} must be {length} to {rows}: a window of {length} rows ends with it")
-    values = table.raw[end - length : end, table.channels.index(channel)]
+    values = own[end - length : end]
     number = trained_on.index(channel)
     scaled = (values - contents["mean"][number]) / contents["deviation"][number]
-    title = f"{channel}, {table.dates[end - length]} to {table.dates[end - 1]}"
+    title = f"{channel}, {dates[end - length]} to {dates[end - 1]}"
     return Window(title, values, scaled.astype(np.float32))
 
 

@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,7 @@ from torch.utils.data import Subset
 
 from data_provider.data_factory import data_provider
 from data_provider.series import load_series
-from data_provider.windows import WindowDataset, evenly_spaced
+from data_provider.windows import Spans, WindowDataset, evenly_spaced
 from dataset.demo import demo_frame
 from tests.conftest import SHARED, needs_shared
 from utils.cli.options import get_parser
@@ -69,7 +70,7 @@ def test_custom_is_split_70_10_20_with_the_target_last(tmp_path):
     args = options(tmp_path)
     series = load_series(args)
     assert series.channels == ("a", "b", "c", "OT")
-    assert series.ends == (70, 80, 100)
+    assert series.ends.tolist() == [[70, 80, 100]] * 4
     lengths = {split: len(data_provider(args, split)[0]) for split in ("train", "val", "test")}
     assert lengths == {"train": 4 * (70 - 18), "val": 4 * (26 - 18), "test": 4 * (36 - 18)}
 
@@ -167,10 +168,11 @@ def test_evenly_spaced_has_first_and_last_and_no_double():
 
 
 def test_windows_are_not_written_out_when_sent_to_a_worker(tmp_path):
-    values = np.zeros((10_000, 7), np.float32)
-    dataset = WindowDataset(values, values, "abcdefg", 500, 10, 100)
+    values, marks = np.zeros(70_000, np.float32), np.zeros((10_000, 4), np.float32)
+    dataset = WindowDataset(values, values, marks, Spans.of_table(10_000, 7), "abcdefg", 500, 10, 100)
     dataset.__getitems__([0, 1])
-    assert sum(part.nbytes for part in vars(dataset).values() if isinstance(part, np.ndarray)) == 2 * values.nbytes
+    sent = len(pickle.dumps(dataset))
+    assert values.nbytes + marks.nbytes < sent < values.nbytes + marks.nbytes + 2000
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,13 @@ def test_windows_are_not_written_out_when_sent_to_a_worker(tmp_path):
         (lambda f: f.drop(columns="OT"), ["--features", "S"], ["OT", "--target"]),
         (lambda f: f, ["--target", "oil"], ["oil", "--target"]),
         (lambda f: f.assign(b=f.b.astype(object).where(f.index != 41, "x7")), [], ["row 42", "'b'", "x7"]),
-        (lambda f: f.assign(b=f.b.where(f.index != 41)), [], ["row 42", "'b'", "nan"]),
+        (lambda f: f.assign(b=np.nan), [], ["'b'", "no number"]),
+        (lambda f: f.assign(b=f.b.where(f.index >= 70)), [], ["'b'", "no number in its training rows"]),
+        (
+            lambda f: f.set_index("date").where(np.tile(np.arange(100)[:, None] // 10 != 7, 4)).reset_index(),
+            [],
+            ["every cell of the val split is empty"],
+        ),
         (lambda f: f.assign(b=f.b.where(f.index != 41, np.inf)), [], ["row 42", "'b'", "inf"]),
         (lambda f: f.assign(date=f.date.astype(str).where(f.index != 9, "soon")), [], ["row 10", "soon"]),
         (lambda f: f[["date"]], [], ["nothing to forecast"]),
@@ -233,7 +241,7 @@ def test_a_changed_file_is_read_again(tmp_path):
     first = load_series(options(tmp_path))
     assert load_series(options(tmp_path)) is first
     demo_frame(rows=120).to_csv(tmp_path / "custom.csv", index=False)
-    assert len(load_series(options(tmp_path)).values) == 120
+    assert len(load_series(options(tmp_path)).of_channel(0)) == 120
 
 
 @pytest.mark.parametrize(("embed", "mark"), [("timeF", 3 / 23 - 0.5), ("fixed", 3.0)])
@@ -246,8 +254,8 @@ def test_the_windows_to_come_end_with_the_csv(tmp_path, embed, mark):
     for number, item in enumerate(dataset[index] for index in range(4)):
         seq_x, seq_y, seq_x_mark, seq_y_mark = item
         assert (seq_x.shape, seq_y.shape) == ((16, 1), (7, 1))
-        np.testing.assert_array_equal(seq_x[:, 0], series.values[-16:, number])
-        np.testing.assert_array_equal(seq_y[:4, 0], series.values[-4:, number])
+        np.testing.assert_array_equal(seq_x[:, 0], series.of_channel(number)[-16:])
+        np.testing.assert_array_equal(seq_y[:4, 0], series.of_channel(number)[-4:])
         assert np.isnan(seq_y[4:]).all(), "what is to come is not known"
         np.testing.assert_array_equal(seq_x_mark, series.marks[-16:])
         hour = 0 if embed == "timeF" else 3

@@ -26,7 +26,7 @@ def pairs(count, seed, noise=0.0):
 
 
 def in_batches(both):
-    return zip(*(part.split(30) for part in both), strict=True)
+    return lambda: zip(*(part.split(30) for part in both), strict=True)
 
 
 def test_it_begins_as_the_mean_of_the_window():
@@ -61,6 +61,31 @@ def test_the_penalty_is_chosen_on_validation_pairs():
     model = LinearResidual(12, 5)
     assert model.fit(in_batches(training), in_batches(validation)) == pytest.approx(errors[best], rel=1e-6)
     assert largest_difference(model.linear.weight, maps[best]) < 1e-5
+
+
+def test_targets_that_are_not_known_do_not_count():
+    training, validation = pairs(60, 4, noise=3.0), pairs(200, 5, noise=3.0)
+    drawn = torch.Generator().manual_seed(8)
+    known = [torch.rand(part[1].shape, generator=drawn) > 0.3 for part in (training, validation)]
+    gaps = [
+        (x, torch.where(is_known, y, torch.nan)) for (x, y), is_known in zip((training, validation), known, strict=True)
+    ]
+    model = LinearResidual(12, 5)
+    error = model.fit(*map(in_batches, gaps))
+    x, y = (part.double().numpy() - training[0].double().numpy().mean(1, keepdims=True) for part in training)
+    x_new, y_new = (
+        part.double().numpy() - validation[0].double().numpy().mean(1, keepdims=True) for part in validation
+    )
+    for step in range(5):
+        rows = known[0][:, step].numpy()
+        alone = [
+            Ridge(alpha=ridge * np.trace(x.T @ x) / 12, fit_intercept=False).fit(x[rows], y[rows, step]).coef_
+            for ridge in RIDGES
+        ]
+        assert min(largest_difference(model.linear.weight[step], weights) for weights in alone) < 5e-3
+    forecast = x_new @ model.linear.weight.detach().double().numpy().T
+    of_known = np.square(forecast - y_new)[known[1].numpy()]
+    assert error == pytest.approx(of_known.mean(), rel=1e-4)
 
 
 def test_the_forecast_begins_as_the_line_and_the_heads(tiny_llm):

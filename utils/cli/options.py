@@ -191,6 +191,11 @@ def get_parser() -> argparse.ArgumentParser:
         help="M: every channel; S: the target alone; MS: every channel, the headline metric is the target's",
     )
     data.add_argument("--target", default="OT", help="the column that S and MS are about")
+    data.add_argument(
+        "--series",
+        default="",
+        help="of a long CSV (unique_id, ds, y): these series alone, names or patterns such as shop-* between commas",
+    )
     data.add_argument("--loader", default="modal", help=COMPATIBILITY)
     data.add_argument("--freq", default="h", help="step of the time marks: h, t, 15min, d, ...; TimeLLM reads none")
     _flag(

@@ -9,7 +9,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from accelerate import PartialState
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from utils.cli.options import (
@@ -28,25 +27,38 @@ from utils.runs.files import write_whole
 FORMAT = 1
 
 
+class Scaler(Protocol):
+    """The mean and the deviation that each channel was scaled by, (channels,) each."""
+
+    mean_: np.ndarray
+    scale_: np.ndarray
+
+
 class ScaledSeries(Protocol):
     """Data with channels and the scaler they were scaled by."""
 
     channels: tuple[str, ...]
-    scaler: StandardScaler
+    scaler: Scaler
+    is_long: bool
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a checkpoint says of its training data: the channels, and the scaler's mean and deviation of each."""
+    """What a checkpoint says of its training data: the channels, and the scaler's mean and deviation of each.
+
+    `is_long` says whether they are the series of a long CSV.
+    """
 
     channels: list[str]
     mean: list[float]
     deviation: list[float]
+    is_long: bool = False
 
 
 def facts_of(series: ScaledSeries) -> DataFacts:
     """Return what a checkpoint keeps of a series."""
-    return DataFacts(list(series.channels), series.scaler.mean_.tolist(), series.scaler.scale_.tolist())
+    scaler = series.scaler
+    return DataFacts(list(series.channels), scaler.mean_.tolist(), scaler.scale_.tolist(), series.is_long)
 
 
 @dataclass(frozen=True)
@@ -115,13 +127,19 @@ def load_checkpoint(path: Path, model: nn.Module, flags: dict, data: DataFacts |
     return contents
 
 
-def check_channels(contents: dict, channels: Sequence[str], csv: Path) -> None:
-    """Refuse data of other channels than a checkpoint was trained on.
+def check_channels(contents: dict, channels: Sequence[str], is_long: bool, csv: Path) -> None:
+    """Refuse data of other channels than a checkpoint was trained on; of a long CSV, it forecasts any series.
 
     Raises:
         UserError: if they differ.
     """
-    if list(channels) != contents["channels"]:
+    if is_long != contents.get("is_long", False):
+        trained, here = ("long", "wide") if contents.get("is_long") else ("wide", "long")
+        raise UserError(f"{csv} is a {here} CSV, the checkpoint was trained on a {trained} one: give it such a CSV")
+    if is_long:
+        if unseen := len(set(channels) - set(contents["channels"])):
+            PartialState().print(f"Note: {unseen} of {len(channels)} series of {csv} were not there in training")
+    elif list(channels) != contents["channels"]:
         raise UserError(
             f"{csv} has the channels {list(channels)}, the checkpoint was trained on {contents['channels']}"
         )
@@ -171,13 +189,22 @@ def flags_to_test(folder: Path, contents: dict, changes: dict[str, object]) -> a
 
 
 def differing(contents: dict, data: DataFacts) -> list[str]:
-    """Return what of the data is not as it was."""
-    return [name for name, now in asdict(data).items() if not _same(contents[name], now)]
+    """Return what of the data is not as it was; fewer series of a long CSV, which --series may have chosen, are."""
+    if data.is_long and contents.get("is_long"):
+        contents = _of_series(contents, data.channels)
+    return [name for name, now in asdict(data).items() if name in contents and not _same(contents[name], now)]
 
 
-def _same(before: list, now: list) -> bool:
+def _of_series(contents: dict, names: Sequence[str]) -> dict:
+    """Return what a checkpoint says of these series, as far as it knows them."""
+    number_of = {name: number for number, name in enumerate(contents["channels"])}
+    numbers = [number_of[name] for name in names if name in number_of]
+    return {name: [contents[name][number] for number in numbers] for name in ("channels", "mean", "deviation")}
+
+
+def _same(before: list | bool, now: list | bool) -> bool:
     """Compare names, or numbers but for the rounding of another machine."""
-    if before == now or len(before) != len(now) or isinstance(now[0], str):
+    if before == now or isinstance(now, bool) or len(before) != len(now) or isinstance(now[0], str):
         return before == now
     return np.allclose(before, now, rtol=1e-9, atol=0)
 

@@ -1,7 +1,7 @@
 """Prediction intervals for any forecaster, by split conformal prediction (Lei et al., 2018)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +24,15 @@ class Calibration:
         quantiles: (99, channels, pred_len) float32, in units of the deviation of what a window shows: of `n` validation
             windows, row L - 1 holds the distance that ceil((n + 1) L / 100) of them do not exceed. An interval of that
             half width holds what comes next with a probability of at least L per cent, if it is like the validation
-            windows. Infinite where there are too few windows.
+            windows. Infinite where there are too few windows. If pooled, all channels share them: (99, 1, pred_len).
         checkpoint: the SHA-256 of the weights' file.
+        is_pooled: whether they are of the series of a long CSV: then of any.
     """
 
     channels: tuple[str, ...]
     quantiles: np.ndarray
     checkpoint: str
+    is_pooled: bool = False
 
     def half_widths(self, level: int, channels: np.ndarray, deviations: np.ndarray) -> np.ndarray:
         """Return half the width of intervals, (windows, pred_len), in the units of the deviations.
@@ -40,11 +42,12 @@ class Calibration:
             channels: the number of each window's channel, (windows,).
             deviations: of what each window shows, (windows,).
         """
-        return self.quantiles[level - 1][channels] * deviations[:, None]
+        own = self.quantiles[level - 1]
+        return (own if self.is_pooled else own[channels]) * deviations[:, None]
 
     def save(self, folder: Path) -> None:
         """Write `calibration.npz`, whole or not at all."""
-        contents = {"channels": np.array(self.channels), "quantiles": self.quantiles, "checkpoint": self.checkpoint}
+        contents = {name: np.array(value) for name, value in vars(self).items()}
         write_whole(folder / FILE, lambda file: np.savez(file, **contents))
 
 
@@ -54,27 +57,35 @@ FILE = "calibration.npz"
 class Residuals:
     """Watches the forecasts of validation windows, to calibrate by.
 
-    They come a channel after the other: of one that is over, its quantiles alone are kept.
+    They come a channel after the other: of one that is over, its quantiles alone are kept. A target that is not known
+    does not count.
+
+    Args:
+        pooled: whether all channels share their quantiles: each series of a long CSV has few windows, and distances in
+            units of the windows' deviations can be set side by side.
     """
 
-    def __init__(self):
+    def __init__(self, pooled: bool = False):
+        self._pooled = pooled
         self._distances: dict[int, list[np.ndarray]] = {}  # of the channels in hand
         self._quantiles: dict[int, np.ndarray] = {}
 
     def watch(self, batch: Batch) -> None:
         """Keep the distances of a batch's targets from their forecasts, in units of the windows' deviations."""
         distances = np.abs(batch.target - batch.forecast) / batch.deviation[:, None]
-        for channel in np.unique(batch.channels).tolist():
-            self._distances.setdefault(channel, []).append(distances[batch.channels == channel])
-        for channel in [channel for channel in self._distances if channel < batch.channels[-1]]:
+        channels = np.zeros_like(batch.channels) if self._pooled else batch.channels
+        for channel in np.unique(channels).tolist():
+            self._distances.setdefault(channel, []).append(distances[channels == channel])
+        for channel in [channel for channel in self._distances if channel < channels[-1]]:
             self._finish(channel)
 
     def _finish(self, channel: int) -> None:
-        ordered = np.sort(np.concatenate(self._distances.pop(channel)), axis=0)
+        ordered = np.sort(np.concatenate(self._distances.pop(channel)), axis=0)  # NaN last
+        known, steps = (~np.isnan(ordered)).sum(axis=0), np.arange(ordered.shape[1])
         quantiles = np.full((len(LEVELS), ordered.shape[1]), np.inf, np.float32)
         for row, level in enumerate(LEVELS):
-            if len(ordered) >= windows_needed(level):
-                quantiles[row] = ordered[_rank(level, len(ordered)) - 1]
+            enough = known >= windows_needed(level)
+            quantiles[row, enough] = ordered[_rank(level, known[enough]) - 1, steps[enough]]
         self._quantiles[channel] = quantiles
 
     def calibration(self, channels: Sequence[str], checkpoint: Path) -> Calibration:
@@ -86,11 +97,11 @@ class Residuals:
         """
         for channel in list(self._distances):
             self._finish(channel)
-        quantiles = np.stack([self._quantiles[number] for number in range(len(channels))], axis=1)
-        return Calibration(tuple(channels), quantiles, hash_of(checkpoint))
+        quantiles = np.stack([self._quantiles[number] for number in sorted(self._quantiles)], axis=1)
+        return Calibration(tuple(channels), quantiles, hash_of(checkpoint), self._pooled)
 
 
-def _rank(level: int, windows: int) -> int:
+def _rank(level: int, windows: np.ndarray) -> np.ndarray:
     """Return ceil((windows + 1) level / 100), without a rounding error."""
     return -(-(windows + 1) * level // 100)
 
@@ -105,7 +116,7 @@ def check_windows(levels: Sequence[int], windows: int) -> None:
 
     Args:
         levels: in per cent.
-        windows: validation windows of the channel that has the fewest.
+        windows: validation windows of the channel, and the forecast step, that has the fewest.
 
     Raises:
         UserError: names the number that is needed.
@@ -130,6 +141,8 @@ def load_calibration(folder: Path, checkpoint: Path, channels: Sequence[str], le
         UserError: if there is none, or the file is damaged or too small for a level.
     """
     calibration = _read(folder / FILE) if (folder / FILE).is_file() else None
+    if calibration and calibration.is_pooled:
+        calibration = replace(calibration, channels=tuple(channels))  # it is any series'
     if calibration is None or (calibration.checkpoint, calibration.channels) != (hash_of(checkpoint), tuple(channels)):
         raise UserError(
             f"no {FILE} of {checkpoint} and these channels in {folder}: test once with --level, without --predict, on a"
@@ -144,7 +157,8 @@ def load_calibration(folder: Path, checkpoint: Path, channels: Sequence[str], le
 def _read(path: Path) -> Calibration:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return Calibration(tuple(file["channels"].tolist()), file["quantiles"], str(file["checkpoint"]))
+            pooled = "is_pooled" in file and bool(file["is_pooled"])  # of an earlier version: not
+            return Calibration(tuple(file["channels"].tolist()), file["quantiles"], str(file["checkpoint"]), pooled)
     except Exception as problem:  # a file that is cut off or of another kind can make numpy raise anything
         raise UserError(f"{path} is damaged: test once with --level to write it anew") from problem
 
@@ -163,6 +177,7 @@ class IntervalScores:
         self._levels = levels
         self._headline = headline
         self._sums = {level: np.zeros(()) for level in levels}  # then (3, pred_len): held, width, score
+        self._known: np.ndarray | int = 0  # targets, by step
         self.windows = 0
 
     def watch(self, batch: Batch) -> None:
@@ -170,22 +185,33 @@ class IntervalScores:
         counted = slice(None) if self._headline is None else batch.channels == self._headline
         channels, deviations = batch.channels[counted], batch.deviation[counted]
         distance = np.abs(batch.target - batch.forecast)[counted].astype(np.float64)
+        is_known = ~np.isnan(distance)
         for level in self._levels:
             half = self._calibration.half_widths(level, channels, deviations)
             beyond = np.maximum(distance - half, 0)
             # The interval score of Winkler (1972): the width, and what is missed, the dearer the higher the level.
             score = 2 * half + beyond * 200 / (100 - level)
             parts = np.stack([(distance <= half).astype(np.float64), 2 * half, score])
-            self._sums[level] = self._sums[level] + parts.sum(axis=1)
-        self.windows += len(distance)
+            self._sums[level] = self._sums[level] + np.where(is_known, parts, 0).sum(axis=1)
+        self._known = self._known + is_known.sum(axis=0)
+        self.windows += int(is_known.any(axis=1).sum())
 
     def figures(self) -> list[dict]:
         """Return what metrics.json says of intervals, one dictionary a level; widths and scores are scaled."""
         found = []
         for level, sums in self._sums.items():
-            means = sums / self.windows  # (3, pred_len)
+            means = sums / np.maximum(self._known, 1)  # (3, pred_len)
             names = ("coverage", "width", "score")
-            overall = {name: float(row.mean()) for name, row in zip(names, means, strict=True)}
-            by_step = {f"{name}_by_step": row.tolist() for name, row in zip(names, means, strict=True)}
+            overall = {name: self._mean(row) for name, row in zip(names, means, strict=True)}
+            by_step = {
+                f"{name}_by_step": [value if known else None for value, known in zip(row, self._known, strict=True)]
+                for name, row in zip(names, means.tolist(), strict=True)
+            }
             found.append({"level": level, **overall, **by_step})
         return found
+
+    def _mean(self, by_step: np.ndarray) -> float:
+        """Return the mean over all known targets of what is a mean at each step."""
+        if (self._known == self._known[0]).all():
+            return float(by_step.mean())
+        return float(np.average(by_step, weights=self._known))

@@ -18,9 +18,6 @@ from utils.runs.files import write_whole
 
 CONTEXT, TARGET, FORECAST = "0.45", "tab:green", "tab:orange"
 
-# A plot of more channels could not be read.
-MOST_CHANNELS = 12
-
 # With Chinese, Japanese and Korean characters: Windows, macOS, Linux.
 _FURTHER_FONTS = (
     *("Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS", "Noto Sans CJK SC"),
@@ -28,43 +25,52 @@ _FURTHER_FONTS = (
 )
 
 
-def draw_forecast(
-    path: Path,
-    context_dates: pd.DatetimeIndex,
-    context: np.ndarray,
-    dates: pd.DatetimeIndex,
-    values: np.ndarray,
-    channels: Sequence[str],
-    half_widths: dict[int, np.ndarray],
-) -> None:
-    """Draw the last window and the forecast behind it with its intervals, one axis a channel, the first twelve.
+@dataclass(frozen=True)
+class DrawnForecast:
+    """A channel's forecast to draw, in the CSV's units.
+
+    Attributes:
+        name: of the channel.
+        context_dates, context: what it was made from, (seq_len,) each.
+        dates, values: the forecast, (pred_len,) each.
+        half_widths: of its intervals, (pred_len,) each, by level in per cent.
+    """
+
+    name: str
+    context_dates: pd.DatetimeIndex
+    context: np.ndarray
+    dates: pd.DatetimeIndex
+    values: np.ndarray
+    half_widths: dict[int, np.ndarray]
+
+
+def draw_forecasts(path: Path, title: str, drawn: Sequence[DrawnForecast], share_dates: bool) -> None:
+    """Draw forecasts with their intervals behind what they were made from, one axis a channel.
 
     Args:
         path: of the PNG.
-        context_dates, context: the window, (seq_len,) and (seq_len, channels).
-        dates, values: the forecast, (pred_len,) and (pred_len, channels).
-        channels: their names.
-        half_widths: of the intervals, (pred_len, channels) each, by level in per cent.
+        title: of the picture.
+        drawn: what to draw.
+        share_dates: whether all axes are of the same dates.
     """
-    shown = min(len(channels), MOST_CHANNELS)
-    figure = Figure(figsize=(10, 1 + 1.7 * shown), layout="constrained")
-    axes = figure.subplots(shown, 1, sharex=True, squeeze=False)[:, 0]
-    for number, axis in enumerate(axes):
-        axis.plot(context_dates, context[:, number], color=CONTEXT, linewidth=1, label="context")
+    figure = Figure(figsize=(10, 1 + 1.7 * len(drawn)), layout="constrained")
+    axes = figure.subplots(len(drawn), 1, sharex=share_dates, squeeze=False)[:, 0]
+    for number, (axis, one) in enumerate(zip(axes, drawn, strict=True)):
+        axis.plot(one.context_dates, one.context, color=CONTEXT, linewidth=1, label="context")
         # From the last row of the context, so that the line has no hole.
         axis.plot(
-            context_dates[-1:].append(dates),
-            np.append(context[-1:, number], values[:, number]),
+            one.context_dates[-1:].append(one.dates),
+            np.append(one.context[-1:], one.values),
             color=FORECAST,
             label="forecast",
         )
-        _draw_bands(axis, dates, values[:, number], {level: half[:, number] for level, half in half_widths.items()})
-        axis.axvline(context_dates[-1], color="0.8", linewidth=0.8)
-        axis.set_ylabel(label(channels[number], f"channel {number + 1}"))
-    axes[0].legend(loc="upper left", ncols=2 + len(half_widths), fontsize="small")
-    left_out = f" (the first {shown} of {len(channels)} channels)" if shown < len(channels) else ""
-    figure.suptitle(f"{len(dates)} steps after {context_dates[-1]}{left_out}")
-    figure.autofmt_xdate()
+        _draw_bands(axis, one.dates, one.values, one.half_widths)
+        axis.axvline(one.context_dates[-1], color="0.8", linewidth=0.8)
+        axis.set_ylabel(label(one.name, f"channel {number + 1}"))
+    axes[0].legend(loc="upper left", ncols=2 + len(drawn[0].half_widths), fontsize="small")
+    figure.suptitle(title)
+    if share_dates:
+        figure.autofmt_xdate()
     save_picture(figure, path)
 
 
@@ -106,19 +112,21 @@ def draw_windows(path: Path, windows: Sequence[DrawnWindow]) -> None:
     save_picture(figure, path)
 
 
-def draw_errors(path: Path, errors: Sequence[float], naive_errors: Sequence[float] | None) -> None:
+def draw_errors(path: Path, errors: Sequence[float | None], naive_errors: Sequence[float | None] | None) -> None:
     """Draw the scaled squared error of each forecast step, beside the seasonal-naive forecast's if there is one.
 
     Args:
         path: of the PNG.
-        errors, naive_errors: a number a step.
+        errors, naive_errors: a number a step, None for a step of which nothing is known.
     """
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     steps = np.arange(1, len(errors) + 1)
     if naive_errors is not None:
-        axis.plot(steps, naive_errors, ".-", markersize=3, color=CONTEXT, label="the last season again")
-    axis.plot(steps, errors, ".-", markersize=3, color=FORECAST, label="forecast")
+        axis.plot(
+            steps, np.array(naive_errors, float), ".-", markersize=3, color=CONTEXT, label="the last season again"
+        )
+    axis.plot(steps, np.array(errors, float), ".-", markersize=3, color=FORECAST, label="forecast")
     axis.set_ylim(bottom=0)
     axis.set_xlabel("forecast step")
     axis.set_ylabel("test MSE, scaled")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,25 @@ from torch import nn
 from layers.StandardNorm import Normalize
 from utils.runs.files import write_text
 from utils.runs.intervals import Calibration
-from utils.runs.pictures import draw_forecast
+from utils.runs.pictures import DrawnForecast, draw_forecasts
+from utils.runs.watchers import SERIES_FILE
+
+# A picture of more channels could not be read; of the series of a long CSV, these many stand for all.
+MOST_CHANNELS = 12
+SERIES_SHOWN = 6
+
+
+class Context(Protocol):
+    """What a forecast is made from: the last rows of each channel, (seq_len, channels), in the CSV's units.
+
+    `dates` are those of the rows, `dates_to_come` those of the rows to forecast, a channel each.
+    """
+
+    values: np.ndarray
+    channels: tuple[str, ...]
+    dates: tuple[pd.DatetimeIndex, ...]
+    dates_to_come: tuple[pd.DatetimeIndex, ...]
+    is_long: bool
 
 
 @dataclass(frozen=True)
@@ -20,54 +39,62 @@ class Forecast:
     """A forecast in the CSV's units.
 
     Attributes:
-        dates: of the forecast rows, at the step of the data.
+        context: what it was made from.
         values: (pred_len, channels).
-        channels: the channels' names.
         half_widths: of the intervals, (pred_len, channels) each, by level in per cent, the lowest first.
     """
 
-    dates: pd.DatetimeIndex
+    context: Context
     values: np.ndarray
-    channels: tuple[str, ...]
     half_widths: dict[int, np.ndarray]
 
     def as_frame(self) -> pd.DataFrame:
-        """Return a row a date, indexed by it, and a column a channel, followed by its bounds, the lowest first."""
-        columns = {}
-        for number, name in enumerate(self.channels):
-            columns[name] = self.values[:, number]
-            for level, half in reversed(self.half_widths.items()):
-                columns[f"{name}-lo-{level}"] = self.values[:, number] - half[:, number]
-            for level, half in self.half_widths.items():
-                columns[f"{name}-hi-{level}"] = self.values[:, number] + half[:, number]
-        return pd.DataFrame(columns, index=self.dates.rename("date"))
+        """Return it in the shape of the CSV: a row a date, a column a channel followed by its bounds, the lowest first.
+
+        Or, as of a long CSV, a row a series and date: `unique_id`, `ds`, `y` and its bounds.
+        """
+        names, dates = self.context.channels, self.context.dates_to_come
+        if not self.context.is_long:
+            columns = {"date": dates[0]}
+            for number, name in enumerate(names):
+                half_widths = {level: half[:, number] for level, half in self.half_widths.items()}
+                columns |= _with_bounds(name, self.values[:, number], half_widths)
+            return pd.DataFrame(columns)
+        half_widths = {level: half.T.ravel() for level, half in self.half_widths.items()}
+        columns = {"unique_id": np.repeat(names, len(self.values)), "ds": dates[0].append(list(dates[1:]))}
+        return pd.DataFrame({**columns, **_with_bounds("y", self.values.T.ravel(), half_widths)})
+
+
+def _with_bounds(name: str, values: np.ndarray, half_widths: dict[int, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a column and those of its bounds."""
+    lower = {f"{name}-lo-{level}": values - half for level, half in reversed(half_widths.items())}
+    return {name: values, **lower, **{f"{name}-hi-{level}": values + half for level, half in half_widths.items()}}
 
 
 @torch.inference_mode()
 def forecast_beyond(
     model: nn.Module,
-    context: np.ndarray,
-    dates: pd.DatetimeIndex,
+    context: Context,
     contents: dict,
     batch_size: int,
     calibration: Calibration | None = None,
     levels: Sequence[int] = (),
 ) -> Forecast:
-    """Forecast what follows the last window of a series.
+    """Forecast what follows the last window of each channel.
 
-    The channels are scaled as they were in training, so that the rows before the window do not matter.
+    The channels are scaled as they were in training, so that the rows before the window do not matter; a series that
+    training has not seen, as its window says.
 
     Args:
         model: with the checkpoint's weights; left in evaluation mode.
-        context: the window, (seq_len, channels), in the CSV's units.
-        dates: of the rows to come, (pred_len,).
+        context: the windows.
         contents: of the checkpoint, for its channels and scaler.
         batch_size: channels at one time.
         calibration: of the intervals; None if no levels are asked for.
         levels: of the intervals, in per cent, the lowest first.
     """
-    mean, deviation = np.array(contents["mean"]), np.array(contents["deviation"])
-    scaled = ((context - mean) / deviation).astype(np.float32)
+    mean, deviation = _scale_of(context, contents)
+    scaled = ((context.values - mean) / deviation).astype(np.float32)
     windows = torch.from_numpy(scaled.T.copy())[..., None]  # (channels, seq_len, 1)
     model.eval()
     parts = [model(batch).float().cpu() for batch in windows.split(batch_size)]
@@ -75,7 +102,18 @@ def forecast_beyond(
     shown = Normalize()(windows[..., 0])[1].deviation[:, 0].numpy()
     numbers = np.arange(len(shown))
     half_widths = {level: calibration.half_widths(level, numbers, shown).T * deviation for level in levels}
-    return Forecast(dates, values, tuple(contents["channels"]), half_widths)
+    return Forecast(context, values, half_widths)
+
+
+def _scale_of(context: Context, contents: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and deviation that each channel is to be scaled by."""
+    known = dict(zip(contents["channels"], zip(contents["mean"], contents["deviation"], strict=True), strict=True))
+    unseen = [
+        (column.mean(), column.std() or 1.0) if name not in known else known[name]
+        for name, column in zip(context.channels, context.values.T, strict=True)
+    ]
+    mean, deviation = np.array(unseen).T
+    return mean, deviation
 
 
 def written_out(dates: pd.DatetimeIndex) -> list[str]:
@@ -85,17 +123,45 @@ def written_out(dates: pd.DatetimeIndex) -> list[str]:
     return [date.isoformat(sep=" ", timespec=digits) for date in dates]
 
 
-def write_forecast(folder: Path, forecast: Forecast, context_dates: pd.DatetimeIndex, context: np.ndarray) -> None:
-    """Write forecast.csv, a row a date and a column a channel, and forecast.png, the forecast behind its window."""
+def write_forecast(folder: Path, forecast: Forecast) -> None:
+    """Write forecast.csv and forecast.png, the forecast behind its window."""
     frame = forecast.as_frame()
-    frame.index = pd.Index(written_out(forecast.dates), name="date")
-    write_text(folder / "forecast.csv", frame.to_csv(lineterminator="\n"))
-    draw_forecast(
-        folder / "forecast.png",
-        context_dates,
-        context,
-        forecast.dates,
-        forecast.values,
-        forecast.channels,
-        forecast.half_widths,
-    )
+    dates = "ds" if forecast.context.is_long else "date"
+    frame[dates] = written_out(pd.DatetimeIndex(frame[dates]))
+    write_text(folder / "forecast.csv", frame.to_csv(index=False, lineterminator="\n"))
+    _draw(folder, forecast)
+
+
+def _draw(folder: Path, forecast: Forecast) -> None:
+    context = forecast.context
+    count, steps = len(context.channels), len(forecast.values)
+    if context.is_long:
+        numbers = _series_to_show(folder / SERIES_FILE, context.channels)
+        title = f"{steps} steps after the end of each series ({len(numbers)} of {count}, by test error)"
+    else:
+        numbers = list(range(min(count, MOST_CHANNELS)))
+        left_out = f" (the first {len(numbers)} of {count} channels)" if len(numbers) < count else ""
+        title = f"{steps} steps after {context.dates[0][-1]}{left_out}"
+    drawn = [
+        DrawnForecast(
+            context.channels[number],
+            context.dates[number],
+            context.values[:, number],
+            context.dates_to_come[number],
+            forecast.values[:, number],
+            {level: half[:, number] for level, half in forecast.half_widths.items()},
+        )
+        for number in numbers
+    ]
+    draw_forecasts(folder / "forecast.png", title, drawn, share_dates=not context.is_long)
+
+
+def _series_to_show(scores: Path, names: Sequence[str]) -> list[int]:
+    """Return the numbers of the best, the worst and some series between, as a test has scored them; else of some."""
+    number_of = {name: number for number, name in enumerate(names)}
+    order = list(number_of.values())
+    if scores.is_file():
+        tested = pd.read_csv(scores, dtype={"unique_id": str}, keep_default_na=False).sort_values("mse", kind="stable")
+        order = [number_of[name] for name in tested["unique_id"] if name in number_of] or order
+    places = np.linspace(0, len(order) - 1, min(len(order), SERIES_SHOWN)).round().astype(int)
+    return [order[place] for place in places]

@@ -24,7 +24,7 @@ from utils.runs.finished import hash_of
 from utils.runs.intervals import Calibration
 from utils.runs.pictures import DrawnWindow, draw_history, draw_windows
 from utils.runs.scores import ChannelWindows, Scores
-from utils.runs.watchers import KeptForecasts
+from utils.runs.watchers import SERIES_FILE, KeptForecasts
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "numpy", "pandas", "scikit-learn", "tqdm")
 
@@ -45,6 +45,7 @@ _FILES = (
         "forecast.csv",
         "forecast.png",
         "prototypes.png",
+        SERIES_FILE,
         "tensorboard",
     ),
 )
@@ -139,6 +140,16 @@ def write_metrics(
     _write_json(folder / "metrics.json", contents)
 
 
+def write_series(folder: Path, per_channel: dict[str, dict]) -> None:
+    """Write series.csv: the errors of each series of a long CSV, a row each."""
+    text = io.StringIO()
+    columns = ["unique_id", *next(iter(per_channel.values()))]
+    rows = csv.DictWriter(text, columns, lineterminator="\n")
+    rows.writeheader()
+    rows.writerows({"unique_id": name, **errors} for name, errors in per_channel.items())
+    write_text(folder / SERIES_FILE, text.getvalue())
+
+
 def origin_of(checkpoint: Path, csv: Path, eval_windows: int) -> dict:
     """Return what metrics.json says of where its scores are from: the weights, the data, how many windows at most."""
     return {
@@ -189,8 +200,10 @@ def write_predictions(
     forecast, target = kept.forecast, kept.target
     for name, values in (("pred.npy", forecast), ("true.npy", target)):
         write_whole(folder / name, lambda file, values=values: np.save(file, values))
-    errors = np.square(forecast - target).mean(-1)
-    order = errors.argsort()
+    is_scored = ~np.isnan(target).all(axis=-1)
+    errors = np.full(len(target), np.inf)
+    errors[is_scored] = np.nanmean(np.square(forecast - target)[is_scored], axis=-1)
+    order = errors.argsort()[: is_scored.sum()]
     drawn = []
     for title, place in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
         number = int(kept.numbers[place])

@@ -12,6 +12,12 @@ class ChannelWindows(Protocol):
     """The windows of a split; each is of one channel."""
 
     channels: tuple[str, ...]
+    pred_len: int
+    is_long: bool  # whether the channels are the series of a long CSV
+
+    @property
+    def has_gaps(self) -> bool:
+        """Return whether some targets may be unknown: they are NaN."""
 
     def __len__(self) -> int:
         """Return how many windows there are."""
@@ -25,12 +31,12 @@ class ChannelWindows(Protocol):
 
 @dataclass(frozen=True)
 class Scores:
-    """Errors of the scaled series, means over windows.
+    """Errors of the scaled series, means over windows; where targets are unknown, over those that are known.
 
     Attributes:
         mse, mae: the headline: over all windows, or the target's alone.
         windows: how many windows the headline is the mean of.
-        per_channel: mse, mae and windows of each channel.
+        per_channel: mse, mae and windows of each channel; and `known`, the targets, where some are not.
     """
 
     mse: float

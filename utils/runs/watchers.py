@@ -9,6 +9,10 @@ import numpy as np
 
 from utils.runs.scores import Scores
 
+# The errors of each series of a long CSV; metrics.json has those of the worst.
+SERIES_FILE = "series.csv"
+WORST_SHOWN = 10
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -17,7 +21,7 @@ class Batch:
     Attributes:
         numbers: of the windows in their split, (B,).
         channels: their channels' numbers, (B,).
-        forecast, target: (B, pred_len) float32, scaled.
+        forecast, target: (B, pred_len) float32, scaled; a target that is not known is NaN.
         deviation: of the values that each window shows, (B,) float32, scaled.
     """
 
@@ -68,6 +72,7 @@ class Units:
     Attributes:
         channels: their names.
         mean, deviation: of their scaler.
+        is_long: whether they are the series of a long CSV.
         naive_errors: the seasonal-naive forecast's mean absolute error on the scaled training rows, by channel; some
             channels may have none.
     """
@@ -75,6 +80,7 @@ class Units:
     channels: Sequence[str]
     mean: Sequence[float]
     deviation: Sequence[float]
+    is_long: bool
     naive_errors: Mapping[str, float]
 
 
@@ -89,22 +95,26 @@ class UnitErrors:
     def __init__(self, units: Units, target: str | None = None):
         self.units = units
         self.target = target
-        self._headline = None if target is None else list(units.channels).index(target)
+        self._number_of = {name: number for number, name in enumerate(units.channels)}
+        self._headline = None if target is None else self._number_of[target]
         self._mean, self._deviation = np.asarray(units.mean), np.asarray(units.deviation)
         self._squares: np.ndarray | float = 0.0  # by step, of the headline's windows, scaled
-        self._windows = 0
-        self._smape = np.zeros(len(units.channels))  # a sum over windows, by channel
+        self._known: np.ndarray | int = 0  # targets, by step, of the headline's windows
+        self._smape = np.zeros((2, len(units.channels)))  # sums over windows, by channel: of errors, of their weights
 
     def watch(self, batch: Batch) -> None:
         """Add a batch to the sums."""
         forecast, target = batch.forecast.astype(np.float64), batch.target.astype(np.float64)
         counted = slice(None) if self._headline is None else batch.channels == self._headline
         squares = np.square(forecast - target)[counted]
-        self._squares = self._squares + squares.sum(axis=0)
-        self._windows += len(squares)
+        self._squares = self._squares + np.nansum(squares, axis=0)
+        self._known = self._known + (~np.isnan(squares)).sum(axis=0)
         mean, deviation = self._mean[batch.channels, None], self._deviation[batch.channels, None]
         own = (forecast * deviation + mean, target * deviation + mean)
-        np.add.at(self._smape, batch.channels, symmetric_error(*own))
+        # Means over windows, each with the weight of what is known of it.
+        weights = (~np.isnan(target)).mean(axis=-1)
+        np.add.at(self._smape[0], batch.channels, weights * symmetric_error(*own))
+        np.add.at(self._smape[1], batch.channels, weights)
 
     def figures(self, scores: Scores) -> dict:
         """Return what metrics.json says of errors.
@@ -119,7 +129,7 @@ class UnitErrors:
         """
         per_channel = {name: self._of_channel(name, errors) for name, errors in scores.per_channel.items()}
         headline = [errors for name, errors in per_channel.items() if self.target in (None, name)]
-        weights = [errors["windows"] for errors in headline]
+        weights = [errors.get("known", errors["windows"]) for errors in headline]
         has_mase = all(errors["mase"] is not None for errors in headline)
         return {
             "mse": scores.mse,
@@ -129,22 +139,45 @@ class UnitErrors:
             "smape": float(np.average([errors["smape"] for errors in headline], weights=weights)),
             "windows": scores.windows,
             "per_channel": per_channel,
-            "mse_by_step": (self._squares / self._windows).tolist(),
+            "mse_by_step": [
+                square / known if known else None  # of a step whose every target is a gap there is none
+                for square, known in zip(self._squares.tolist(), self._known.tolist(), strict=True)
+            ],
         }
 
     def _of_channel(self, name: str, errors: dict[str, float]) -> dict[str, float | None]:
-        number = list(self.units.channels).index(name)
+        number = self._number_of[name]
         naive = self.units.naive_errors.get(name)
         return {
             **errors,
             "rmse": math.sqrt(errors["mse"]) * self.units.deviation[number],
             "mase": errors["mae"] / naive if naive else None,
-            "smape": float(self._smape[number] / errors["windows"]),
+            "smape": float(self._smape[0, number] / self._smape[1, number]),
         }
 
 
+def summary_of_series(per_channel: Mapping[str, dict]) -> dict:
+    """Return what metrics.json says of many series instead of each one's errors: their spread, and the worst.
+
+    Args:
+        per_channel: the errors of each series.
+    """
+    worst = sorted(per_channel, key=lambda name: -per_channel[name]["mse"])[:WORST_SHOWN]
+    spread = {}
+    for name in ("mse", "mase"):
+        known = [errors[name] for errors in per_channel.values() if errors[name] is not None]
+        quartiles = np.quantile(known, [0, 0.25, 0.5, 0.75, 1]).tolist() if known else []
+        spread[name] = dict(zip(("min", "25%", "50%", "75%", "max"), quartiles, strict=False))
+    return {"series": {"count": len(per_channel), **spread}, "per_channel": {name: per_channel[name] for name in worst}}
+
+
 def symmetric_error(forecast: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Return 200 |forecast - target| / (|forecast| + |target|), the mean over the last axis; of 0 and 0 it is 0."""
+    """Return 200 |forecast - target| / (|forecast| + |target|), the mean over the last axis; of 0 and 0 it is 0.
+
+    A target of NaN does not count; where there is no other, the mean is 0.
+    """
     size = np.abs(forecast) + np.abs(target)
     error = np.abs(forecast - target)
-    return 200 * np.divide(error, size, out=np.zeros_like(error), where=size > 0).mean(axis=-1)
+    shares = np.divide(error, size, out=np.zeros_like(error), where=size > 0)  # NaN is not above 0
+    counts = (~np.isnan(target)).sum(axis=-1)
+    return 200 * (shares.sum(axis=-1) / np.maximum(counts, 1))

@@ -54,29 +54,36 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    squared, absolute = [], []
+    parts = []
     numbers, seen = window_numbers(split.loader), 0
     bar = windows_bar(split.loader, title)
     for number, (seq_x, seq_y, *_) in enumerate(bar):
         before_batch()
         forecast = model(seq_x)
         target_rows = seq_y[:, -forecast.shape[1] :].to(forecast.device, non_blocking=True)
-        error = forecast - target_rows
-        both = torch.stack([error.square().mean((1, 2)), error.abs().mean((1, 2))])
+        errors = _errors(forecast - target_rows, split.windows.has_gaps)
         # Windows that fill up the last batch of some process are cut off again here.
-        gathered = accelerator.gather_for_metrics(both.T)
-        squared.append(gathered[:, 0])
-        absolute.append(gathered[:, 1])
-        show_loss(bar, number, gathered[:, 0])
+        parts.append(accelerator.gather_for_metrics(errors))
+        show_loss(bar, number, parts[-1][:, 0])
         if watchers:
             batch = _gathered(accelerator, seq_x, forecast, target_rows, numbers[seen:], split)
             seen += len(batch.numbers)
             for watcher in watchers:
                 watcher.watch(batch)
     model.train(was_training)
-    errors = np.stack([torch.cat(part).double().cpu().numpy() for part in (squared, absolute)])
+    errors = torch.cat(parts).T.double().cpu().numpy()
     windows = split.windows
     return _score(errors, windows.channel_of(numbers), windows.channels, target)
+
+
+def _errors(error: torch.Tensor, has_gaps: bool) -> torch.Tensor:
+    """Return squared and absolute error of each window, (B, 2); with gaps how many targets are known, too, (B, 3)."""
+    if not has_gaps:
+        return torch.stack([error.square().mean((1, 2)), error.abs().mean((1, 2))], dim=1)
+    is_known = ~error.isnan()
+    error, count = torch.where(is_known, error, 0), is_known.sum((1, 2))
+    sums = torch.stack([error.square().sum((1, 2)), error.abs().sum((1, 2))], dim=1)
+    return torch.cat([sums / count.clamp(min=1)[:, None], count[:, None]], dim=1)
 
 
 def _gathered(
@@ -108,13 +115,25 @@ def window_numbers(loader: DataLoader) -> np.ndarray:
 
 
 def _score(errors: np.ndarray, channel_of: np.ndarray, channels: tuple[str, ...], target: str | None) -> Scores:
-    """Take means over (2, windows) errors, mse first."""
-    per_channel = {}
-    for number, name in enumerate(channels):
-        own = errors[:, channel_of == number]
-        if own.size:
-            per_channel[name] = {"mse": float(own[0].mean()), "mae": float(own[1].mean()), "windows": own.shape[1]}
-    if target is None:
+    """Take means over the errors of windows: mse, mae and, with gaps, known targets; (2 or 3, windows).
+
+    The windows come a channel after the other.
+    """
+    is_scored = errors[2] > 0 if len(errors) == 3 else np.ones(len(channel_of), bool)
+    errors, channel_of = errors[:, is_scored], channel_of[is_scored]
+    begins = np.flatnonzero(np.diff(channel_of, prepend=-1))
+    per_channel = {
+        channels[channel_of[begin]]: _means(own)
+        for begin, own in zip(begins, np.split(errors, begins[1:], axis=1), strict=True)
+    }
+    headline = _means(errors) if target is None else per_channel[target]
+    return Scores(headline["mse"], headline["mae"], headline["windows"], per_channel)
+
+
+def _means(errors: np.ndarray) -> dict[str, float]:
+    """Return mse, mae and the number of windows, and of known targets if that is told."""
+    if len(errors) == 2:
         mse, mae = errors.mean(axis=1)
-        return Scores(float(mse), float(mae), errors.shape[1], per_channel)
-    return Scores(**per_channel[target], per_channel=per_channel)
+        return {"mse": float(mse), "mae": float(mae), "windows": errors.shape[1]}
+    mse, mae = np.average(errors[:2], axis=1, weights=errors[2])
+    return {"mse": float(mse), "mae": float(mae), "windows": errors.shape[1], "known": int(errors[2].sum())}

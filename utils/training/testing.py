@@ -13,9 +13,9 @@ from utils.errors import UserError
 from utils.llm.loading import llm_of
 from utils.runs.intervals import Calibration, IntervalScores
 from utils.runs.pictures import draw_errors
-from utils.runs.records import cost_of, write_metrics, write_predictions
+from utils.runs.records import cost_of, write_metrics, write_predictions, write_series
 from utils.runs.scores import Scores
-from utils.runs.watchers import KeptForecasts, UnitErrors, Units
+from utils.runs.watchers import KeptForecasts, UnitErrors, Units, summary_of_series
 from utils.training.evaluation import Split, evaluate
 
 
@@ -86,6 +86,9 @@ def test(
         return
     bare_model = accelerator.unwrap_model(model)
     cost = cost_of(bare_model, accelerator.device, seconds_per_step)
+    if split.windows.is_long:
+        write_series(folder, figures["per_channel"])
+        figures |= summary_of_series(figures["per_channel"])
     write_metrics(folder, figures, intervals.figures(), plain, seconds, llm_of(bare_model), cost, examination.origin)
     by_step = naive_errors.figures(plain)["mse_by_step"] if plain else None
     draw_errors(folder / "errors.png", figures["mse_by_step"], by_step)

@@ -23,7 +23,7 @@ from utils.training.optimizers import build_optimizer, parameter_groups
 from utils.training.progress import show_loss, windows_bar
 from utils.training.schedules import Schedule
 
-LOSSES = {"MSE": nn.MSELoss, "MAE": nn.L1Loss}
+LOSSES = {"MSE": nn.functional.mse_loss, "MAE": nn.functional.l1_loss}
 
 # Batches from one progress line to the next; between two lines nothing is read back from the device.
 REPORT_EVERY = 100
@@ -87,7 +87,7 @@ class Trainer:
         self.target = target
         self.run = run
         self.interrupts = interrupts
-        self.loss = LOSSES[recipe.loss]()
+        self.loss = LOSSES[recipe.loss]
         self.has_nothing_to_train = not list(model.parameters())
         shares = {"mapping_layer": recipe.mapping_rate, "residual": recipe.residual_rate}
         groups = parameter_groups(model, recipe.learning_rate, shares)
@@ -234,7 +234,7 @@ class Trainer:
         with self.accelerator.accumulate(self.model):
             forecast = self.model(seq_x)
             target = seq_y[:, -forecast.shape[1] :].to(forecast.device, non_blocking=True)
-            loss = self.loss(forecast, target)
+            loss = self._loss(forecast, target)
             self.accelerator.backward(loss * scale)
             if self.recipe.grad_clip and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
@@ -243,6 +243,14 @@ class Trainer:
         self.loss_sum += loss.detach()
         self.loss_count += 1
         return loss.detach()
+
+    def _loss(self, forecast: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return the mean loss of the targets that are known."""
+        if not self.splits["train"].windows.has_gaps:
+            return self.loss(forecast, target)
+        is_known = ~target.isnan()
+        target = torch.where(is_known, target, forecast.detach())  # where it has no error, nor a gradient
+        return self.loss(forecast, target, reduction="sum") / is_known.sum().clamp(min=1)
 
     def _validate(self) -> None:
         """Score, report, and keep the weights if they are the best so far."""

@@ -2,7 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_provider.series import continue_dates, read_table
+from data_provider.series import continue_dates, step_of
+from data_provider.tables import read_table
 from dataset.demo import demo_frame
 from utils.cli.options import get_parser
 from utils.errors import UserError
@@ -10,6 +11,11 @@ from utils.errors import UserError
 
 def forecast_of(folder):
     return pd.read_csv(folder / "forecast.csv", parse_dates=["date"])
+
+
+def to_come(args, count):
+    dates = read_table(args).dates
+    return list(continue_dates(dates[-1], step_of(dates, "x.csv"), count))
 
 
 def is_png(path):
@@ -112,17 +118,17 @@ def test_dates_go_on_at_the_step_of_the_data(tmp_path, freq, expected):
         dates = dates.floor(freq)
     pd.DataFrame({"date": dates, "a": np.arange(40)}).to_csv(tmp_path / "x.csv", index=False)
     args = get_parser().parse_args(["--data", "custom", "--root_path", str(tmp_path), "--data_path", "x.csv"])
-    assert list(continue_dates(read_table(args).dates, 2, tmp_path)) == [pd.Timestamp(date) for date in expected]
+    assert to_come(args, 2) == [pd.Timestamp(date) for date in expected]
 
 
 def test_dates_with_a_gap_go_on_at_the_commonest_step(tmp_path):
     dates = [*pd.date_range("2024-01-01", periods=10, freq="h"), *pd.date_range("2024-01-03", periods=10, freq="h")]
     pd.DataFrame({"date": dates, "a": range(20)}).to_csv(tmp_path / "x.csv", index=False)
     args = get_parser().parse_args(["--data", "custom", "--root_path", str(tmp_path), "--data_path", "x.csv"])
-    assert continue_dates(read_table(args).dates, 1, tmp_path)[0] == pd.Timestamp("2024-01-03 10:00")
+    assert to_come(args, 1) == [pd.Timestamp("2024-01-03 10:00")]
     pd.DataFrame({"date": dates[:1] * 3, "a": range(3)}).to_csv(tmp_path / "x.csv", index=False)
     with pytest.raises(UserError, match="no step"):
-        continue_dates(read_table(args).dates, 1, tmp_path)
+        to_come(args, 1)
 
 
 def test_test_forecasts_are_kept(run, flags):
