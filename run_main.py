@@ -12,7 +12,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,7 +96,7 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
     from utils.runs.checkpoint import differing, load_checkpoint
     from utils.runs.records import open_run_folder, origin_of
     from utils.runs.run_lock import RunLock
-    from utils.runs.watchers import Units
+    from utils.runs.watchers import units_of
     from utils.system.processes import seed_rank
     from utils.training.calibrating import calibrate
     from utils.training.testing import Examination, test
@@ -122,7 +121,7 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
         keep_in = folder if is_own or not differing(contents, this_run.data) else None
         examination = Examination(
             splits["last test"],
-            Units(**asdict(this_run.data), naive_errors=seasonal_errors(args)),
+            units_of(this_run.data, seasonal_errors(args)),
             headline_target(args),
             build_seasonal_naive(args),
             origin_of(checkpoint, csv, flags_of_final_test(args).eval_windows),
@@ -137,7 +136,7 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
 
 def set_up(args: argparse.Namespace, repetition: int) -> "tuple[Accelerator, Module, dict[str, Split], Run, bool]":
     """Return device and processes, the model, the splits, the run, and whether it goes on from its last state."""
-    from data_provider.series import SPLITS, load_series
+    from data_provider.series import SPLITS, last_window, load_series
     from models import build_around, build_model
     from utils.memory.plan import memory_in_short
     from utils.runs.checkpoint import Run, facts_of, saved_basis
@@ -157,6 +156,10 @@ def set_up(args: argparse.Namespace, repetition: int) -> "tuple[Accelerator, Mod
     check_levels(args.level, splits["val"])
     series = load_series(args)
     warn(accelerator, series.notes)
+    for line in series.explainer.lines() if series.explainer else ():
+        accelerator.print(line)
+    if args.predict:
+        last_window(args)  # what it lacks is said before training
     if has_llm(args):
         accelerator.print(memory_in_short(args, build_around))
     last = run_folder(args, repetition) / "last"

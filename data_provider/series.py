@@ -1,6 +1,7 @@
 """A CSV as one scaled array, with the borders of its splits."""
 
 import argparse
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import NoReturn
 import numpy as np
 import pandas as pd
 
+from data_provider.covariates import Explainer, fit_explainer
+from data_provider.gaps import fill
 from data_provider.tables import Table, read_table, table_of
 from data_provider.timefeatures import integer_features, scaled_features
 from data_provider.windows import Spans, WindowDataset
@@ -85,7 +88,8 @@ class Series:
 
     Attributes:
         source: the CSV, as messages call it.
-        values: (all rows,) float32, scaled with the training rows' mean and deviation; gaps are filled.
+        values: (all rows,) float32, scaled with the training rows' mean and deviation, less what covariates explain;
+            gaps are filled.
         targets: the same with NaN in the gaps; `values` itself if there are none.
         marks: (dates, marks) float32, the time marks.
         channels: the channels' names.
@@ -94,6 +98,8 @@ class Series:
         ends: (channels, 3): the row of each channel behind its training, validation and test rows.
         is_long: whether it was a long CSV.
         notes: what the user should know of the data, a line each.
+        explainer: of the covariates; None if there are none.
+        explained: (all rows,) float32, scaled, what it explains; None likewise.
     """
 
     source: Path
@@ -106,6 +112,8 @@ class Series:
     ends: np.ndarray
     is_long: bool
     notes: tuple[str, ...]
+    explainer: Explainer | None = None
+    explained: np.ndarray | None = None
 
     def of_channel(self, channel: int) -> np.ndarray:
         """Return the scaled values of a channel, (rows,)."""
@@ -120,6 +128,8 @@ class Series:
         errors = {}
         for first, end, name in zip(self.spans.first, self.ends[:, 0], self.channels, strict=True):
             training = self.targets[first : first + end].astype(np.float64)
+            if self.explained is not None:
+                training += self.explained[first : first + end]
             steps = np.abs(training[season:] - training[:-season])
             known = steps[~np.isnan(steps)]
             if len(known) and (error := float(known.mean())):
@@ -160,7 +170,16 @@ class Series:
         part = self.spans.part(begin, end)
         self._check_targets(split, part, seq_len)
         return WindowDataset(
-            self.values, self.targets, self.marks, part, self.channels, seq_len, label_len, pred_len, self.is_long
+            self.values,
+            self.targets,
+            self.marks,
+            part,
+            self.channels,
+            seq_len,
+            label_len,
+            pred_len,
+            self.is_long,
+            self.explained,
         )
 
     def _check_targets(self, split: str, part: Spans, seq_len: int) -> None:
@@ -211,9 +230,17 @@ def _load_series(table: Table, data: str, embed: str, freq: str, seq_len: int, p
     _check_rows(table, data, shares)
     # Fitted on all training rows, whatever --percent uses of them, as in Time-LLM.
     scaler = _fit_scaler(table, shares[:, 0])
-    values = _scale(table, table.filled, scaler)
-    targets = values if table.filled is table.raw else np.where(np.isnan(table.raw), np.float32(np.nan), values)
-    notes = [*table.notes(seq_len), *_notes_on_channels(table, scaler, shares[:, 0])]
+    targets = _scale(table, scaler)
+    explainer = _fit_explainer(table, targets, shares[:, 0]) if table.covariates else None
+    explained = None
+    notes = [*table.notes(seq_len), *_notes_on_channels(table, shares[:, 0])]
+    if explainer:
+        explained = explainer.explain(table.covariates.rows, table.date_rows(), table.channels)
+        targets = targets - explained
+        notes += [f"{table.source}: {warning}" for warning in explainer.warnings()]
+    values = fill(targets, spans)
+    has_gaps = values is not targets
+    values = values.astype(np.float32)
     short = (shares[:, 0] < seq_len + pred_len).sum() if table.is_long else 0
     if short:
         notes.append(
@@ -223,7 +250,7 @@ def _load_series(table: Table, data: str, embed: str, freq: str, seq_len: int, p
     return Series(
         source=table.source,
         values=values,
-        targets=targets,
+        targets=targets.astype(np.float32) if has_gaps else values,
         marks=_marks(table, data, embed, freq),
         channels=table.channels,
         spans=spans,
@@ -231,6 +258,19 @@ def _load_series(table: Table, data: str, embed: str, freq: str, seq_len: int, p
         ends=shares.cumsum(axis=1),
         is_long=table.is_long,
         notes=tuple(notes),
+        explainer=explainer,
+        explained=None if explained is None else explained.astype(np.float32),
+    )
+
+
+def _fit_explainer(table: Table, scaled: np.ndarray, training_rows: np.ndarray) -> Explainer:
+    spans = table.spans
+    return fit_explainer(
+        table.source,
+        table.covariates.rows,
+        [scaled[first : first + rows] for first, rows in zip(spans.first, training_rows, strict=True)],
+        [slice(first, first + rows) for first, rows in zip(spans.dates, training_rows, strict=True)],
+        table.channels,
     )
 
 
@@ -260,20 +300,50 @@ class LastWindow:
     """The last rows of each channel of a CSV, and when the next ones will be.
 
     Attributes:
+        table: the CSV.
         values: (seq_len, channels), in the CSV's units; gaps are filled.
-        channels: the channels' names.
         dates: of those rows, a channel each.
         dates_to_come: of the pred_len rows to come, a channel each.
-        is_long: whether it was a long CSV.
-        notes: what the user should know of the data, a line each.
     """
 
+    table: Table
     values: np.ndarray
-    channels: tuple[str, ...]
     dates: tuple[pd.DatetimeIndex, ...]
     dates_to_come: tuple[pd.DatetimeIndex, ...]
-    is_long: bool
-    notes: tuple[str, ...]
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Return the channels' names."""
+        return self.table.channels
+
+    @property
+    def is_long(self) -> bool:
+        """Return whether it was a long CSV."""
+        return self.table.is_long
+
+    def scaled(self, mean: np.ndarray, deviation: np.ndarray, explainer: dict | None) -> np.ndarray:
+        """Return the rows as a model sees them, (seq_len, channels).
+
+        Args:
+            mean, deviation: to scale each channel by, (channels,).
+            explainer: `Explainer.as_dict` of the covariates, None if there are none.
+        """
+        if not explainer:
+            return (self.values - mean) / deviation
+        table = self.table
+        explained = Explainer.from_dict(explainer).explain(table.covariates.rows, table.date_rows(), table.channels)
+        left = fill(_scaled(table, mean, deviation) - explained, table.spans)
+        return left[table.spans.last(len(self.values))[0]].T
+
+    def explained_to_come(self, explainer: dict | None) -> np.ndarray:
+        """Return what the covariates explain of the scaled rows to come, (pred_len, channels)."""
+        steps = len(self.dates_to_come[0])
+        if not explainer:
+            return np.zeros((steps, len(self.channels)))
+        covariates = self.table.covariates
+        rows = [slice(first, first + steps) for first in covariates.spans.first]
+        explained = Explainer.from_dict(explainer).explain(covariates.to_come, rows, self.channels)
+        return explained.reshape(-1, steps).T
 
 
 def last_window(args: argparse.Namespace) -> LastWindow:
@@ -298,21 +368,38 @@ def _last_window(table: Table, args: argparse.Namespace) -> LastWindow:
     spans, seq_len = table.spans, args.seq_len
     if spans.rows.min() < seq_len:
         raise UserError(f"{table.source} has {spans.rows.min()} rows: a forecast needs --seq_len {seq_len}")
-    rows, _ = spans.last(seq_len)  # (channels, seq_len)
-    offset = step_of(table.dates_of_longest(), table.source)
-    known = {}  # what follows a date: most series end with the same
     dates = [table.dates_of(channel) for channel in range(len(table.channels))]
+    return LastWindow(
+        table=table,
+        values=table.filled[spans.last(seq_len)[0]].T,
+        dates=tuple(own[-seq_len:] for own in dates),
+        dates_to_come=tuple(_dates_to_come(table, dates, args.pred_len)),
+    )
+
+
+def _dates_to_come(table: Table, dates: Sequence[pd.DatetimeIndex], count: int) -> Iterator[pd.DatetimeIndex]:
+    """Yield the dates of the next rows of each channel: those that the covariates have, or at the step of the data."""
+    if table.covariates:
+        spans, there = table.covariates.spans, table.covariates.to_come.index
+        if (spans.rows < count).any():
+            fewest = int(spans.rows.argmin())
+            whose = f" of series {table.channels[fewest]!r}" if table.is_long else ""
+            raise UserError(
+                f"{table.source}: a forecast of --pred_len {count} rows with --covariates needs {count} rows behind the"
+                f" last known one{whose}, with the covariates filled and the rest empty: there are {spans.rows[fewest]}"
+            )
+        for own, first in zip(dates, spans.first, strict=True):
+            coming = there[first : first + count]
+            if not coming.is_monotonic_increasing or coming[0] < own[-1]:
+                raise UserError(f"{table.source}: the rows behind {own[-1]} are not in order: sort them by date")
+            yield coming
+        return
+    step = step_of(table.dates_of_longest(), table.source)
+    known = {}  # what follows a date: most series end with the same
     for own in dates:
         if own[-1] not in known:
-            known[own[-1]] = continue_dates(own[-1], offset, args.pred_len)
-    return LastWindow(
-        values=table.filled[rows].T,
-        channels=table.channels,
-        dates=tuple(own[-seq_len:] for own in dates),
-        dates_to_come=tuple(known[own[-1]] for own in dates),
-        is_long=table.is_long,
-        notes=tuple(table.notes(seq_len)),
-    )
+            known[own[-1]] = continue_dates(own[-1], step, count)
+        yield known[own[-1]]
 
 
 def step_of(dates: pd.DatetimeIndex, source: Path) -> pd.offsets.BaseOffset | pd.Timedelta:
@@ -349,7 +436,7 @@ def time_marks(dates: pd.DatetimeIndex, data: str, embed: str, freq: str) -> np.
     return integer_features(dates, LAYOUTS[data].quarter_hours)
 
 
-def _notes_on_channels(table: Table, scaler: Scaler, training_rows: np.ndarray) -> list[str]:
+def _notes_on_channels(table: Table, training_rows: np.ndarray) -> list[str]:
     """Return which channels never change in the rows that they are scaled by."""
     constant = [
         name
@@ -382,10 +469,9 @@ def _fit_scaler(table: Table, training_rows: np.ndarray) -> Scaler:
     return Scaler(*found.T.copy())
 
 
-def _scale(table: Table, values: np.ndarray, scaler: Scaler) -> np.ndarray:
-    """Return scaled values as float32."""
-    rows = table.spans.rows
-    scaled = (values - np.repeat(scaler.mean_, rows)) / np.repeat(scaler.scale_, rows)
+def _scale(table: Table, scaler: Scaler) -> np.ndarray:
+    """Return what the CSV holds, scaled, float64."""
+    scaled = _scaled(table, scaler.mean_, scaler.scale_)
     if (too_large := np.flatnonzero(np.abs(scaled) > _LARGEST)).size:
         channel = np.searchsorted(table.spans.first, too_large[0], side="right") - 1
         _refuse(
@@ -394,7 +480,11 @@ def _scale(table: Table, values: np.ndarray, scaler: Scaler) -> np.ndarray:
             f"is too far from the training rows' mean {scaler.mean_[channel]:g} and deviation"
             f" {scaler.scale_[channel]:g} to be a reading",
         )
-    return scaled.astype(np.float32)
+    return scaled
+
+
+def _scaled(table: Table, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    return (table.raw - np.repeat(mean, table.spans.rows)) / np.repeat(deviation, table.spans.rows)
 
 
 def _refuse(table: Table, place: int, words: str) -> NoReturn:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Self
 
 import numpy as np
 import pandas as pd
 
+from data_provider.covariates import Covariates, check_cells, check_covariates
 from data_provider.gaps import fill, note_on_gaps
 from data_provider.windows import Spans
 from utils.cli.places import csv_path
@@ -31,6 +32,7 @@ class Table:
         channels: the channels' names.
         spans: the rows of each channel.
         is_long: whether it was a long CSV: channels may then be of different lengths.
+        covariates: of its rows and of those to come; None if none are named.
         left_out: what a note says of series that were left out; empty if none were.
     """
 
@@ -40,6 +42,7 @@ class Table:
     channels: tuple[str, ...]
     spans: Spans
     is_long: bool = False
+    covariates: Covariates | None = None
     left_out: str = ""
 
     @cached_property
@@ -51,6 +54,10 @@ class Table:
         """Return where the values of a channel stand."""
         first = self.spans.first[channel]
         return slice(first, first + self.spans.rows[channel])
+
+    def date_rows(self) -> list[slice]:
+        """Return where the dates of each channel stand, and so its covariates."""
+        return [slice(first, first + rows) for first, rows in zip(self.spans.dates, self.spans.rows, strict=True)]
 
     def dates_of(self, channel: int) -> pd.DatetimeIndex:
         """Return the dates of a channel's rows."""
@@ -113,7 +120,7 @@ def read_table(args: argparse.Namespace) -> Table:
         UserError: names the file, column, row or flag that is wrong.
     """
     path = csv_path(args)
-    return _read_table(path, path.stat().st_mtime_ns, *_choice_of(args))
+    return _read_table(path, path.stat().st_mtime_ns, Choice.of(args))
 
 
 def table_of(frame: pd.DataFrame, name: str, args: argparse.Namespace) -> Table:
@@ -131,7 +138,7 @@ def table_of(frame: pd.DataFrame, name: str, args: argparse.Namespace) -> Table:
         if not isinstance(frame.index, pd.DatetimeIndex):
             raise UserError(f"{name} has no column 'date' and no dates for its index: give it either")
         frame = frame.rename_axis("date").reset_index()
-    return _table_of(frame.reset_index(drop=True), Path(name), *_choice_of(args))
+    return _table_of(frame.reset_index(drop=True), Path(name), Choice.of(args))
 
 
 def is_long(frame: pd.DataFrame) -> bool:
@@ -139,41 +146,79 @@ def is_long(frame: pd.DataFrame) -> bool:
     return "date" not in frame.columns and set(LONG) <= set(frame.columns)
 
 
-def _choice_of(args: argparse.Namespace) -> tuple[str, str, str, int, bool]:
-    """Return what of the flags a table depends on."""
-    return args.features, args.target, args.series, args.seq_len, not args.data.startswith("ETT")
+@dataclass(frozen=True)
+class Choice:
+    """What of the flags a table depends on: those of these names; `covariates` one by one.
+
+    `target_last` says whether the target is moved to the last channel, as Time-LLM does for every set but ETT.
+    """
+
+    features: str
+    target: str
+    series: str
+    covariates: tuple[str, ...]
+    seq_len: int
+    target_last: bool
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Self:
+        """Take it from all flags."""
+        covariates = tuple(filter(None, (name.strip() for name in args.covariates.split(","))))
+        target_last = not args.data.startswith("ETT")
+        return cls(args.features, args.target, args.series, covariates, args.seq_len, target_last)
 
 
 @lru_cache(maxsize=1)
-def _read_table(path: Path, _changed: int, *choice) -> Table:
-    return _table_of(_read_csv(path), path, *choice)
+def _read_table(path: Path, _changed: int, choice: Choice) -> Table:
+    return _table_of(_read_csv(path), path, choice)
 
 
-def _table_of(
-    frame: pd.DataFrame, path: Path, features: str, target: str, series: str, seq_len: int, target_last: bool
-) -> Table:
+def _table_of(frame: pd.DataFrame, path: Path, choice: Choice) -> Table:
     if is_long(frame):
-        if features != "M":
-            raise UserError(f"{path} is a long CSV, its series have no --target: leave out --features {features}")
-        return _long_table(frame, path, series, seq_len)
-    if series:
-        raise UserError(f"--series {series} chooses among the series of a long CSV: {path} has no column {ID!r}")
-    channels = _choose_channels(path, list(frame.columns), features, target, target_last)
+        if choice.features != "M":
+            raise UserError(
+                f"{path} is a long CSV, its series have no --target: leave out --features {choice.features}"
+            )
+        return _long_table(frame, path, choice)
+    if choice.series:
+        raise UserError(f"--series {choice.series} chooses among the series of a long CSV: {path} has no column {ID!r}")
+    target_is_needed = choice.features != "M" or choice.target != "OT"
+    forecast = ("date", choice.target) if target_is_needed else ("date",)
+    check_covariates(path, frame.columns, choice.covariates, forecast)
+    check_cells(path, frame, choice.covariates)
+    columns = [name for name in frame.columns if name not in choice.covariates]
+    channels = _choose_channels(path, columns, choice.features, choice.target, choice.target_last)
     cells = _numbers(path, frame, channels)
-    if len(cells) and (empty := np.isnan(cells).all(axis=0)).any():
-        raise UserError(f"{path}, column {channels[empty.argmax()]!r} holds no number: drop it")
     dates = _in_order(path, frame["date"], _dates(path, frame["date"]))
-    spans = Spans.of_table(*cells.shape)
-    return Table(path, dates, np.ascontiguousarray(cells.T).ravel(), tuple(channels), spans)
+    rows = len(cells)
+    if choice.covariates:  # rows behind the last known one are the future
+        rows = int(np.flatnonzero(~np.isnan(cells).all(axis=1))[-1:].sum() + 1)
+    cells, known = cells[:rows], ~np.isnan(cells[:rows])
+    if rows and not known.any(axis=0).all():
+        raise UserError(f"{path}, column {channels[known.any(axis=0).argmin()]!r} holds no number: drop it")
+    spans, covariates = Spans.of_table(*cells.shape), None
+    if choice.covariates:
+        count = len(channels)
+        to_come = Spans(np.zeros(count, np.int64), np.full(count, len(frame) - rows), np.zeros(count, np.int64))
+        explaining = frame[list(choice.covariates)]
+        covariates = Covariates(explaining[:rows], explaining[rows:].set_axis(dates[rows:]), to_come)
+    values = np.ascontiguousarray(cells.T).ravel()
+    return Table(path, dates[:rows], values, tuple(channels), spans, covariates=covariates)
 
 
-def _long_table(frame: pd.DataFrame, path: Path, series: str, seq_len: int) -> Table:
+def _long_table(frame: pd.DataFrame, path: Path, choice: Choice) -> Table:
     """Return the series that are asked for, in the order in which they begin in the CSV, without those too short."""
-    ids = frame[ID]
+    check_covariates(path, frame.columns, choice.covariates, LONG)
+    check_cells(path, frame, choice.covariates)
+    ids, seq_len = frame[ID], choice.seq_len
     if ids.isna().any():
         raise UserError(f"{path} data row {ids.isna().argmax() + 1}, column {ID!r} is empty: name its series")
     codes, names = pd.factorize(ids.astype(str))
-    chosen = _choose_series(path, names, series)
+    chosen = _choose_series(path, names, choice.series)
+    future = None
+    if choice.covariates:
+        is_future = _behind_the_last_known(frame[VALUE].notna().to_numpy(), codes)
+        future, frame, codes = (frame[is_future], codes[is_future]), frame[~is_future], codes[~is_future]
     rows = np.bincount(codes, minlength=len(names))
     long_enough = rows >= seq_len
     if not (chosen & long_enough).any():
@@ -195,7 +240,45 @@ def _long_table(frame: pd.DataFrame, path: Path, series: str, seq_len: int) -> T
     left_out = ""
     if short.any():
         left_out = f"{short.sum()} of {chosen.sum()} series have fewer rows than --seq_len {seq_len}: left out"
-    return Table(path, dates, raw, kept_names, spans, is_long=True, left_out=left_out)
+    unused = [name for name in frame.columns if name not in (*LONG, *choice.covariates)]
+    if unused:
+        note = (
+            f"columns {', '.join(unused)} are not used (--covariates {','.join(unused)} uses what is known in advance)"
+        )
+        left_out = "; ".join(filter(None, (left_out, note)))
+    covariates = _long_covariates(path, frame, future, kept, choice) if future else None
+    return Table(path, dates, raw, kept_names, spans, is_long=True, covariates=covariates, left_out=left_out)
+
+
+def _behind_the_last_known(is_known: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Return which rows come behind the last known one of their series."""
+    last = np.full(codes.max(initial=0) + 1, -1)
+    np.maximum.at(last, codes[is_known], np.flatnonzero(is_known))
+    return np.arange(len(codes)) > last[codes]
+
+
+def _long_covariates(
+    path: Path, frame: pd.DataFrame, future: tuple[pd.DataFrame, np.ndarray], kept: np.ndarray, choice: Choice
+) -> Covariates:
+    """Return the covariates of the rows of series, and of those behind them.
+
+    Args:
+        path: the CSV.
+        frame: the rows, a series behind the other.
+        future: rows behind the last known ones, in the CSV's order, and the numbers of their series.
+        kept: the numbers of the series that are used.
+        choice: of the columns.
+    """
+    names = list(choice.covariates)
+    rows, codes = future
+    counts = np.bincount(codes, minlength=kept.max() + 1)[kept]
+    order = np.argsort(codes, kind="stable")
+    order = order[np.isin(codes[order], kept)]
+    rows = rows.iloc[order]
+    dates = _dates(path, rows[DATE]) if len(rows) else pd.DatetimeIndex([])
+    first = np.concatenate([[0], counts.cumsum()[:-1]])
+    spans = Spans(first, counts, first)
+    return Covariates(frame[names].reset_index(drop=True), rows[names].set_axis(dates), spans)
 
 
 def _choose_series(path: Path, names: Sequence[str], series: str) -> np.ndarray:

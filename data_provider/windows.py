@@ -56,6 +56,7 @@ class WindowDataset(Dataset):
         channels: the channels' names.
         seq_len, label_len, pred_len: rows of the context, repeated of it, and to forecast.
         is_long: whether the channels are the series of a long CSV.
+        explained: (all rows,) float32, what covariates explain and is in no window; None if there are none.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class WindowDataset(Dataset):
         label_len: int,
         pred_len: int,
         is_long: bool = False,
+        explained: np.ndarray | None = None,
     ):
         self.values = values
         # None stands for `values`: a worker process would be sent the same numbers twice.
@@ -80,6 +82,7 @@ class WindowDataset(Dataset):
         self.pred_len = pred_len
         self.length = seq_len + pred_len
         self.is_long = is_long
+        self._explained = explained
         self._spans = spans
         self._ends = np.maximum(spans.rows - self.length + 1, 0).cumsum()  # the number behind each channel's windows
 
@@ -101,10 +104,7 @@ class WindowDataset(Dataset):
 
         torch's DataLoader calls this instead of `__getitem__`; no collation is needed after it.
         """
-        indices = np.asarray(indices)
-        channels = self.channel_of(indices)
-        starts = indices - np.where(channels > 0, self._ends[channels - 1], 0)  # within the channel
-        rows, dates = self._spans.first[channels] + starts, self._spans.dates[channels] + starts
+        rows, dates = self._places(indices)
         # Views are made here and not kept: they cost microseconds, and a kept view would be written out
         # in full when the dataset is sent to a worker process.
         values = torch.from_numpy(sliding_window_view(self.values, self.length)[rows, :, None])
@@ -114,6 +114,20 @@ class WindowDataset(Dataset):
         marks = torch.from_numpy(sliding_window_view(self.marks, self.length, axis=0)[dates]).transpose(1, 2)
         context, repeated = self.seq_len, self.seq_len - self.label_len
         return values[:, :context], targets[:, repeated:], marks[:, :context], marks[:, repeated:]
+
+    def explained_of(self, indices: Sequence[int]) -> np.ndarray | None:
+        """Return what covariates explain of the rows to forecast, (B, pred_len); None if there are no covariates."""
+        if self._explained is None:
+            return None
+        rows, _ = self._places(indices)
+        return sliding_window_view(self._explained, self.length)[rows, self.seq_len :]
+
+    def _places(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return where the rows and the dates of windows begin."""
+        indices = np.asarray(indices)
+        channels = self.channel_of(indices)
+        starts = indices - np.where(channels > 0, self._ends[channels - 1], 0)  # within the channel
+        return self._spans.first[channels] + starts, self._spans.dates[channels] + starts
 
     def channel_of(self, indices: Sequence[int]) -> np.ndarray:
         """Return the channel number of each window."""

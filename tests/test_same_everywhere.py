@@ -131,7 +131,8 @@ def test_a_series_is_scaled_alike_whatever_the_order_of_its_sums(tmp_path):
     turned = [f"{date},{row}" for date, row in zip(dates, [*rows[:350][::-1], *rows[350:]], strict=True)]
     (tmp_path / "b.csv").write_text("\n".join([lines[0], *turned]), encoding="utf-8")
     flags = ["--data", "custom", "--root_path", str(tmp_path), "--data_path"]
-    one, other = (load_series(get_parser().parse_args([*flags, name])).values for name in ("a.csv", "b.csv"))
+    both = (load_series(get_parser().parse_args([*flags, name])) for name in ("a.csv", "b.csv"))
+    one, other = (series.values.reshape(len(series.channels), -1).T for series in both)
     np.testing.assert_array_equal(one, np.concatenate([other[:350][::-1], other[350:]]))
 
 

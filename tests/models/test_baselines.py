@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from data_provider.series import Table
+from data_provider.tables import Table
+from data_provider.windows import Spans
 from models.DLinear import Model as DLinear
 from models.DLinear import moving_average
 from models.LastValue import Model as LastValue
@@ -98,7 +99,7 @@ def test_naive_forecasts_repeat_what_was_seen():
 @pytest.mark.parametrize("zone", [None, "UTC"])
 def test_a_season_is_read_off_the_dates(freq, rows, zone):
     dates = pd.date_range("2020-01-01", periods=60, freq=freq, tz=zone)
-    assert Table(dates, np.zeros((60, 1)), ("a",)).rows_of_a_season() == rows
+    assert Table(Path("x.csv"), dates, np.zeros(60), ("a",), Spans.of_table(60, 1)).rows_of_a_season() == rows
     assert Table(dates[:1], np.zeros((1, 1)), ("a",)).rows_of_a_season() == 1
 
 

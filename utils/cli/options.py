@@ -196,6 +196,13 @@ def get_parser() -> argparse.ArgumentParser:
         default="",
         help="of a long CSV (unique_id, ds, y): these series alone, names or patterns such as shop-* between commas",
     )
+    _flag(
+        data,
+        "--covariates",
+        NEEDED,
+        default="",
+        help="columns known in advance, between commas: they explain, they are not forecast",
+    )
     data.add_argument("--loader", default="modal", help=COMPATIBILITY)
     data.add_argument("--freq", default="h", help="step of the time marks: h, t, 15min, d, ...; TimeLLM reads none")
     _flag(

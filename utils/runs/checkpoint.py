@@ -1,6 +1,7 @@
 """Save and load the trained layers. The frozen LLM is never in a checkpoint."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,31 +35,42 @@ class Scaler(Protocol):
     scale_: np.ndarray
 
 
+class Explainer(Protocol):
+    """What covariates explain."""
+
+    def as_dict(self) -> dict:
+        """Return plain values."""
+
+
 class ScaledSeries(Protocol):
     """Data with channels and the scaler they were scaled by."""
 
     channels: tuple[str, ...]
     scaler: Scaler
     is_long: bool
+    explainer: Explainer | None
 
 
 @dataclass(frozen=True)
 class DataFacts:
     """What a checkpoint says of its training data: the channels, and the scaler's mean and deviation of each.
 
-    `is_long` says whether they are the series of a long CSV.
+    `is_long` says whether they are the series of a long CSV, `explainer` what covariates explain of them, in plain
+    values; None if there are none.
     """
 
     channels: list[str]
     mean: list[float]
     deviation: list[float]
     is_long: bool = False
+    explainer: dict | None = None
 
 
 def facts_of(series: ScaledSeries) -> DataFacts:
     """Return what a checkpoint keeps of a series."""
     scaler = series.scaler
-    return DataFacts(list(series.channels), scaler.mean_.tolist(), scaler.scale_.tolist(), series.is_long)
+    explainer = series.explainer.as_dict() if series.explainer else None
+    return DataFacts(list(series.channels), scaler.mean_.tolist(), scaler.scale_.tolist(), series.is_long, explainer)
 
 
 @dataclass(frozen=True)
@@ -202,11 +214,15 @@ def _of_series(contents: dict, names: Sequence[str]) -> dict:
     return {name: [contents[name][number] for number in numbers] for name in ("channels", "mean", "deviation")}
 
 
-def _same(before: list | bool, now: list | bool) -> bool:
-    """Compare names, or numbers but for the rounding of another machine."""
-    if before == now or isinstance(now, bool) or len(before) != len(now) or isinstance(now[0], str):
-        return before == now
-    return np.allclose(before, now, rtol=1e-9, atol=0)
+def _same(before: object, now: object) -> bool:
+    """Compare names, or numbers but for the rounding of another machine, wherever they stand."""
+    if isinstance(before, float) and isinstance(now, float):
+        return math.isclose(before, now, rel_tol=1e-9)
+    if isinstance(before, dict) and isinstance(now, dict):
+        return before.keys() == now.keys() and all(_same(before[name], now[name]) for name in before)
+    if isinstance(before, list) and isinstance(now, list):
+        return len(before) == len(now) and all(map(_same, before, now))
+    return before == now
 
 
 def read_checkpoint(path: Path, extra: set[str]) -> dict:

@@ -27,6 +27,12 @@ class Context(Protocol):
     `dates` are those of the rows, `dates_to_come` those of the rows to forecast, a channel each.
     """
 
+    def scaled(self, mean: np.ndarray, deviation: np.ndarray, explainer: dict | None) -> np.ndarray:
+        """Return the rows as a model sees them: scaled, less what the covariates explain; (seq_len, channels)."""
+
+    def explained_to_come(self, explainer: dict | None) -> np.ndarray:
+        """Return what the covariates explain of the scaled rows to forecast, (pred_len, channels)."""
+
     values: np.ndarray
     channels: tuple[str, ...]
     dates: tuple[pd.DatetimeIndex, ...]
@@ -94,11 +100,13 @@ def forecast_beyond(
         levels: of the intervals, in per cent, the lowest first.
     """
     mean, deviation = _scale_of(context, contents)
-    scaled = ((context.values - mean) / deviation).astype(np.float32)
+    explainer = contents.get("explainer")
+    scaled = context.scaled(mean, deviation, explainer).astype(np.float32)
     windows = torch.from_numpy(scaled.T.copy())[..., None]  # (channels, seq_len, 1)
     model.eval()
     parts = [model(batch).float().cpu() for batch in windows.split(batch_size)]
-    values = torch.cat(parts)[..., 0].T.double().numpy() * deviation + mean
+    left = torch.cat(parts)[..., 0].T.double().numpy()
+    values = (left + context.explained_to_come(explainer)) * deviation + mean
     shown = Normalize()(windows[..., 0])[1].deviation[:, 0].numpy()
     numbers = np.arange(len(shown))
     half_widths = {level: calibration.half_widths(level, numbers, shown).T * deviation for level in levels}

@@ -72,7 +72,6 @@ class Units:
     Attributes:
         channels: their names.
         mean, deviation: of their scaler.
-        is_long: whether they are the series of a long CSV.
         naive_errors: the seasonal-naive forecast's mean absolute error on the scaled training rows, by channel; some
             channels may have none.
     """
@@ -80,8 +79,20 @@ class Units:
     channels: Sequence[str]
     mean: Sequence[float]
     deviation: Sequence[float]
-    is_long: bool
     naive_errors: Mapping[str, float]
+
+
+class Data(Protocol):
+    """What is known of the data: as a checkpoint keeps it."""
+
+    channels: Sequence[str]
+    mean: Sequence[float]
+    deviation: Sequence[float]
+
+
+def units_of(data: Data, naive_errors: Mapping[str, float]) -> Units:
+    """Return the units of data with these seasonal-naive errors."""
+    return Units(data.channels, data.mean, data.deviation, naive_errors)
 
 
 class UnitErrors:

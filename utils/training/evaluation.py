@@ -99,11 +99,13 @@ def _gathered(
     rows = torch.cat([forecast[..., 0], target[..., 0], statistics.deviation], dim=1).float()
     rows = accelerator.gather_for_metrics(rows).cpu().numpy()
     numbers, steps = numbers_to_come[: len(rows)], forecast.shape[1]
+    explained = split.windows.explained_of(numbers)
+    back = 0 if explained is None else explained
     return Batch(
         numbers=numbers,
         channels=split.windows.channel_of(numbers),
-        forecast=rows[:, :steps],
-        target=rows[:, steps:-1],
+        forecast=rows[:, :steps] + back,
+        target=rows[:, steps:-1] + back,
         deviation=rows[:, -1],
     )
 
