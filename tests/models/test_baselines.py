@@ -1,6 +1,7 @@
 """DLinear, the naive forecasts and the ablations of Time-LLM."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -89,6 +90,11 @@ def test_naive_forecasts_repeat_what_was_seen():
     assert torch.equal(LastValue(configs())(windows), windows[:, -1:].expand(-1, 20, -1))
 
 
+def season(dates):
+    rows = len(dates)
+    return Table(Path("x.csv"), dates, np.zeros(rows), ("a",), Spans.of_table(rows, 1)).rows_of_a_season()
+
+
 @pytest.mark.parametrize(
     ("freq", "rows"),
     [
@@ -99,13 +105,13 @@ def test_naive_forecasts_repeat_what_was_seen():
 @pytest.mark.parametrize("zone", [None, "UTC"])
 def test_a_season_is_read_off_the_dates(freq, rows, zone):
     dates = pd.date_range("2020-01-01", periods=60, freq=freq, tz=zone)
-    assert Table(Path("x.csv"), dates, np.zeros(60), ("a",), Spans.of_table(60, 1)).rows_of_a_season() == rows
-    assert Table(dates[:1], np.zeros((1, 1)), ("a",)).rows_of_a_season() == 1
+    assert season(dates) == rows
+    assert season(dates[:1]) == 1
 
 
 def test_several_rows_a_date_are_a_season():
     dates = pd.DatetimeIndex(np.repeat(pd.date_range("2020-01-01", periods=9), 3))
-    assert Table(dates, np.zeros((27, 1)), ("a",)).rows_of_a_season() == 3
+    assert season(dates) == 3
 
 
 def test_a_season_longer_than_a_window_is_refused(run, flags):
