@@ -83,8 +83,10 @@ class WindowDataset(Dataset):
         self.length = seq_len + pred_len
         self.is_long = is_long
         self._explained = explained
-        self._spans = spans
-        self._ends = np.maximum(spans.rows - self.length + 1, 0).cumsum()  # the number behind each channel's windows
+        counts = np.maximum(spans.rows - self.length + 1, 0)
+        self._ends = counts.cumsum()  # the number behind each channel's windows
+        # What to add to a window's number for its first row, and its first date.
+        self._to_row, self._to_date = (begins - (self._ends - counts) for begins in (spans.first, spans.dates))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -126,12 +128,11 @@ class WindowDataset(Dataset):
         """Return where the rows and the dates of windows begin."""
         indices = np.asarray(indices)
         channels = self.channel_of(indices)
-        starts = indices - np.where(channels > 0, self._ends[channels - 1], 0)  # within the channel
-        return self._spans.first[channels] + starts, self._spans.dates[channels] + starts
+        return indices + self._to_row[channels], indices + self._to_date[channels]
 
     def channel_of(self, indices: Sequence[int]) -> np.ndarray:
         """Return the channel number of each window."""
-        return np.searchsorted(self._ends, np.asarray(indices), side="right")
+        return self._ends.searchsorted(indices, side="right")
 
 
 def evenly_spaced(windows: int, at_most: int) -> np.ndarray:
