@@ -14,9 +14,7 @@ import utils.memory.plan
 from utils.cli.options import get_parser
 from utils.errors import UserError
 
-from .test_wrong_inputs import GOOD
-
-LINES = GOOD.splitlines()
+from .test_wrong_inputs import GOOD, LONG
 
 
 @pytest.fixture
@@ -48,8 +46,9 @@ cells = st.one_of(
 
 @st.composite
 def damaged_csvs(draw):
-    """A good CSV with some cells, rows or bytes changed."""
-    lines = LINES[: draw(st.sampled_from([0, 1, 2, 60, 200, len(LINES)]))]
+    """A good CSV, wide or long, with some cells, rows or bytes changed."""
+    lines = draw(st.sampled_from([GOOD, LONG])).splitlines()
+    lines = lines[: draw(st.sampled_from([0, 1, 2, 60, 200, len(lines)]))]
     for _ in range(draw(st.integers(0, 3))):
         if lines:
             row = draw(st.integers(0, len(lines) - 1))
@@ -74,10 +73,13 @@ def test_any_csv(fuzzed, flags, tmp_path, monkeypatch):
         st.one_of(damaged_csvs(), st.binary(max_size=300)),
         st.sampled_from(["M", "S", "MS"]),
         st.sampled_from(["OT", "a", "date"]),
+        st.sampled_from(["", "", "b", "y", "a,b"]),
+        st.sampled_from(["", "", "p", "*"]),
     )
-    def check(contents, features, target):
+    def check(contents, features, target, covariates, series):
         path.write_bytes(contents)
         more = ["--root_path", tmp_path, "--data_path", path.name, "--features", features, "--target", target]
+        more += ["--covariates", covariates, "--series", series]
         assert in_empty_folder([*flags, *more]) == 2
 
     check()

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each page in English with its Chinese twin, in the reader's order.
 PAGES = {
     "README.md": "README.zh-CN.md",
-    **{f"docs/{name}.md": f"docs/zh-CN/{name}.md" for name in ("reference", "results", "memory", "faithful")},
+    **{f"docs/{name}.md": f"docs/zh-CN/{name}.md" for name in ("data", "reference", "results", "memory", "faithful")},
 }
 ALL_PAGES = (*PAGES, *PAGES.values())
 CONTINUES = {"powershell": "`", "bat": "^", "bash": "\\"}
@@ -59,13 +59,14 @@ def commands(text: str) -> list[str]:
 @pytest.fixture
 def house(tmp_path, tiny_llm, monkeypatch) -> Path:
     """A folder with small substitutes for all that the READMEs speak of."""
-    for name, step in (("ETTh1", "h"), ("ETTm1", "15min")):
+    for name, step in (("ETTh1", "h"), ("ETTh2", "h"), ("ETTm1", "15min")):
         write_demo_csv(
             tmp_path / "dataset" / f"{name}.csv", rows=20 * 30 * 24 * (4 if name == "ETTm1" else 1), step=step
         )
     dates = pd.date_range("2024-01-01", periods=2500, freq="10min").strftime("%Y-%m-%d %H:%M:%S")
     mine = demo_frame(2500).iloc[:, :4].set_axis(["date", "load", "wind", "temperature"], axis=1).assign(date=dates)
     mine.to_csv(tmp_path / "dataset" / "my.csv", index=False)
+    mine.assign(load=mine["load"].where(mine.index < 2450)).to_csv(tmp_path / "dataset" / "my-weather.csv", index=False)
     mine.rename(columns={"load": "负荷"}).to_csv(tmp_path / "dataset" / "my-gbk.csv", index=False, encoding="gbk")
     shutil.copytree(tiny_llm("qwen2"), tmp_path / "base_models" / "Qwen2.5-3B")
     make_tiny_llm("llama", tmp_path / "base_models" / "SmolLM2-135M", layers=6)

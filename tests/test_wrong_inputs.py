@@ -10,6 +10,11 @@ import torch
 GOOD = "date,a,b\n" + "".join(f"2024-01-{1 + h // 24:02} {h % 24:02}:00:00,{h % 7},{h % 5}\n" for h in range(400))
 
 
+LONG = "unique_id,ds,y\n" + "".join(
+    f"{name},2024-01-{1 + h // 24:02} {h % 24:02}:00:00,{h % 7}\n" for name in ("p", "q") for h in range(400)
+)
+
+
 def edited(old, new, count=1):
     return GOOD.replace(old, new, count)
 
@@ -27,8 +32,7 @@ WRONG_CSVS = [
     ("binary", bytes(range(256)) * 50, "is not"),
     ("a zip", b"PK\x03\x04" + bytes(100), "no column 'date'"),
     ("text in a cell", edited(",3,", ",three,"), "'three' is not a finite number"),
-    ("empty cell", edited(",3,", ",,"), "data row 4, column 'a'"),
-    ("NaN", edited(",3,", ",nan,"), "not a finite number"),
+    ("a column without a number", GOOD.replace("date,a,b", "date,a,b,c").replace("\n2", ",\n2"), "'c' holds no number"),
     ("infinity", edited(",3,", ",inf,"), "not a finite number"),
     ("a decimal comma", edited(",3,", ',"3,5",'), "'3,5' is not a finite number"),
     ("too many cells", edited(",3,3", ",3,3,9"), "not a CSV"),
@@ -43,6 +47,13 @@ WRONG_CSVS = [
     ("a huge number after the training rows", GOOD.rstrip()[:-1] + "1e300\n", "too far from"),
     ("a huge number in the training rows", edited(",3,", ",1e200,"), "too large to be a reading"),
     ("beyond float64", edited(",3,", ",1e999,"), "not a finite number"),
+    ("long: a date twice", LONG.replace("01-02 05", "01-02 04", 1), "series 'p': 2024-01-02 04:00:00 is there twice"),
+    ("long: unsorted", LONG.replace("01-02 05", "01-01 05", 1), "series 'p': 2024-01-01 05:00:00 is before"),
+    ("long: a series of text", LONG.replace(",3\n", ",three\n"), "'three' is not a finite number"),
+    ("long: no name", LONG.replace("q,", ",", 1), "'unique_id' is empty"),
+    ("long: a row a series", LONG.splitlines()[0] + "\na,2024-01-01,1\nb,2024-01-01,1\n", "none of 2 series"),
+    ("long: steps that differ", LONG + "".join(f"r,20{y}-01-01,1\n" for y in range(10, 99)), "different steps"),
+    ("long: a huge number", LONG.rstrip() + "1e300\n", "too far from"),
 ]
 
 
@@ -75,6 +86,11 @@ WRONG_FLAGS = [
     (["--mapping_rate", "inf"], "--mapping_rate inf"),
     (["--residual", "cubic"], "--residual"),
     (["--residual_rate", "-1"], "--residual_rate -1.0"),
+    (["--series", "p"], "--series p"),
+    (["--covariates", "price"], "no column 'price' for --covariates"),
+    (["--covariates", "date"], "--covariates date"),
+    (["--covariates", "HUFL, HUFL"], "names HUFL twice"),
+    (["--covariates", "HUFL", "--predict"], "rows behind the last known one"),
     (["--residual_rate", "nan"], "--residual_rate nan"),
     (["--test_windows", "-2"], "--test_windows -2"),
     (["--e_layers", "0"], "--e_layers 0"),
