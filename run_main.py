@@ -136,7 +136,8 @@ def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> 
 
 def set_up(args: argparse.Namespace, repetition: int) -> "tuple[Accelerator, Module, dict[str, Split], Run, bool]":
     """Return device and processes, the model, the splits, the run, and whether it goes on from its last state."""
-    from data_provider.series import SPLITS, last_window, load_series
+    from data_provider.series import SPLITS, load_series
+    from data_provider.to_come import last_window
     from models import build_around, build_model
     from utils.memory.plan import memory_in_short
     from utils.runs.checkpoint import Run, facts_of, saved_basis
@@ -254,7 +255,7 @@ def forecast(
     calibration: "Calibration | None",
 ) -> None:
     """Write forecast.csv and forecast.png with the weights of a checkpoint, and with intervals if --level asks."""
-    from data_provider.series import last_window
+    from data_provider.to_come import last_window
     from utils.runs.checkpoint import check_channels, load_checkpoint
     from utils.runs.prediction import forecast_beyond, write_forecast
 

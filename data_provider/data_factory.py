@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from data_provider.series import last_window, load_series, time_marks
+from data_provider.series import load_series, time_marks
+from data_provider.to_come import last_window
 from data_provider.windows import WindowDataset, evenly_spaced
 from utils.errors import UserError
 

@@ -50,6 +50,10 @@ class Table:
         """What windows see, (all rows,): in a gap the last value before it, at the very beginning the first."""
         return fill(self.raw, self.spans)
 
+    def scaled(self, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+        """Return `raw` less each channel's mean, in units of its deviation, (channels,) each."""
+        return (self.raw - np.repeat(mean, self.spans.rows)) / np.repeat(deviation, self.spans.rows)
+
     def rows_of(self, channel: int) -> slice:
         """Return where the values of a channel stand."""
         first = self.spans.first[channel]
@@ -234,20 +238,20 @@ def _long_table(frame: pd.DataFrame, path: Path, choice: Choice) -> Table:
     dates = _dates(path, frame[DATE])
     _check_steps(path, dates, spans, kept_names)
     raw = _numbers(path, frame, [VALUE])[:, 0]
-    short = chosen & ~long_enough
     if (nothing := np.logical_and.reduceat(np.isnan(raw), first)).any():
         raise UserError(f"{path}, series {kept_names[nothing.argmax()]!r} holds no number: drop it")
-    left_out = ""
-    if short.any():
-        left_out = f"{short.sum()} of {chosen.sum()} series have fewer rows than --seq_len {seq_len}: left out"
-    unused = [name for name in frame.columns if name not in (*LONG, *choice.covariates)]
-    if unused:
-        note = (
-            f"columns {', '.join(unused)} are not used (--covariates {','.join(unused)} uses what is known in advance)"
-        )
-        left_out = "; ".join(filter(None, (left_out, note)))
     covariates = _long_covariates(path, frame, future, kept, choice) if future else None
+    left_out = _left_out(int((chosen & ~long_enough).sum()), int(chosen.sum()), frame.columns, choice)
     return Table(path, dates, raw, kept_names, spans, is_long=True, covariates=covariates, left_out=left_out)
+
+
+def _left_out(short: int, series: int, columns: Sequence[str], choice: Choice) -> str:
+    """Say which series and columns of a long CSV are not used."""
+    parts = [f"{short} of {series} series have fewer rows than --seq_len {choice.seq_len}: left out"] if short else []
+    if unused := [name for name in columns if name not in (*LONG, *choice.covariates)]:
+        names = ",".join(unused)
+        parts.append(f"columns {names} are not used (--covariates {names} uses what is known in advance)")
+    return "; ".join(parts)
 
 
 def _behind_the_last_known(is_known: np.ndarray, codes: np.ndarray) -> np.ndarray:

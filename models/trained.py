@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 
-from data_provider.series import last_window_of
+from data_provider.to_come import last_window_of
 from models import build_model
 from utils.cli.checks import check_options
 from utils.cli.options import defaults, has_llm

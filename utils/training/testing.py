@@ -82,18 +82,18 @@ def test(
     _print_intervals(accelerator, intervals)
     naive_errors = UnitErrors(examination.units, target)
     plain = score_naive(accelerator, examination, naive_errors) if examination.naive else None
-    if not accelerator.is_main_process:
-        return
-    bare_model = accelerator.unwrap_model(model)
-    cost = cost_of(bare_model, accelerator.device, seconds_per_step)
-    if split.windows.is_long:
-        write_series(folder, figures["per_channel"])
-        figures |= summary_of_series(figures["per_channel"])
-    write_metrics(folder, figures, intervals.figures(), plain, seconds, llm_of(bare_model), cost, examination.origin)
-    by_step = naive_errors.figures(plain)["mse_by_step"] if plain else None
-    draw_errors(folder / "errors.png", figures["mse_by_step"], by_step)
-    if keeps_forecasts:
-        write_predictions(folder, kept, split.windows, examination.calibration, examination.levels)
+    if accelerator.is_main_process:
+        bare_model = accelerator.unwrap_model(model)
+        if split.windows.is_long:
+            write_series(folder, figures["per_channel"])
+            figures |= summary_of_series(figures["per_channel"])
+        cost = cost_of(bare_model, accelerator.device, seconds_per_step)
+        llm, origin = llm_of(bare_model), examination.origin
+        write_metrics(folder, figures, intervals.figures(), plain, seconds, llm, cost, origin)
+        by_step = naive_errors.figures(plain)["mse_by_step"] if plain else None
+        draw_errors(folder / "errors.png", figures["mse_by_step"], by_step)
+        if keeps_forecasts:
+            write_predictions(folder, kept, split.windows, examination.calibration, examination.levels)
 
 
 def _print_scores(accelerator: Accelerator, figures: dict, split: Split, target: str | None) -> None:
