@@ -12,6 +12,9 @@ from data_provider.to_come import last_window
 from data_provider.windows import WindowDataset, evenly_spaced
 from utils.errors import UserError
 
+# Windows that are looked at together.
+_AT_ONCE = 4096
+
 
 def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, DataLoader]:
     """Return the windows of a split and a loader over them.
@@ -38,8 +41,8 @@ def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, D
         batch = args.eval_batch_size or args.batch_size
         few = flag != "pred" and args.eval_windows and len(dataset) > args.eval_windows
         shown = Subset(dataset, evenly_spaced(len(dataset), args.eval_windows).tolist()) if few else dataset
-        if few and args.features == "MS":
-            _check_target_is_shown(dataset, shown, args.target)
+        if flag != "pred" and (few or dataset.has_gaps):
+            _check_something_is_known(dataset, shown, args.target if args.features == "MS" else None)
     loader = DataLoader(
         shown,
         batch_size=batch,
@@ -53,12 +56,24 @@ def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, D
     return dataset, loader
 
 
-def _check_target_is_shown(dataset: WindowDataset, shown: Subset, target: str) -> None:
-    """Refuse an evaluation without a window of the channel that its headline metric is of."""
-    if dataset.channels.index(target) not in dataset.channel_of(shown.indices):
+def _check_something_is_known(dataset: WindowDataset, shown: WindowDataset | Subset, target: str | None) -> None:
+    """Refuse an evaluation that leaves nothing to score: no window of the headline's channel, or all its targets empty.
+
+    Args:
+        dataset: all windows of the split.
+        shown: those that are evaluated.
+        target: the channel of the headline metric, None for all.
+    """
+    numbers = np.asarray(shown.indices) if isinstance(shown, Subset) else np.arange(len(dataset))
+    whose = ""
+    if target is not None:
+        whose = f" of --target {target}"
+        numbers = numbers[dataset.channel_of(numbers) == dataset.channels.index(target)]
+    if not any(dataset.knows_a_target(some) for some in np.array_split(numbers, -(-len(numbers) // _AT_ONCE) or 1)):
         enough = len(dataset.channels)
         raise UserError(
-            f"no window of --target {target} among so few: raise --eval_windows or --test_windows to {enough}"
+            f"no window{whose} with a known target among so few: raise --eval_windows or --test_windows to {enough} or"
+            " more, or fill the empty cells"
         )
 
 

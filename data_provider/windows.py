@@ -96,6 +96,13 @@ class WindowDataset(Dataset):
         """Return whether some targets may be unknown."""
         return self.targets is not None
 
+    def knows_a_target(self, indices: Sequence[int]) -> bool:
+        """Return whether anything is known of what is to be forecast in these windows."""
+        if self.targets is None:
+            return len(indices) > 0
+        rows, _ = self._places(indices)
+        return not np.isnan(sliding_window_view(self.targets, self.length)[rows, self.seq_len :]).all()
+
     def __getitem__(self, index: int) -> Window:
         if not -len(self) <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")

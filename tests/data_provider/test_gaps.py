@@ -13,6 +13,7 @@ from data_provider.series import load_series
 from data_provider.windows import Spans
 from dataset.demo import demo_frame
 from utils.cli.options import get_parser
+from utils.training.evaluation import _errors
 from utils.training.trainer import Trainer
 
 NAN = np.nan
@@ -165,3 +166,22 @@ def test_what_is_likely_too_much_is_named(tmp_path):
     assert "longest gap in rows: OT 200, HUFL 31" in note
     assert "more than half empty: OT" in note
     assert "a gap longer than --seq_len 24: HUFL, OT" in note
+
+
+def test_a_headline_of_which_nothing_is_known_is_refused(assert_refused, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("empty")
+    frame = demo_frame(rows=300)
+    frame.loc[210:239, "OT"] = NAN  # all its validation rows
+    frame.to_csv(folder / "x.csv", index=False)
+    flags = ["--data", "custom", "--root_path", folder, "--data_path", "x.csv", "--seq_len", "24", "--label_len", "8"]
+    flags += ["--pred_len", "8", "--model", "DLinear"]
+    assert_refused([*flags, "--features", "MS"], "no window of --target OT with a known target")
+    assert_refused([*flags, "--level", "80"], "--level 80 needs 4 validation windows of each channel, there are 0")
+
+
+def test_a_forecast_that_is_no_number_is_not_taken_for_a_gap():
+    target = torch.tensor([[[0.0], [NAN]], [[1.0], [2.0]]])
+    forecast = torch.tensor([[[NAN], [1.0]], [[1.0], [4.0]]])
+    errors = _errors(forecast, target, has_gaps=True)
+    assert errors[0].isnan().tolist() == [True, True, False]
+    assert errors[1].tolist() == [2.0, 1.0, 2.0]

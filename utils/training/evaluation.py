@@ -61,7 +61,7 @@ def evaluate(
         before_batch()
         forecast = model(seq_x)
         target_rows = seq_y[:, -forecast.shape[1] :].to(forecast.device, non_blocking=True)
-        errors = _errors(forecast - target_rows, split.windows.has_gaps)
+        errors = _errors(forecast, target_rows, split.windows.has_gaps)
         # Windows that fill up the last batch of some process are cut off again here.
         parts.append(accelerator.gather_for_metrics(errors))
         show_loss(bar, number, parts[-1][:, 0])
@@ -76,11 +76,12 @@ def evaluate(
     return _score(errors, windows.channel_of(numbers), windows.channels, target)
 
 
-def _errors(error: torch.Tensor, has_gaps: bool) -> torch.Tensor:
+def _errors(forecast: torch.Tensor, target: torch.Tensor, has_gaps: bool) -> torch.Tensor:
     """Return squared and absolute error of each window, (B, 2); with gaps how many targets are known, too, (B, 3)."""
+    error = forecast - target
     if not has_gaps:
         return torch.stack([error.square().mean((1, 2)), error.abs().mean((1, 2))], dim=1)
-    is_known = ~error.isnan()
+    is_known = ~target.isnan()  # a forecast that is not a number still counts
     error, count = torch.where(is_known, error, 0), is_known.sum((1, 2))
     sums = torch.stack([error.square().sum((1, 2)), error.abs().sum((1, 2))], dim=1)
     return torch.cat([sums / count.clamp(min=1)[:, None], count[:, None]], dim=1)
