@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from layers.GradientScale import GradientScale
+from layers.HostToDevice import send
 from layers.InFloat32 import InFloat32
 from layers.PrefixCache import Prefix
 
@@ -168,7 +169,7 @@ class FrozenLLM(nn.Module):
         hidden = self.backbone(
             inputs_embeds=torch.cat([tokens, patches.to(tokens.dtype)], dim=1),
             use_cache=False,
-            **{name: _send(values, patches.device) for name, values in masks.items()},
+            **{name: send(values, patches.device) for name, values in masks.items()},
         ).last_hidden_state
         return hidden[:, -patches.shape[1] :].to(patches.dtype)
 
@@ -181,13 +182,13 @@ class FrozenLLM(nn.Module):
         ids, is_real = self._pad(list(distinct))
         if self.padding == "right":
             is_real = torch.ones_like(is_real)
-        is_real = _send(functional.pad(is_real, (len(shared), count), value=1), device).bool()  # (distinct, L + P)
+        is_real = send(functional.pad(is_real, (len(shared), count), value=1), device).bool()  # (distinct, L + P)
         positions = (is_real.long().cumsum(-1) - 1).clamp(min=0)
         prefix = shared
         if ids.shape[1]:
             prefix = self._extend(shared, ids, is_real[:, :-count], positions[:, len(shared) : -count])
         if len(distinct) < len(prompts):  # windows of like statistics: each prompt was run once
-            rows = _send(torch.tensor([distinct[rest] for rest in rests]), device)
+            rows = send(torch.tensor([distinct[rest] for rest in rests]), device)
             is_real, positions = is_real[rows], positions[rows]
             prefix = prefix.of_rows(rows) if ids.shape[1] else shared
         hidden = prefix.run(
@@ -221,7 +222,7 @@ class FrozenLLM(nn.Module):
 
     def _embed(self, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Look tokens up where the embeddings live, (B, L) -> (B, L, d_llm)."""
-        return _send(self.backbone.get_input_embeddings()(_send(ids, self.token_embeddings.device)), device)
+        return send(self.backbone.get_input_embeddings()(send(ids, self.token_embeddings.device)), device)
 
     def _pad(self, prompts: Prompts) -> tuple[torch.Tensor, torch.Tensor]:
         """Return token ids, (B, L), and which of them are real, on the CPU."""
@@ -289,12 +290,6 @@ def _look_back(is_real: torch.Tensor, queries: int, dtype: torch.dtype) -> torch
     visible = is_real[:, None] & (positions <= positions[-queries:, None])  # (B, queries, K)
     mask = torch.zeros(visible.shape, dtype=dtype, device=is_real.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
-
-
-def _send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to a device; from the CPU through pinned memory, so that a CUDA device is not waited for."""
-    upwards = values.device.type == "cpu" and device.type == "cuda"
-    return (values.pin_memory() if upwards else values).to(device, non_blocking=True)
 
 
 def _checkpointed(forward: Callable, *args, **kwargs):
