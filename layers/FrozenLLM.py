@@ -4,6 +4,7 @@ The only module that handles padding, masks, positions and prefixes.
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -89,6 +90,7 @@ class FrozenLLM(nn.Module):
         self._shared_cache: Prefix | None = None
         self._window = getattr(backbone.config.get_text_config(), "sliding_window", None)
         self._takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
+        self._takes_scores = False
         self.sees_pads = self.uses_prefix = False
         self.prefix_disabled_reason = ""
         if recompute:
@@ -154,18 +156,26 @@ class FrozenLLM(nn.Module):
         rows_of_length: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompts):
             rows_of_length.setdefault(len(prompt), []).append(row)
-        order = torch.tensor([row for rows in rows_of_length.values() for row in rows], device=patches.device)
-        hidden = [run([prompts[row] for row in rows], patches[rows]) for rows in rows_of_length.values()]
-        return torch.cat(hidden)[order.argsort()]
+        groups = list(rows_of_length.values())
+        order = torch.tensor([row for rows in groups for row in rows])
+        parts = patches[send(order, patches.device)].split([len(rows) for rows in groups])
+        hidden = [run([prompts[row] for row in rows], part) for rows, part in zip(groups, parts, strict=True)]
+        return torch.cat(hidden)[send(order.argsort(), patches.device)]
 
     def _run_in_one_pass(self, prompts: Prompts, patches: torch.Tensor) -> torch.Tensor:
+        """Run prompts and patches together.
+
+        Before the first layer of a causal model transformers asks whether its mask hides anything, or whether its
+        positions go on, and waits for the GPU to answer: once or twice a batch.
+        """
         ids, is_real = self._pad(prompts)
         tokens = self._embed(ids, patches.device)
         masks = {}
         if self.padding == "left" and not is_real.all():
-            masks["attention_mask"] = functional.pad(is_real, (0, patches.shape[1]), value=1)  # (B, L + P)
+            is_real = functional.pad(is_real, (0, patches.shape[1]), value=1)  # (B, L + P)
+            masks["attention_mask"] = _hide_pads(is_real, tokens.dtype) if self._takes_scores else is_real
             if self._takes_positions:
-                masks["position_ids"] = (masks["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+                masks["position_ids"] = (is_real.cumsum(-1) - 1).clamp(min=0)
         hidden = self.backbone(
             inputs_embeds=torch.cat([tokens, patches.to(tokens.dtype)], dim=1),
             use_cache=False,
@@ -253,6 +263,9 @@ class FrozenLLM(nn.Module):
         stand_ins = embeddings[torch.arange(patches) % len(embeddings)].float().to(device).expand(len(prompts), -1, -1)
         reference = self._run_in_one_pass(prompts, stand_ins)
         if self.padding == "left":
+            self._takes_scores = _may_take_scores(self.backbone) and self._agrees_by_scores(
+                prompts, stand_ins, reference
+            )
             alone = [self._run_in_one_pass([prompt], stand_ins[:1]) for prompt in prompts]
             self.sees_pads = not _alike(reference, torch.cat(alone))
             reference = torch.cat(alone)
@@ -268,6 +281,14 @@ class FrozenLLM(nn.Module):
         except Exception as problem:  # of whatever kind: the line at start says it
             self.prefix_disabled_reason = f"{type(problem).__name__}: {problem}"
         self.uses_prefix = not self.prefix_disabled_reason
+
+    def _agrees_by_scores(self, prompts: Prompts, patches: torch.Tensor, reference: torch.Tensor) -> bool:
+        """Return whether the model says the same where its mask is what is added to attention scores."""
+        self._takes_scores = True
+        try:
+            return _alike(self._run_in_one_pass(prompts, patches), reference)
+        except Exception:  # of whatever kind: it wants the usual mask, which is as exact
+            return False
 
     def _is_causal(self, prompt: Sequence[int], patches: torch.Tensor) -> bool:
         """Return whether a change of the last patch leaves the patches before it alone."""
@@ -290,6 +311,22 @@ def _look_back(is_real: torch.Tensor, queries: int, dtype: torch.dtype) -> torch
     visible = is_real[:, None] & (positions <= positions[-queries:, None])  # (B, queries, K)
     mask = torch.zeros(visible.shape, dtype=dtype, device=is_real.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def _may_take_scores(backbone: nn.Module) -> bool:
+    """Return whether a model that sees both ways may take the mask that is added to attention scores as it is.
+
+    Of one that says which tokens are real, transformers asks whether all are, and waits for the GPU to answer. Where
+    some layers see near tokens alone, only transformers makes the masks.
+    """
+    makes = partial(hasattr, sys.modules[type(backbone).__module__])
+    sees_near_alone = makes("create_bidirectional_sliding_window_mask")
+    return makes("create_bidirectional_mask") and not sees_near_alone and not _calls_itself_causal(backbone)
+
+
+def _hide_pads(is_real: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, K), 0 for a pad -> the mask to add to attention scores, (B, 1, 1, K): nobody looks at pads."""
+    return torch.zeros(is_real.shape, dtype=dtype).masked_fill_(is_real == 0, torch.finfo(dtype).min)[:, None, None]
 
 
 def _checkpointed(forward: Callable, *args, **kwargs):
