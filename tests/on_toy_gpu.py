@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+from argparse import Namespace
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,8 @@ from tests.conftest import largest_difference
 from tests.toy_device import GPU, DeviceWaitError, MixedDevicesError, set_up
 from utils.cli.options import get_parser
 from utils.runs import load_run
+from utils.system.processes import build_accelerator
+from utils.training.batch_size import fit_batch_size
 from utils.training.optimizers import build_optimizer
 from utils.training.trainer import Trainer
 
@@ -184,6 +187,8 @@ def test_training_makes_what_it_makes_on_the_cpu(forecaster_on, tiny_llm, same_k
     results = []
     for device in (ON_CPU, ON_GPU):
         model = forecaster_on(device, "--llm_model_path", tiny_llm(case.split()[0]), *CASES[case])
+        assert not model.llm.sees_pads
+        assert model.llm.uses_prefix == (not {"bert", "pass"} & set(case.split())), model.llm.limitations()
         model.llm.sees_pads = "sees pads" in case
         # transformers looks at masks and positions of a causal model, unless it is shown its keys and values.
         results.append(trained(model, ("_run_in_one_pass",) if "one pass" in case else ()))
@@ -261,6 +266,17 @@ def test_a_batch_that_does_not_fit_is_halved(run_on, same_kernels, flags):
     assert "Memory is short: --batch_size 8 --grad_accum 2" in run_on.out
     expected = run_on(ON_CPU, "cpu", *halves)
     assert same_metrics(written(halved, "metrics.json"), written(expected, "metrics.json"))
+
+
+def test_a_trial_of_a_batch_leaves_the_random_numbers_of_the_gpu_alone(forecaster_on, tiny_llm):
+    GPU.draws_its_own_numbers()
+    model = forecaster_on(ON_GPU, "--llm_model_path", tiny_llm("qwen2"), "--ablation", "no_llm", "--dropout", "0.5")
+    args = Namespace(batch_size=4, grad_accum=1, seq_len=48, optimizer="adam")
+    before = GPU.get_rng_state()
+    fit_batch_size(args, build_accelerator(0, 1, False, shares_buffers=False), model)
+    assert torch.equal(GPU.get_rng_state(), before)
+    model(windows()[0])
+    assert not torch.equal(GPU.get_rng_state(), before), "dropout draws there"
 
 
 class WatchedBar:
