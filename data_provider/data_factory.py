@@ -4,13 +4,13 @@ import argparse
 import signal
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Subset
 
 from data_provider.series import load_series, time_marks
 from data_provider.to_come import last_window
 from data_provider.windows import WindowDataset, evenly_spaced
 from utils.errors import UserError
+from utils.system.gpu import pins_batches
 
 # Windows that are looked at together.
 _AT_ONCE = 4096
@@ -51,7 +51,7 @@ def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, D
         num_workers=args.num_workers,
         collate_fn=_as_gathered,
         worker_init_fn=_leave_signals_to_the_main_process,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pins_batches(),
     )
     return dataset, loader
 

@@ -4,6 +4,7 @@ The only module that handles padding, masks, positions and prefixes.
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from layers.GradientScale import GradientScale
+from layers.HostToDevice import send
 from layers.InFloat32 import InFloat32
 from layers.PrefixCache import Prefix
 
@@ -88,6 +90,7 @@ class FrozenLLM(nn.Module):
         self._shared_cache: Prefix | None = None
         self._window = getattr(backbone.config.get_text_config(), "sliding_window", None)
         self._takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
+        self._takes_scores = False
         self.sees_pads = self.uses_prefix = False
         self.prefix_disabled_reason = ""
         if recompute:
@@ -153,22 +156,30 @@ class FrozenLLM(nn.Module):
         rows_of_length: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompts):
             rows_of_length.setdefault(len(prompt), []).append(row)
-        order = torch.tensor([row for rows in rows_of_length.values() for row in rows], device=patches.device)
-        hidden = [run([prompts[row] for row in rows], patches[rows]) for rows in rows_of_length.values()]
-        return torch.cat(hidden)[order.argsort()]
+        groups = list(rows_of_length.values())
+        order = torch.tensor([row for rows in groups for row in rows])
+        parts = patches[send(order, patches.device)].split([len(rows) for rows in groups])
+        hidden = [run([prompts[row] for row in rows], part) for rows, part in zip(groups, parts, strict=True)]
+        return torch.cat(hidden)[send(order.argsort(), patches.device)]
 
     def _run_in_one_pass(self, prompts: Prompts, patches: torch.Tensor) -> torch.Tensor:
+        """Run prompts and patches together.
+
+        Before the first layer of a causal model transformers asks whether its mask hides anything, or whether its
+        positions go on, and waits for the GPU to answer: once or twice a batch.
+        """
         ids, is_real = self._pad(prompts)
         tokens = self._embed(ids, patches.device)
         masks = {}
         if self.padding == "left" and not is_real.all():
-            masks["attention_mask"] = functional.pad(is_real, (0, patches.shape[1]), value=1)  # (B, L + P)
+            is_real = functional.pad(is_real, (0, patches.shape[1]), value=1)  # (B, L + P)
+            masks["attention_mask"] = _hide_pads(is_real, tokens.dtype) if self._takes_scores else is_real
             if self._takes_positions:
-                masks["position_ids"] = (masks["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+                masks["position_ids"] = (is_real.cumsum(-1) - 1).clamp(min=0)
         hidden = self.backbone(
             inputs_embeds=torch.cat([tokens, patches.to(tokens.dtype)], dim=1),
             use_cache=False,
-            **{name: _send(values, patches.device) for name, values in masks.items()},
+            **{name: send(values, patches.device) for name, values in masks.items()},
         ).last_hidden_state
         return hidden[:, -patches.shape[1] :].to(patches.dtype)
 
@@ -181,13 +192,13 @@ class FrozenLLM(nn.Module):
         ids, is_real = self._pad(list(distinct))
         if self.padding == "right":
             is_real = torch.ones_like(is_real)
-        is_real = _send(functional.pad(is_real, (len(shared), count), value=1), device).bool()  # (distinct, L + P)
+        is_real = send(functional.pad(is_real, (len(shared), count), value=1), device).bool()  # (distinct, L + P)
         positions = (is_real.long().cumsum(-1) - 1).clamp(min=0)
         prefix = shared
         if ids.shape[1]:
             prefix = self._extend(shared, ids, is_real[:, :-count], positions[:, len(shared) : -count])
         if len(distinct) < len(prompts):  # windows of like statistics: each prompt was run once
-            rows = _send(torch.tensor([distinct[rest] for rest in rests]), device)
+            rows = send(torch.tensor([distinct[rest] for rest in rests]), device)
             is_real, positions = is_real[rows], positions[rows]
             prefix = prefix.of_rows(rows) if ids.shape[1] else shared
         hidden = prefix.run(
@@ -221,7 +232,7 @@ class FrozenLLM(nn.Module):
 
     def _embed(self, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Look tokens up where the embeddings live, (B, L) -> (B, L, d_llm)."""
-        return _send(self.backbone.get_input_embeddings()(_send(ids, self.token_embeddings.device)), device)
+        return send(self.backbone.get_input_embeddings()(send(ids, self.token_embeddings.device)), device)
 
     def _pad(self, prompts: Prompts) -> tuple[torch.Tensor, torch.Tensor]:
         """Return token ids, (B, L), and which of them are real, on the CPU."""
@@ -252,6 +263,9 @@ class FrozenLLM(nn.Module):
         stand_ins = embeddings[torch.arange(patches) % len(embeddings)].float().to(device).expand(len(prompts), -1, -1)
         reference = self._run_in_one_pass(prompts, stand_ins)
         if self.padding == "left":
+            self._takes_scores = _may_take_scores(self.backbone) and self._agrees_by_scores(
+                prompts, stand_ins, reference
+            )
             alone = [self._run_in_one_pass([prompt], stand_ins[:1]) for prompt in prompts]
             self.sees_pads = not _alike(reference, torch.cat(alone))
             reference = torch.cat(alone)
@@ -267,6 +281,14 @@ class FrozenLLM(nn.Module):
         except Exception as problem:  # of whatever kind: the line at start says it
             self.prefix_disabled_reason = f"{type(problem).__name__}: {problem}"
         self.uses_prefix = not self.prefix_disabled_reason
+
+    def _agrees_by_scores(self, prompts: Prompts, patches: torch.Tensor, reference: torch.Tensor) -> bool:
+        """Return whether the model says the same where its mask is what is added to attention scores."""
+        self._takes_scores = True
+        try:
+            return _alike(self._run_in_one_pass(prompts, patches), reference)
+        except Exception:  # of whatever kind: it wants the usual mask, which is as exact
+            return False
 
     def _is_causal(self, prompt: Sequence[int], patches: torch.Tensor) -> bool:
         """Return whether a change of the last patch leaves the patches before it alone."""
@@ -291,10 +313,20 @@ def _look_back(is_real: torch.Tensor, queries: int, dtype: torch.dtype) -> torch
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
-def _send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to a device; from the CPU through pinned memory, so that a CUDA device is not waited for."""
-    upwards = values.device.type == "cpu" and device.type == "cuda"
-    return (values.pin_memory() if upwards else values).to(device, non_blocking=True)
+def _may_take_scores(backbone: nn.Module) -> bool:
+    """Return whether a model that sees both ways may take the mask that is added to attention scores as it is.
+
+    Of one that says which tokens are real, transformers asks whether all are, and waits for the GPU to answer. Where
+    some layers see near tokens alone, only transformers makes the masks.
+    """
+    makes = partial(hasattr, sys.modules[type(backbone).__module__])
+    sees_near_alone = makes("create_bidirectional_sliding_window_mask")
+    return makes("create_bidirectional_mask") and not sees_near_alone and not _calls_itself_causal(backbone)
+
+
+def _hide_pads(is_real: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, K), 0 for a pad -> the mask to add to attention scores, (B, 1, 1, K): nobody looks at pads."""
+    return torch.zeros(is_real.shape, dtype=dtype).masked_fill_(is_real == 0, torch.finfo(dtype).min)[:, None, None]
 
 
 def _checkpointed(forward: Callable, *args, **kwargs):

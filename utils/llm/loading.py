@@ -22,6 +22,7 @@ from utils.cli.options import FlagGroup
 from utils.cli.places import looks_like_a_path
 from utils.errors import UserError
 from utils.llm.quiet import quiet_transformers
+from utils.system.gpu import has_bfloat16
 
 BASE_MODELS = Path("base_models")
 
@@ -272,8 +273,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type == "cpu":
         return torch.float32
-    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bfloat16 else torch.float16
+    return torch.bfloat16 if has_bfloat16(device) else torch.float16
 
 
 def _use_first_layers(config: PretrainedConfig, layers: int, source: str) -> None:

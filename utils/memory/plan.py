@@ -3,7 +3,6 @@
 import argparse
 from dataclasses import dataclass
 
-import psutil
 import torch
 from accelerate import PartialState
 
@@ -11,6 +10,7 @@ from utils.cli.options import has_llm
 from utils.errors import UserError
 from utils.llm.loading import LLMChoice, LLMFlags, choose_llm, share_keys_on_cpu
 from utils.memory.trial_step import ModelBuilder, Step, layers_to_try, try_step
+from utils.system.gpu import free_bytes, is_gpu, most_reserved, total_bytes
 
 # Bytes of optimiser state for each trainable parameter.
 STATE_BYTES = {"adam": 8, "adamw": 8, "adamw8bit": 2 + 8 / 256, "paged_adamw8bit": 2 + 8 / 256}
@@ -239,9 +239,9 @@ def memory_error(args: argparse.Namespace, build: ModelBuilder) -> UserError:
 
 def nearly_full(device: torch.device) -> str:
     """Return a warning if this process has used a GPU to its last 5%, else nothing."""
-    if device.type != "cuda":
+    if not is_gpu(device):
         return ""
-    used, there = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+    used, there = most_reserved(device), total_bytes(device)
     if used < 0.95 * there:
         return ""
     return (
@@ -252,10 +252,3 @@ def nearly_full(device: torch.device) -> str:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f}"
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return what a device has for us, what we hold of it already included."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return psutil.virtual_memory().available

@@ -25,6 +25,7 @@ from utils.runs.intervals import Calibration
 from utils.runs.pictures import DrawnWindow, draw_history, draw_windows
 from utils.runs.scores import ChannelWindows, Scores
 from utils.runs.watchers import SERIES_FILE, KeptForecasts
+from utils.system.gpu import is_gpu, most_allocated
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "numpy", "pandas", "scikit-learn", "tqdm")
 
@@ -169,7 +170,7 @@ def cost_of(model: nn.Module, device: torch.device, seconds_per_step: float | No
     return {
         "trainable_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seconds_per_step": seconds_per_step,
-        "peak_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_of_process(),
+        "peak_memory": most_allocated(device) if is_gpu(device) else _peak_of_process(),
     }
 
 

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, gather_object, set_seed
 
 from utils.errors import UserError
+from utils.system.gpu import has_bfloat16, is_gpu, of_this_machine
 
 
 def start_processes(
@@ -52,7 +53,7 @@ def build_accelerator(seed: int, grad_accum: int, use_amp: bool, shares_buffers:
     # `forward` would wait to have them back: the prompts are written on the host.
     os.environ.setdefault("ACCELERATE_BYPASS_DEVICE_MAP", "true")
     accelerator = Accelerator(
-        mixed_precision=_half_precision() if use_amp else None,
+        mixed_precision=_half_precision(of_this_machine()) if use_amp else None,
         gradient_accumulation_steps=grad_accum,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed, non_blocking=True),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=shares_buffers)],
@@ -89,9 +90,8 @@ def exists_on_all_ranks(path: Path) -> bool:
     return found[0]
 
 
-def _half_precision() -> str:
-    has_bfloat16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if has_bfloat16 else "fp16"
+def _half_precision(device: torch.device) -> str:
+    return "fp16" if is_gpu(device) and not has_bfloat16(device) else "bf16"
 
 
 @contextlib.contextmanager

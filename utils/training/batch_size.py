@@ -1,7 +1,6 @@
 """Find out how many windows fit into memory at one time."""
 
 import argparse
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +10,9 @@ from accelerate.utils import find_executable_batch_size
 from torch import nn
 from torch.nn import functional
 
-from utils.memory.plan import STATE_BYTES, free_bytes
+from utils.memory.plan import STATE_BYTES
 from utils.runs.checkpoint import resumed_batches
+from utils.system.gpu import no_spilling, random_kept
 
 
 def fit_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> None:
@@ -29,7 +29,7 @@ def fit_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: nn
     Raises:
         torch.OutOfMemoryError: if not even the smallest batch fits.
     """
-    with torch.random.fork_rng(), _no_spilling(accelerator.device):
+    with random_kept(accelerator.device), no_spilling(accelerator.device):
         fitting = _largest_fitting(args, model)
     # All processes take as many steps; and where nothing fits into one, none goes on to wait for it.
     fitting = int(accelerator.gather(torch.tensor([fitting], device=accelerator.device)).min())
@@ -66,20 +66,6 @@ def _largest_fitting(args: argparse.Namespace, model: nn.Module) -> int:
         if "No executable batch size" not in str(problem):
             raise
         return 0
-
-
-@contextlib.contextmanager
-def _no_spilling(device: torch.device) -> Iterator[None]:
-    """Let a GPU that is full raise an error: under Windows its driver would move tensors to host memory instead."""
-    if device.type != "cuda":
-        yield
-        return
-    there = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(free_bytes(device) / there, 1.0), device)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def _sizes(size: int) -> Iterator[int]:

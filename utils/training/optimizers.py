@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
+from utils.system.gpu import has_fused_8bit_optimizers
 
 
 def check_optimizer(name: str, device: torch.device) -> None:
@@ -17,8 +18,7 @@ def check_optimizer(name: str, device: torch.device) -> None:
     """
     if name in ("adam", "adamw"):
         return
-    if device.type != "cuda":
-        # bitsandbytes would do it on a CPU, too, but unpacks the whole state at every step.
+    if not has_fused_8bit_optimizers(device):
         raise UserError(f"--optimizer {name} saves memory on a CUDA device only, and there is none: give adamw")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"--optimizer {name} needs the package bitsandbytes: pip install bitsandbytes")

@@ -16,6 +16,7 @@ from utils.memory.plan import nearly_full
 from utils.runs.checkpoint import Run, save_checkpoint, save_last
 from utils.runs.records import History
 from utils.runs.scores import Scores
+from utils.system.gpu import random_states, restore_random
 from utils.system.interrupts import Interrupts
 from utils.training.early_stopping import EarlyStopping
 from utils.training.evaluation import Split, evaluate
@@ -378,18 +379,13 @@ class Trainer:
 
     def _random_states(self) -> dict[str, torch.Tensor]:
         """Return the states of torch's generators; training draws from no others."""
-        states = {"cpu": torch.get_rng_state()}
-        if self.accelerator.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
-        return states
+        return random_states(self.accelerator.device)
 
     def _restore_random(self) -> None:
         """Put the generators where the saved state had them; once."""
         if self._random_to_restore is None:
             return
-        torch.set_rng_state(self._random_to_restore["cpu"])
-        if "cuda" in self._random_to_restore and self.accelerator.device.type == "cuda":
-            torch.cuda.set_rng_state(self._random_to_restore["cuda"], self.accelerator.device)
+        restore_random(self._random_to_restore, self.accelerator.device)
         self._random_to_restore = None
 
     def _save_state(self, random_states: dict[str, torch.Tensor]) -> None:

@@ -17,6 +17,7 @@ from models import build_around
 from tests.conftest import SHARED, largest_difference, needs_shared
 from utils.cli.options import get_parser
 from utils.memory.plan import nearly_full, plan_memory, savings
+from utils.system.gpu import no_spilling
 from utils.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -267,7 +268,7 @@ def test_the_trial_may_not_spill_into_host_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 100))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
-    with pytest.raises(ValueError, match="stop"), utils.training.batch_size._no_spilling(torch.device("cuda")):
+    with pytest.raises(ValueError, match="stop"), no_spilling(torch.device("cuda")):
         assert shares == [0.8]
         raise ValueError("stop")
     assert shares == [0.8, 1.0]
