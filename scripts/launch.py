@@ -43,27 +43,21 @@ LLM_VARIABLE = "TIME_LLM_PATH"
 
 # What did best on validation windows (docs/results.md), in batches for a GPU of 6 GB and an LLM of 3 billion weights.
 FLAGS = (
-    *(
-        "--seq_len",
-        "336",
-        "--d_model",
-        "32",
-        "--d_ff",
-        "64",
-        "--stride",
-        "16",
-        "--batch_size",
-        "8",
-        "--grad_accum",
-        "8",
-    ),
-    *("--learning_rate", "0.0005", "--lradj", "TST", "--grad_clip", "1", "--mapping_rate", "0.003"),
-    *("--prompt_domain", "1", "--prompt_decimals", "1"),
-    *("--eval_steps", "200", "--eval_windows", "2000", "--test_windows", "0", "--skip_epoch_test"),
+    *("--seq_len", "336", "--d_model", "32", "--batch_size", "8", "--grad_accum", "8"),
+    *("--lradj", "TST", "--grad_clip", "1", "--mapping_rate", "0.003", "--prompt_domain", "1"),
+    *("--eval_windows", "2000", "--test_windows", "0", "--skip_epoch_test"),
 )
+# The small sets are soon learnt by heart: fewer weights, more dropout, fewer and smaller steps; a patch is a day.
+HOURLY_FLAGS = (
+    *("--patch_len", "24", "--stride", "24", "--n_heads", "4", "--d_ff", "32", "--dropout", "0.3"),
+    *("--learning_rate", "0.0003", "--prompt_decimals", "0", "--max_steps", "400", "--eval_steps", "100"),
+)
+OTHER_FLAGS = (
+    *("--stride", "16", "--d_ff", "64", "--learning_rate", "0.0005", "--prompt_decimals", "1"),
+    *("--max_steps", "1200", "--eval_steps", "200"),
+)
+HOURLY = ("ETTh1", "ETTh2")
 FLAGS_OF_TIMELLM = ("--residual", "linear", "--normalize_prototypes")
-STEPS = {"ETTh1": "600", "ETTh2": "600"}  # optimiser steps of the smaller data sets
-STEPS_ELSE = "1200"
 SMOKE_FLAGS = ("--demo", "--model_id", "smoke", "--max_steps", "3", "--eval_windows", "32", "--predict")
 
 
@@ -96,7 +90,8 @@ def plan_runs(name: str, words: Sequence[str]) -> list[Run]:
     else:
         for flag in {word.partition("=")[0] for word in further} & {"--data", "--pred_len"}:
             raise UserError(f"{flag} is what this script sets: leave it out, horizons come first and without a flag")
-        chosen = [*FLAGS, "--max_steps", STEPS.get(name, STEPS_ELSE), *_timellm_flags(name, further), *further]
+        of_data = HOURLY_FLAGS if name in HOURLY else OTHER_FLAGS
+        chosen = [*FLAGS, *of_data, *_timellm_flags(name, further), *further]
         lines = {
             f"{name} {horizon}": ["--data", name, "--pred_len", horizon, *chosen] for horizon in horizons or HORIZONS
         }

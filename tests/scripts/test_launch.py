@@ -74,7 +74,7 @@ def test_the_recipe_is_timellms_where_it_is_of_timellm(dry_run):
     assert (ours.residual, ours.normalize_prototypes, ours.mapping_rate) == ("linear", True, 0.003)
     assert (other.residual, other.normalize_prototypes) == ("none", False)
     assert ours.batch_size * ours.grad_accum == 64
-    assert (ours.max_steps, other.max_steps) == (1200, 600)
+    assert (ours.max_steps, other.max_steps) == (1200, 400)
     assert (ours.eval_windows, ours.test_windows) == (2000, 0)
 
 
