@@ -227,8 +227,9 @@ def train(
 def run_forecast(args: argparse.Namespace, repetition: int) -> None:
     """Forecast beyond the CSV with a trained checkpoint; the CSV needs no more rows than a window has."""
     from data_provider.tables import read_table
+    from data_provider.to_come import last_window
     from models import build_model
-    from utils.runs.checkpoint import saved_basis
+    from utils.runs.checkpoint import check_channels, read_checkpoint, saved_basis
     from utils.runs.intervals import load_calibration
     from utils.runs.records import open_run_folder
     from utils.system.processes import start_processes
@@ -239,6 +240,9 @@ def run_forecast(args: argparse.Namespace, repetition: int) -> None:
     table = read_table(args)  # before the LLM: a wrong CSV is found sooner
     warn(accelerator, table.notes(args.seq_len))
     folder, checkpoint = run_folder(args, repetition), trained_folder(args, repetition) / "checkpoint"
+    contents = read_checkpoint(checkpoint, {"progress"})
+    check_channels(contents, table.channels, table.is_long, csv_path(args))
+    last_window(args).explained_to_come(contents.get("explainer"))  # what it lacks is said before anything is written
     calibration = load_calibration(folder, checkpoint, table.channels, args.level) if args.level else None
     model = build_model(args, saved_basis(checkpoint, vars(args)))
     if accelerator.is_main_process:
@@ -256,12 +260,11 @@ def forecast(
 ) -> None:
     """Write forecast.csv and forecast.png with the weights of a checkpoint, and with intervals if --level asks."""
     from data_provider.to_come import last_window
-    from utils.runs.checkpoint import check_channels, load_checkpoint
+    from utils.runs.checkpoint import load_checkpoint
     from utils.runs.prediction import forecast_beyond, write_forecast
 
     contents = load_checkpoint(checkpoint, model, vars(args), None)
     window = last_window(args)
-    check_channels(contents, window.channels, window.is_long, csv_path(args))
     batch_size = args.eval_batch_size or args.batch_size
     with accelerator.autocast():  # as in training and testing, whether accelerate has prepared the model or not
         made = forecast_beyond(model, window, contents, batch_size, calibration, args.level)

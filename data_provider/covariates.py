@@ -11,8 +11,7 @@ from typing import Self
 
 import numpy as np
 import pandas as pd
-from sklearn.linear_model import Ridge, RidgeCV
-from sklearn.metrics import r2_score
+from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import TimeSeriesSplit
 
 from data_provider.windows import Spans
@@ -26,6 +25,9 @@ _FOLDS = 5
 
 # Of more channels, so many choose the penalty for all: a search takes a tenth of a second.
 _CHANNELS_SEARCHED = 40
+
+# Numbers beyond which a sum of squares would leave float64.
+_HUGE = 1e150
 
 # A share of a channel's variance that a covariate explains only if it says what it should help to forecast.
 _TOO_GOOD = 0.999
@@ -66,7 +68,10 @@ class Column:
     def encode(self, values: pd.Series) -> np.ndarray:
         """Return the numbers, (rows, features); a text that training has not seen is none of those."""
         if self.texts is None:
-            numbers = values.to_numpy(np.float64)[:, None]
+            try:
+                numbers = values.to_numpy(np.float64)[:, None]
+            except ValueError as problem:
+                raise UserError(f"covariate {self.name!r} was numbers in training: {problem}") from problem
         else:
             numbers = (values.astype(str).to_numpy()[:, None] == np.array(self.texts)).astype(np.float64)
         return (numbers - self.mean) / self.scale
@@ -163,12 +168,22 @@ def fit_explainer(
     searched = np.linspace(0, len(pairs) - 1, min(len(pairs), _CHANNELS_SEARCHED)).round().astype(int)
     penalties = {number: _best_penalty(*pairs[number]) for number in searched}
     usual = np.exp(np.median(np.log(list(penalties.values()))))
-    coefficients, shares = [], []
-    for number, (own, target) in enumerate(pairs):
-        ridge = Ridge(alpha=penalties.get(number, usual)).fit(own, target)
-        coefficients.append(ridge.coef_.tolist())
-        shares.append(float(r2_score(target, ridge.predict(own))) if len(target) > 1 else 0.0)
+    fitted = [_fit(*pair, penalties.get(number, usual)) for number, pair in enumerate(pairs)]
+    coefficients, shares = ([one[part] for one in fitted] for part in (0, 1))
     return Explainer(columns, list(channels), coefficients, shares)
+
+
+def _fit(features: np.ndarray, target: np.ndarray, penalty: float) -> tuple[list[float], float]:
+    """Return the coefficients of a ridge regression, and the share of the target's variance that it explains.
+
+    Solved here: for thousands of series scikit-learn's checks would take minutes.
+    """
+    if not len(target):
+        return [0.0] * features.shape[1], 0.0
+    apart, wanted = features - features.mean(axis=0), target - target.mean()
+    coefficients = np.linalg.solve(apart.T @ apart + penalty * np.eye(apart.shape[1]), apart.T @ wanted)
+    variance, left = np.square(wanted).sum(), np.square(wanted - apart @ coefficients).sum()
+    return coefficients.tolist(), float(1 - left / variance) if variance else 0.0
 
 
 def _best_penalty(features: np.ndarray, target: np.ndarray) -> float:
@@ -187,6 +202,10 @@ def _column(source: Path, values: pd.Series) -> Column:
         numbers = values.to_numpy(np.float64)[:, None]
     else:
         texts = sorted(values.astype(str).unique())
+        are_numbers = pd.to_numeric(pd.Series(texts), errors="coerce").notna().to_numpy()
+        if len(texts) / 2 < are_numbers.sum() < len(texts):
+            odd = texts[int(are_numbers.argmin())]
+            raise UserError(f"{source}, covariate {values.name!r}: {odd!r} stands among numbers: correct it")
         if len(texts) > MOST_TEXTS:
             raise UserError(
                 f"{source}, covariate {values.name!r} has {len(texts)} different texts, such as {texts[0]!r}: it may"
@@ -230,10 +249,10 @@ def check_cells(source: Path, frame: pd.DataFrame, names: Sequence[str]) -> None
         column = frame[name]
         wrong = column.isna().to_numpy()
         if pd.api.types.is_float_dtype(column):
-            wrong = wrong | ~np.isfinite(column.to_numpy(np.float64))
+            wrong = wrong | ~(np.abs(column.to_numpy(np.float64)) < _HUGE)
         if wrong.any():
             first = wrong.argmax()
             raise UserError(
                 f"{source} data row {frame.index[first] + 1}, covariate {name!r} is {column.iloc[first]}: it must be"
-                f" known in every row, those to come, too ({wrong.sum()} are not)"
+                f" a known number or text in every row, those to come, too ({wrong.sum()} are not)"
             )

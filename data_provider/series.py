@@ -33,15 +33,13 @@ class Layout:
     """How a data set's rows are shared out.
 
     Without `val`, `train` and `test` are shares of the rows there are and validation has the rest; with it, all
-    three are rows. `quarter_hours` adds the quarter of the hour to the integer time marks. `target_last` moves the
-    target to the last channel, as Time-LLM does for every set but ETT.
+    three are rows. `quarter_hours` adds the quarter of the hour to the integer time marks.
     """
 
     train: float
     test: float
     val: int | None = None
     quarter_hours: bool = False
-    target_last: bool = False
 
     def rows(self, rows_there: int) -> tuple[int, int, int]:
         """Return the numbers of training, validation and test rows."""
@@ -56,7 +54,7 @@ def _ett(rows_an_hour: int) -> Layout:
     return Layout(12 * month, 4 * month, val=4 * month, quarter_hours=rows_an_hour > 1)
 
 
-_SHARES = Layout(0.7, 0.2, target_last=True)
+_SHARES = Layout(0.7, 0.2)
 LAYOUTS = {
     "ETTh1": _ett(1),
     "ETTh2": _ett(1),
@@ -136,7 +134,7 @@ class Series:
         return errors
 
     def windows(self, split: str, seq_len: int, label_len: int, pred_len: int, percent: int) -> WindowDataset:
-        """Return the windows of a split: of every channel, the first forecast is of the split's first row.
+        """Return the windows of a split: the first forecast is of its first row, or later if too few stand before it.
 
         Args:
             split: train, val or test.
@@ -324,6 +322,9 @@ def _fit_scaler(table: Table, training_rows: np.ndarray) -> Scaler:
     for channel, (first, rows) in enumerate(zip(table.spans.first, training_rows, strict=True)):
         training = table.raw[first : first + rows]
         known = training[~np.isnan(training)]
+        if not len(known) and table.is_long:  # it is not trained on, but may be forecast
+            known = table.raw[table.rows_of(channel)]
+            known = known[~np.isnan(known)]
         if not len(known):
             raise UserError(
                 f"{table.source}, {table.channels[channel]!r} holds no number in its training rows: drop it, or give"

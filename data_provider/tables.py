@@ -147,7 +147,7 @@ def table_of(frame: pd.DataFrame, name: str, args: argparse.Namespace) -> Table:
 
 def is_long(frame: pd.DataFrame) -> bool:
     """Return whether these are the readings of many series, a row each."""
-    return "date" not in frame.columns and set(LONG) <= set(frame.columns)
+    return set(LONG) <= set(frame.columns)
 
 
 @dataclass(frozen=True)
@@ -225,6 +225,8 @@ def _long_table(frame: pd.DataFrame, path: Path, choice: Choice) -> Table:
         future, frame, codes = (frame[is_future], codes[is_future]), frame[~is_future], codes[~is_future]
     rows = np.bincount(codes, minlength=len(names))
     long_enough = rows >= seq_len
+    if not len(names):
+        raise UserError(f"{path} has no rows")
     if not (chosen & long_enough).any():
         longest = int(rows[chosen].max(initial=0))
         raise UserError(
@@ -295,6 +297,8 @@ def _choose_series(path: Path, names: Sequence[str], series: str) -> np.ndarray:
         if not matching.any():
             raise UserError(f"--series {pattern}: {path} has no such series, but {', '.join(names[:5])} ...")
         chosen |= matching
+    if not chosen.any():
+        raise UserError(f"--series {series} names none: give names or patterns, with commas between them")
     return chosen
 
 
@@ -309,7 +313,7 @@ def _check_steps(path: Path, dates: pd.DatetimeIndex, spans: Spans, names: Seque
             raise UserError(f"{path}, series {name!r}: {dates[bad[0] + 1]} {what} ({len(bad)} such rows)")
     usual = np.array(
         [
-            np.median(steps[first : first + rows - 1]) if rows > 1 else np.nan
+            _most_frequent(steps[first : first + rows - 1]) if rows > 1 else np.nan
             for first, rows in zip(spans.first, spans.rows, strict=True)
         ]
     )
@@ -324,6 +328,11 @@ def _check_steps(path: Path, dates: pd.DatetimeIndex, spans: Spans, names: Seque
             f"{path}: series of different steps, {one} and {other}: put each step into a CSV of its own, or choose"
             " with --series"
         )
+
+
+def _most_frequent(steps: np.ndarray) -> int:
+    values, counts = np.unique(steps, return_counts=True)
+    return values[counts.argmax()]
 
 
 def _read_csv(path: Path) -> pd.DataFrame:

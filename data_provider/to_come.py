@@ -49,10 +49,8 @@ class LastWindow:
         """
         if not explainer:
             return (self.values - mean) / deviation
-        table = self.table
-        explained = Explainer.from_dict(explainer).explain(table.covariates.rows, table.date_rows(), table.channels)
-        left = fill(table.scaled(mean, deviation) - explained, table.spans)
-        return left[table.spans.last(len(self.values))[0]].T
+        left = left_to_forecast(self.table, mean, deviation, explainer)
+        return left[self.table.spans.last(len(self.values))[0]].T
 
     def explained_to_come(self, explainer: dict | None) -> np.ndarray:
         """Return what the covariates explain of the scaled rows to come, (pred_len, channels)."""
@@ -63,6 +61,18 @@ class LastWindow:
         rows = [slice(first, first + steps) for first in covariates.spans.first]
         explained = Explainer.from_dict(explainer).explain(covariates.to_come, rows, self.channels)
         return explained.reshape(-1, steps).T
+
+
+def left_to_forecast(table: Table, mean: np.ndarray, deviation: np.ndarray, explainer: dict) -> np.ndarray:
+    """Return all rows of a table scaled, less what the covariates explain, gaps filled; (all rows,).
+
+    Args:
+        table: with covariates.
+        mean, deviation: to scale each channel by, (channels,).
+        explainer: `Explainer.as_dict`.
+    """
+    explained = Explainer.from_dict(explainer).explain(table.covariates.rows, table.date_rows(), table.channels)
+    return fill(table.scaled(mean, deviation) - explained, table.spans)
 
 
 def last_window(args: argparse.Namespace) -> LastWindow:
@@ -111,13 +121,17 @@ def _dates_to_come(table: Table, dates: Sequence[pd.DatetimeIndex], count: int) 
             coming = there[first : first + count]
             if not coming.is_monotonic_increasing or coming[0] < own[-1]:
                 raise UserError(f"{table.source}: the rows behind {own[-1]} are not in order: sort them by date")
+            if table.is_long and (coming[0] == own[-1] or not coming.is_unique):
+                raise UserError(f"{table.source}: a date behind {own[-1]} is there twice: each row needs its own")
             yield coming
         return
     step = step_of(table.dates_of_longest(), table.source)
     known = {}  # what follows a date: most series end with the same
     for own in dates:
         if own[-1] not in known:
-            known[own[-1]] = continue_dates(own[-1], step, count)
+            # Weeks that end on another day than the longest series' go on by their own step.
+            fits = isinstance(step, pd.Timedelta) or step.is_on_offset(own[-1])
+            known[own[-1]] = continue_dates(own[-1], step if fits else step_of(own, table.source), count)
         yield known[own[-1]]
 
 

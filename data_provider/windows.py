@@ -125,11 +125,11 @@ class WindowDataset(Dataset):
         return values[:, :context], targets[:, repeated:], marks[:, :context], marks[:, repeated:]
 
     def explained_of(self, indices: Sequence[int]) -> np.ndarray | None:
-        """Return what covariates explain of the rows to forecast, (B, pred_len); None if there are no covariates."""
+        """Return what covariates explain of windows, (B, seq_len + pred_len); None if there are no covariates."""
         if self._explained is None:
             return None
         rows, _ = self._places(indices)
-        return sliding_window_view(self._explained, self.length)[rows, self.seq_len :]
+        return sliding_window_view(self._explained, self.length)[rows]
 
     def _places(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Return where the rows and the dates of windows begin."""

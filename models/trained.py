@@ -61,12 +61,13 @@ class TrainedRun:
 
         Args:
             frame: like the CSV of the run: a column `date`, or dates for its index, and the run's channels; at least
-                `seq_len` rows. Older rows change nothing.
+                `seq_len` rows. Older rows change nothing but what fills a gap at the window's beginning. Or a long one,
+                with `unique_id`, `ds` and `y`. With covariates, `pred_len` rows more that have these alone.
             level: of prediction intervals, in per cent, such as `[80, 95]`. The run must have been tested with --level.
 
         Returns:
             The columns of forecast.csv: `date`, and each channel `x`, followed by `x-lo-95`, `x-lo-80`, `x-hi-80`,
-            `x-hi-95`.
+            `x-hi-95`; of a long frame `unique_id`, `ds`, `y` and its bounds.
 
         Raises:
             UserError: if the frame has other channels, too few rows or cells that are no numbers, or a level is wrong.

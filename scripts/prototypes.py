@@ -28,6 +28,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from data_provider.tables import read_table
+from data_provider.to_come import left_to_forecast
 from models import build_model
 from utils.cli.checks import check_options, check_paths
 from utils.cli.command import OneLineParser, exit_code_of
@@ -86,6 +87,10 @@ def choose_window(args: argparse.Namespace, contents: dict, channel: str | None,
     values = own[end - length : end]
     number = trained_on.index(channel)
     scaled = (values - contents["mean"][number]) / contents["deviation"][number]
+    if explainer := contents.get("explainer"):
+        facts = dict(zip(trained_on, zip(contents["mean"], contents["deviation"], strict=True), strict=True))
+        scales = np.array([facts.get(name, (0.0, 1.0)) for name in table.channels]).T
+        scaled = left_to_forecast(table, *scales, explainer)[table.rows_of(number_in_csv)][end - length : end]
     title = f"{channel}, {dates[end - length]} to {dates[end - 1]}"
     return Window(title, values, scaled.astype(np.float32))
 

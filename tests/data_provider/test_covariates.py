@@ -125,7 +125,7 @@ def test_a_gap_is_filled_with_what_is_left_before_it(tmp_path):
     assert np.isnan(series.targets[200 + 50])
     windows = data_provider(args, "train")[0]
     number = 182 - 60  # of channel a: 140 training rows make 122 windows
-    explained = windows.explained_of([number])[0]
+    explained = windows.explained_of([number])[0, 16:]
     _, seq_y, *_ = windows[number]
     sum_of_both = (seq_y[4:, 0] + explained) * series.scaler.scale_[1] + series.scaler.mean_[1]
     np.testing.assert_allclose(sum_of_both, frame["b"][16:19], rtol=1e-5)
@@ -172,3 +172,38 @@ def test_wrong_covariates_get_one_line(assert_refused, tmp_path_factory, make, m
     folder = tmp_path_factory.mktemp("wrong")
     make(sales()[["date", "a", "b", "price"]]).to_csv(folder / "x.csv", index=False)
     assert_refused([*FLAGS, "--model", "DLinear", "--root_path", folder, "--data_path", "x.csv", *more], *words)
+
+
+def test_a_forecast_that_lacks_something_writes_nothing(score, run, tmp_path):
+    frame = sales().drop(columns="noise")
+    folder = score("all", frame, "--covariates", "price,holiday").folder
+    here = ["--root_path", tmp_path, "--data_path", "few.csv", "--model_id", "few", "--model", "DLinear"]
+    here += ["--covariates", "price,holiday", "--is_training", "0", "--predict", "--checkpoint", folder]
+    for name, changed, words in (
+        ("too few", frame.head(905), "there are 5"),
+        ("text", frame.assign(price="much"), "'price' was numbers in training"),
+        ("long", as_long(frame, ["price", "holiday"]), "is a long CSV"),
+    ):
+        changed.to_csv(tmp_path / "few.csv", index=False)
+        refused = run(*FLAGS, *here)
+        assert refused.code == 2 and words in refused.err, (name, refused.err)
+        assert len(refused.folders) == 1
+
+
+def test_what_never_changes_is_no_leak(score):
+    frame = sales(to_come=0)[["date", "a", "price"]].assign(still=3.0)
+    done = score("still", frame, "--covariates", "price")
+    assert "almost wholly" not in done.out
+    assert "Covariates | still: price +0 (explain 0.0% of its training rows)" in done.out
+
+
+@pytest.mark.parametrize(
+    ("cell", "words"), [("5,0", "'5,0' stands among numbers"), (1e200, "covariate 'price' is 1e+200")]
+)
+def test_a_cell_of_another_kind_is_named(assert_refused, tmp_path_factory, cell, words):
+    folder = tmp_path_factory.mktemp("odd")
+    frame = sales(to_come=0)[["date", "a", "price"]]
+    frame["price"] = frame["price"].round().astype(object).where(frame.index != 70, cell)
+    frame.to_csv(folder / "x.csv", index=False)
+    more = ["--root_path", folder, "--data_path", "x.csv", "--covariates", "price", "--model", "DLinear"]
+    assert_refused([*FLAGS, *more], words)

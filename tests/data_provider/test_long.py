@@ -168,3 +168,57 @@ def test_wrong_long_csvs_get_one_line(assert_refused, tmp_path_factory, frame, m
     frame.to_csv(folder / "x.csv", index=False)
     command = ["--data", "custom", "--root_path", str(folder), "--data_path", "x.csv", "--model", "DLinear"]
     assert_refused([*command, "--seq_len", "6", "--label_len", "2", "--pred_len", "3", *more], *words)
+
+
+def test_weeks_go_on_at_each_series_own_day(run, tmp_path):
+    frame = pd.concat([one("a", 60, "2021-01-03", "7D"), one("b", 50, "2021-01-06", "7D")])
+    options(tmp_path, frame)
+    flags = ["--data", "custom", "--root_path", tmp_path, "--data_path", "x.csv", "--model", "LastValue"]
+    done = run(*flags, "--seq_len", "6", "--label_len", "2", "--pred_len", "2", "--predict", "--season", "2")
+    assert done.code == 0, done.err
+    forecast = pd.read_csv(done.folder / "forecast.csv", parse_dates=["ds"])
+    assert forecast["ds"].dt.day_name().tolist() == ["Sunday", "Sunday", "Wednesday", "Wednesday"]
+    for name, own in frame.groupby("unique_id"):
+        assert (forecast.loc[forecast["unique_id"] == name, "ds"].min() - own["ds"].max()).days == 7
+
+
+def test_a_series_with_missing_rows_has_the_same_step(tmp_path):
+    thin = one("thin", 100).drop(index=range(1, 100, 3))  # every other step is two hours
+    assert read_table(options(tmp_path, pd.concat([one("a", 60), thin]))).channels == ("a", "thin")
+
+
+def test_some_series_are_not_the_runs_own_data(run, tmp_path):
+    options(tmp_path, shops(4))
+    flags = ["--data", "custom", "--root_path", tmp_path, "--data_path", "x.csv", "--model", "DLinear"]
+    flags += [
+        "--seq_len",
+        "24",
+        "--label_len",
+        "8",
+        "--pred_len",
+        "8",
+        "--max_steps",
+        "3",
+        "--level",
+        "50",
+        "--save_steps",
+        "1",
+    ]
+    folder = run(*flags).folder
+    kept = (folder / "calibration.npz").read_bytes()
+    done = run(*flags, "--is_training", "0", "--series", "shop-2")
+    assert done.code == 0 and "this calibration is not kept" in done.out
+    assert (folder / "calibration.npz").read_bytes() == kept
+    shops(4).query("unique_id != 'shop-1'").to_csv(tmp_path / "x.csv", index=False)
+    refused = run(*flags, "--resume", "--max_steps", "5")
+    assert refused.code == 2 and "a run on other data" in refused.err
+
+
+def test_a_series_without_a_number_in_its_training_rows_is_forecast(run, tmp_path):
+    late = one("late", 60, base=7).assign(y=lambda frame: frame["y"].where(frame["y"] > 7 + 50))
+    options(tmp_path, pd.concat([shops(3), late]))
+    flags = ["--data", "custom", "--root_path", tmp_path, "--data_path", "x.csv", "--model", "LastValue", "--predict"]
+    done = run(*flags, "--seq_len", "6", "--label_len", "2", "--pred_len", "3", "--season", "2")
+    assert done.code == 0, done.err
+    forecast = pd.read_csv(done.folder / "forecast.csv")
+    assert forecast.loc[forecast["unique_id"] == "late", "y"].tolist() == pytest.approx([66] * 3)

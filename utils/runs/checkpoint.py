@@ -133,7 +133,9 @@ def load_checkpoint(path: Path, model: nn.Module, flags: dict, data: DataFacts |
     contents = read_checkpoint(path, {"progress"})
     _compare_flags(path, contents["flags"], flags)
     if data and not flags["checkpoint"]:
-        for name in differing(contents, data):
+        # Fewer series are no other data.
+        compared = _of_series(contents, data.channels) if data.is_long and contents.get("is_long") else contents
+        for name in differing(compared, data):
             PartialState().print(f"Note: {path} was trained on other data: the {name} of its training rows differ")
     _load_weights(path, contents, model)
     return contents
@@ -201,27 +203,39 @@ def flags_to_test(folder: Path, contents: dict, changes: dict[str, object]) -> a
 
 
 def differing(contents: dict, data: DataFacts) -> list[str]:
-    """Return what of the data is not as it was; fewer series of a long CSV, which --series may have chosen, are."""
-    if data.is_long and contents.get("is_long"):
-        contents = _of_series(contents, data.channels)
-    return [name for name, now in asdict(data).items() if name in contents and not _same(contents[name], now)]
+    """Return what of the data is not as it was."""
+    # A checkpoint of an earlier version is of a wide CSV without covariates.
+    saved = {"is_long": False, "explainer": None, **contents}
+    return [name for name, now in asdict(data).items() if not _same(saved[name], now)]
 
 
 def _of_series(contents: dict, names: Sequence[str]) -> dict:
-    """Return what a checkpoint says of these series, as far as it knows them."""
+    """Return a checkpoint's contents with what it says of these series alone, as far as it knows them."""
     number_of = {name: number for number, name in enumerate(contents["channels"])}
     numbers = [number_of[name] for name in names if name in number_of]
-    return {name: [contents[name][number] for number in numbers] for name in ("channels", "mean", "deviation")}
+
+    def chosen(facts: dict, *lists: str) -> dict:
+        return {**facts, **{name: [facts[name][number] for number in numbers] for name in lists}}
+
+    explainer = contents.get("explainer")
+    if explainer:
+        explainer = chosen(explainer, "channels", "coefficients", "shares")
+    return {**chosen(contents, "channels", "mean", "deviation"), "explainer": explainer}
 
 
-def _same(before: object, now: object) -> bool:
+def _same(before: object, now: object, abs_tol: float = 0.0) -> bool:
     """Compare names, or numbers but for the rounding of another machine, wherever they stand."""
     if isinstance(before, float) and isinstance(now, float):
-        return math.isclose(before, now, rel_tol=1e-9)
+        return math.isclose(before, now, rel_tol=1e-9, abs_tol=abs_tol)
     if isinstance(before, dict) and isinstance(now, dict):
-        return before.keys() == now.keys() and all(_same(before[name], now[name]) for name in before)
+        return before.keys() == now.keys() and all(
+            _same(before[name], now[name], 1e-9)  # coefficients near 0 are rounding alone
+            for name in before
+        )
     if isinstance(before, list) and isinstance(now, list):
-        return len(before) == len(now) and all(map(_same, before, now))
+        return len(before) == len(now) and all(
+            _same(one, other, abs_tol) for one, other in zip(before, now, strict=True)
+        )
     return before == now
 
 
@@ -264,8 +278,9 @@ def _load_weights(path: Path, contents: dict, model: nn.Module) -> None:
 
 def _compare_flags(path: Path, saved: dict, present: dict) -> None:
     for name in sorted(flags_tagged(NEEDED) | flags_tagged(needed_by(present["model"]))):
-        if saved.get(name, present[name]) != present[name]:
-            raise UserError(f"{path} was trained with --{name} {saved[name]}, not {present[name]}: give it that")
+        before = saved.get(name, defaults().get(name))
+        if before != present[name]:
+            raise UserError(f"{path} was trained with --{name} {before}, not {present[name]}: give it that")
     for name in sorted(flags_tagged(SAID)):
         if saved[name] != present[name]:
             PartialState().print(f"Note: {path} was trained with --{name} {saved[name]}, not {present[name]}")

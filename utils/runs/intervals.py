@@ -185,7 +185,7 @@ class IntervalScores:
         counted = slice(None) if self._headline is None else batch.channels == self._headline
         channels, deviations = batch.channels[counted], batch.deviation[counted]
         distance = np.abs(batch.target - batch.forecast)[counted].astype(np.float64)
-        is_known = ~np.isnan(distance)
+        is_known = ~np.isnan(batch.target[counted])
         for level in self._levels:
             half = self._calibration.half_widths(level, channels, deviations)
             beyond = np.maximum(distance - half, 0)

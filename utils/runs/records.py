@@ -209,11 +209,13 @@ def write_predictions(
     for title, place in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
         number = int(kept.numbers[place])
         context = windows.__getitems__([number])[0][0, :, 0]
+        explained = windows.explained_of([number])
+        seen = context.numpy() + (0 if explained is None else explained[0, : len(context)])
         channel = windows.channel_of([number])
         name = f"{title} of {len(errors)}: window {number}, {windows.channels[channel[0]]}, MSE {errors[place]:.4f}"
         shown = Normalize()(context)[1].deviation.numpy()
         half_widths = {level: calibration.half_widths(level, channel, shown)[0] for level in levels}
-        drawn.append(DrawnWindow(name, context.numpy(), target[place], forecast[place], half_widths))
+        drawn.append(DrawnWindow(name, seen, target[place], forecast[place], half_widths))
     draw_windows(folder / "test.png", drawn)
 
 

@@ -26,7 +26,7 @@ class ChannelWindows(Protocol):
         """Return the windows of a batch: contexts (B, seq_len, 1), what follows them, and their time marks."""
 
     def explained_of(self, indices: Sequence[int]) -> np.ndarray | None:
-        """Return what covariates explain of the rows to forecast, (B, pred_len); None if there are no covariates."""
+        """Return what covariates explain of windows, (B, seq_len + pred_len); None if there are no covariates."""
 
     def channel_of(self, indices: Sequence[int]) -> np.ndarray:
         """Return the channel number of each window."""

@@ -119,7 +119,7 @@ class UnitErrors:
         counted = slice(None) if self._headline is None else batch.channels == self._headline
         squares = np.square(forecast - target)[counted]
         self._squares = self._squares + np.nansum(squares, axis=0)
-        self._known = self._known + (~np.isnan(squares)).sum(axis=0)
+        self._known = self._known + (~np.isnan(target[counted])).sum(axis=0)
         mean, deviation = self._mean[batch.channels, None], self._deviation[batch.channels, None]
         own = (forecast * deviation + mean, target * deviation + mean)
         # Means over windows, each with the weight of what is known of it.

@@ -101,7 +101,7 @@ def _gathered(
     rows = accelerator.gather_for_metrics(rows).cpu().numpy()
     numbers, steps = numbers_to_come[: len(rows)], forecast.shape[1]
     explained = split.windows.explained_of(numbers)
-    back = 0 if explained is None else explained
+    back = 0 if explained is None else explained[:, -steps:]
     return Batch(
         numbers=numbers,
         channels=split.windows.channel_of(numbers),

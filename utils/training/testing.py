@@ -117,9 +117,11 @@ def _print_intervals(accelerator: Accelerator, intervals: IntervalScores) -> Non
 def score_naive(accelerator: Accelerator, examination: Examination, errors: UnitErrors) -> Scores:
     """Score the seasonal-naive forecast on the same windows, and print its scores; `errors` watches it."""
     naive = examination.naive
+    has_covariates = examination.split.windows.explained_of([0]) is not None
+    explained = " and what the covariates explain" if has_covariates else ""
     scores = evaluate(accelerator, naive, examination.split, examination.target, "seasonal naive", watchers=[errors])
     accelerator.print(
-        f"Seasonal naive | MSE: {scores.mse:.7f} MAE: {scores.mae:.7f} | the last {naive.season} rows again,"
-        " on the same windows"
+        f"Seasonal naive | MSE: {scores.mse:.7f} MAE: {scores.mae:.7f} | the last {naive.season} rows again"
+        f"{explained}, on the same windows"
     )
     return scores
