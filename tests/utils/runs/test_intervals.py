@@ -184,7 +184,7 @@ def test_a_runs_own_calibration_stays_its_own(run, flags, tmp_path):
     pd.read_csv(tmp_path / "other.csv").iloc[:, :3].to_csv(tmp_path / "other.csv", index=False)
     assert run(*flags, *elsewhere).code == 0
     refused = run(*flags, *elsewhere, "--predict")
-    assert refused.code == 2 and "these channels" in refused.err
+    assert refused.code == 2 and "the checkpoint was trained on" in refused.err
     refused = run(*flags, *elsewhere, "--predict", "--checkpoint", trained, "--des", "other")
     assert refused.code == 2 and "no calibration.npz" in refused.err, "not that of the training's data"
 
