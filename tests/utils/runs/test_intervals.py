@@ -175,7 +175,6 @@ def test_a_runs_own_calibration_stays_its_own(run, flags, tmp_path):
     flags = [*flags, "--eval_windows", 0, "--level", 80, "--model", "DLinear"]
     trained = run(*flags).folder
     kept = (trained / "calibration.npz").read_bytes()
-    (tmp_path / "other.csv").unlink()
     write_demo_csv(tmp_path / "other.csv", rows=500, seed=9)
     elsewhere = ["--root_path", tmp_path, "--data_path", "other.csv", "--is_training", 0]
     done = run(*flags, *elsewhere, "--checkpoint", trained)
@@ -186,6 +185,7 @@ def test_a_runs_own_calibration_stays_its_own(run, flags, tmp_path):
     assert run(*flags, *elsewhere).code == 0
     refused = run(*flags, *elsewhere, "--predict")
     assert refused.code == 2 and "the checkpoint was trained on" in refused.err
+    (tmp_path / "other.csv").unlink()
     write_demo_csv(tmp_path / "other.csv", rows=500, seed=9)
     refused = run(*flags, *elsewhere, "--predict", "--checkpoint", trained, "--des", "other")
     assert refused.code == 2 and "no calibration.npz" in refused.err, "not that of the training's data"
