@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from data_provider.data_factory import data_provider
 from data_provider.series import load_series
@@ -222,3 +223,30 @@ def test_a_series_without_a_number_in_its_training_rows_is_forecast(run, tmp_pat
     assert done.code == 0, done.err
     forecast = pd.read_csv(done.folder / "forecast.csv")
     assert forecast.loc[forecast["unique_id"] == "late", "y"].tolist() == pytest.approx([66] * 3)
+
+
+def test_a_long_run_with_gaps_and_covariates_goes_on_exactly(run, tmp_path):
+    frame = shops(4).assign(holiday=lambda made: made.index % 9 < 2)
+    gaps = np.random.default_rng(0).random(len(frame)) < 0.1
+    options(tmp_path, frame.assign(y=frame["y"].mask(gaps & ~frame["unique_id"].duplicated(keep="last"))))
+    flags = ["--data", "custom", "--root_path", tmp_path, "--data_path", "x.csv", "--model", "DLinear"]
+    flags += [
+        "--seq_len",
+        "24",
+        "--label_len",
+        "8",
+        "--pred_len",
+        "8",
+        "--covariates",
+        "holiday",
+        "--lradj",
+        "constant",
+    ]
+    whole = run(*flags, "--max_steps", "6", "--des", "whole")
+    assert run(*flags, "--max_steps", "3", "--des", "parts").code == 0
+    resumed = run(*flags, "--max_steps", "6", "--des", "parts", "--resume")
+    assert (whole.code, resumed.code) == (0, 0), resumed.err
+    one, other = (
+        torch.load(folder / "last", weights_only=True)["weights"] for folder in sorted(resumed.folders, reverse=True)
+    )
+    assert all(torch.equal(values, other[name]) for name, values in one.items())
