@@ -195,8 +195,9 @@ def _table_of(frame: pd.DataFrame, path: Path, choice: Choice) -> Table:
     cells = _numbers(path, frame, channels)
     dates = _in_order(path, frame["date"], _dates(path, frame["date"]))
     rows = len(cells)
-    if choice.covariates:  # rows behind the last known one are the future
-        rows = int(np.flatnonzero(~np.isnan(cells).all(axis=1))[-1:].sum() + 1)
+    if choice.covariates and rows:  # rows behind the last known one are the future
+        is_known = ~np.isnan(cells).all(axis=1)
+        rows -= int(is_known[::-1].argmax())
     cells, known = cells[:rows], ~np.isnan(cells[:rows])
     if rows and not known.any(axis=0).all():
         raise UserError(f"{path}, column {channels[known.any(axis=0).argmin()]!r} holds no number: drop it")

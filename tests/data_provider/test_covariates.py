@@ -152,6 +152,8 @@ def test_a_penalty_is_chosen_in_the_order_of_time(tmp_path):
     ("make", "more", "words"),
     [
         (lambda f: f, ["--covariates", "prize"], ["no column 'prize' for --covariates"]),
+        (lambda f: f.head(0), ["--covariates", "price"], ["0 data rows"]),
+        (lambda f: f.assign(a=np.nan, b=np.nan), ["--covariates", "price"], ["'a' holds no number"]),
         (lambda f: f, ["--covariates", "price,price"], ["names price twice"]),
         (lambda f: f, ["--covariates", "date"], ["--covariates date", "date"]),
         (lambda f: f, ["--covariates", "a", "--target", "a", "--features", "MS"], ["--covariates a", "forecast"]),

@@ -36,6 +36,10 @@ def options(folder, frame, *more):
     return get_parser().parse_args([*command, "--seq_len", "6", "--label_len", "2", "--pred_len", "3", *more])
 
 
+def flags_of(folder):
+    return ["--data", "custom", "--root_path", folder, "--data_path", "x.csv", "--model", "DLinear"]
+
+
 def test_each_series_has_its_own_scaler_borders_and_dates(tmp_path):
     frame = pd.concat([one("b", 40, base=1000), one("a", 20, "2024-02-01"), one("short", 5)])
     interleaved = frame.sort_values("ds", kind="stable")
@@ -190,7 +194,7 @@ def test_a_series_with_missing_rows_has_the_same_step(tmp_path):
 
 def test_some_series_are_not_the_runs_own_data(run, tmp_path):
     options(tmp_path, shops(4))
-    flags = ["--data", "custom", "--root_path", tmp_path, "--data_path", "x.csv", "--model", "DLinear"]
+    flags = flags_of(tmp_path)
     flags += [
         "--seq_len",
         "24",
@@ -229,7 +233,7 @@ def test_a_long_run_with_gaps_and_covariates_goes_on_exactly(run, tmp_path):
     frame = shops(4).assign(holiday=lambda made: made.index % 9 < 2)
     gaps = np.random.default_rng(0).random(len(frame)) < 0.1
     options(tmp_path, frame.assign(y=frame["y"].mask(gaps & ~frame["unique_id"].duplicated(keep="last"))))
-    flags = ["--data", "custom", "--root_path", tmp_path, "--data_path", "x.csv", "--model", "DLinear"]
+    flags = flags_of(tmp_path)
     flags += [
         "--seq_len",
         "24",
