@@ -1,6 +1,7 @@
 """What the project's command lines share: one line for an error, exit codes, child processes."""
 
 import argparse
+import io
 import os
 import shlex
 import signal
@@ -36,6 +37,7 @@ def exit_code_of(work: Callable[[], int | None], after_interrupt: str | Callable
         work: what to do; argparse may leave in it.
         after_interrupt: what to say then of how to go on, or a function that finds that out.
     """
+    _print_what_the_console_lacks()
     try:
         return work() or 0
     except SystemExit as leave:
@@ -48,6 +50,15 @@ def exit_code_of(work: Callable[[], int | None], after_interrupt: str | Callable
     if is_first_process():
         print(line, file=sys.stderr)
     return code
+
+
+def _print_what_the_console_lacks() -> None:
+    """Let print() write \\u6570 where a console or a redirected file cannot hold a letter, as stderr does, not fail.
+
+    A folder with Chinese letters under a Western Windows would end a run else.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # pythonw has none, a notebook another
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def command_line(words: Sequence[str]) -> str:

@@ -1,4 +1,6 @@
+import io
 import os
+import sys
 
 import pytest
 
@@ -27,6 +29,20 @@ def raising(problem):
 def test_every_end_has_its_exit_code_and_its_line(capsys, work, code, printed):
     assert exit_code_of(work, "do it again") == code
     assert capsys.readouterr().err == printed
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", "\\u6570 \\xb1"), ("cp1252", "\\u6570 ±"), ("cp936", "数 ±"), ("utf-8", "数 ±")]
+)
+def test_a_console_without_a_letter_shows_its_number(monkeypatch, encoding, shown):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True))
+    assert exit_code_of(lambda: print("数 ±", end=""), "") == 0
+    assert sys.stdout.buffer.getvalue().decode(encoding) == shown
+
+
+def test_without_a_console_there_is_nothing_to_set(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as under pythonw
+    assert exit_code_of(lambda: print("heard by nobody"), "") == 0
 
 
 def test_a_bug_is_not_hidden():
