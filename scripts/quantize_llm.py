@@ -21,6 +21,7 @@ from utils.cli.command import OneLineParser, exit_code_of
 from utils.errors import UserError
 from utils.llm.loading import load_pretrained, nf4
 from utils.llm.quiet import quiet_transformers
+from utils.runs.files import rename
 
 
 def quantize_llm(source: str, target: Path) -> None:
@@ -44,7 +45,7 @@ def quantize_llm(source: str, target: Path) -> None:
     with quiet_transformers():
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-    unfinished.rename(target)
+    rename(unfinished, target)
 
 
 def quantize(argv: list[str] | None) -> None:

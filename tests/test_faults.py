@@ -4,11 +4,14 @@ import errno
 import os
 import shutil
 import stat
+from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.conftest import names_in
+from utils.runs import files
 
 from .test_resume import LONGER, needs_forks, outcome, run_in_process, start, undisturbed  # noqa: F401
 
@@ -85,6 +88,28 @@ def test_files_that_cannot_grow(flags, tmp_path, monkeypatch):
     assert last_line.startswith("error: cannot write ") and "File too large" in last_line
     (folder,) = Path("checkpoints").iterdir()
     assert names_in(folder) == ["args.json", "history.csv"]
+
+
+@pytest.mark.parametrize("refusals", [3, 4])
+def test_a_file_that_somebody_has_open_is_waited_for(run, flags, monkeypatch, refusals):
+    """As under Windows, where a virus scanner looks at every new file and none that is open can be replaced."""
+    replace, tries = Path.replace, Counter()
+
+    def open_elsewhere(path, target):
+        tries[path.name] += 1
+        if tries[path.name] <= refusals:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", open_elsewhere)
+    monkeypatch.setattr(files, "_PAUSES", (0.0, 0.0, 0.0))
+    done = run(*flags)
+    if refusals == 3:
+        assert done.code == 0, done.err
+        assert not list(done.folder.glob("*.unfinished"))
+    else:
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert "Permission denied" in done.err
 
 
 def test_a_folder_that_cannot_be_made(run, flags, monkeypatch):

@@ -305,7 +305,7 @@ def test_a_cache_that_cannot_be_trusted_is_said(run, flags, monkeypatch):
 
 def test_a_table_that_a_viewer_keeps_locked_costs_a_record_and_nothing_else(run, flags, monkeypatch):
     """As Excel does under Windows; it is let go before the last validation."""
-    validations, rename = [], files._rename
+    validations, rename = [], files.rename
 
     def locked(unfinished, path):
         if path.name == "checkpoint":
@@ -314,7 +314,7 @@ def test_a_table_that_a_viewer_keeps_locked_costs_a_record_and_nothing_else(run,
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         rename(unfinished, path)
 
-    monkeypatch.setattr(files, "_rename", locked)
+    monkeypatch.setattr(files, "rename", locked)
     done = run(*flags, "--eval_steps", 2, "--learning_rate", 1e-3)
     assert done.code == 0, done.err
     assert done.out.count("Warning: cannot write ") == 1 and "history.csv" in done.out
@@ -471,14 +471,14 @@ def test_a_flag_of_another_forecaster_does_not_matter(run, flags):
 
 
 def test_a_table_that_stays_locked_is_said_at_the_end(run, flags, monkeypatch):
-    rename = files._rename
+    rename = files.rename
 
     def locked(unfinished, path):
         if path.name == "history.csv":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         rename(unfinished, path)
 
-    monkeypatch.setattr(files, "_rename", locked)
+    monkeypatch.setattr(files, "rename", locked)
     done = run(*flags)
     assert done.code == 0, done.err
     assert "history.csv lacks the last rows" in done.out

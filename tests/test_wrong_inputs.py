@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from utils.cli import checks
+
 GOOD = "date,a,b\n" + "".join(f"2024-01-{1 + h // 24:02} {h % 24:02}:00:00,{h % 7},{h % 5}\n" for h in range(400))
 
 
@@ -226,3 +228,21 @@ def test_paths_of_any_characters(run, flags, csv_folder, tiny_llm, tmp_path, nam
         *("--checkpoints", tmp_path / "checkpoints" / name),
     )
     assert done.code == 0, done.err
+
+
+def test_a_path_that_windows_does_not_take(assert_refused, run, flags, monkeypatch):
+    flags = [*flags, "--model", "DLinear", "--checkpoints", "c" * 120]
+    assert run(*flags).code == 0  # it would do
+    shutil.rmtree("c" * 120)
+    monkeypatch.setattr(checks, "_takes_long_paths", lambda: False)
+    assert_refused(flags, "259", "--checkpoints", "--des", "LongPathsEnabled")
+
+
+def test_the_longest_path_that_windows_takes(run, flags, monkeypatch):
+    monkeypatch.setattr(checks, "_takes_long_paths", lambda: False)
+    done = run(*flags, "--model", "DLinear")
+    free = checks.MAX_PATH - len(str(done.folder.absolute())) - len("/calibration.npz.unfinished")
+    flags = [*flags, "--model", "DLinear", "--des"]
+    assert run(*flags, "test" + free * "t").code == 0
+    assert run(*flags, "test" + free * "t" + "t").code == 2
+    assert run(*flags, "test" + free * "t", "--report_to", "tensorboard").code == 2

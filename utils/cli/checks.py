@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import platform
+import sys
 from pathlib import Path
 
 from utils.cli.options import has_llm, has_patches
@@ -10,6 +12,9 @@ from utils.errors import UserError
 
 # Of every common file system.
 MAX_FILE_NAME = 255
+
+# Of Windows, unless it is told to take longer ones.
+MAX_PATH = 259
 
 
 # Of numpy's generators.
@@ -150,9 +155,7 @@ def check_paths(args: argparse.Namespace) -> None:
     for place in (Path(args.checkpoints), *Path(args.checkpoints).parents):
         if place.exists() and not place.is_dir():
             raise UserError(f"{place} is a file: --checkpoints names a folder")
-    longest = len(run_folder(args, args.itr).name.encode())
-    if longest > MAX_FILE_NAME:
-        raise UserError(f"the run folder's name has {longest} bytes: shorten --model_id, --model_comment or --des")
+    _check_lengths(args)
     first = run_folder(args, 0)
     if args.resume == "yes" and not (first / "last").is_file():
         raise UserError(f"no state to resume from in {first}: leave out --resume, or give --resume auto to start fresh")
@@ -161,3 +164,32 @@ def check_paths(args: argparse.Namespace) -> None:
             folder = trained_folder(args, repetition)
             if not (folder / "checkpoint").is_file():
                 raise UserError(f"no checkpoint in {folder}: train first, or name a run's folder with --checkpoint")
+
+
+def _check_lengths(args: argparse.Namespace) -> None:
+    """Refuse what the file system would: under Windows that looks as if a folder were missing."""
+    folder, remedy = run_folder(args, args.itr), "shorten --model_id, --model_comment or --des"
+    longest = len(folder.name.encode())
+    if longest > MAX_FILE_NAME:
+        raise UserError(f"the run folder's name has {longest} bytes: {remedy}")
+    file = "calibration.npz.unfinished"
+    if args.report_to == "tensorboard":
+        file = f"tensorboard/events.out.tfevents.{2**31}.{platform.node()}"
+    characters = len(str((folder / file).absolute()))
+    if characters > MAX_PATH and not _takes_long_paths():
+        raise UserError(
+            f"this Windows takes paths of {MAX_PATH} characters, and the run would have some of {characters}: {remedy},"
+            " name a shorter folder with --checkpoints, or turn long paths on (LongPathsEnabled in the registry)"
+        )
+
+
+def _takes_long_paths() -> bool:
+    if sys.platform != "win32":
+        return True
+    import winreg
+
+    try:
+        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"SYSTEM\CurrentControlSet\Control\FileSystem") as key:
+            return bool(winreg.QueryValueEx(key, "LongPathsEnabled")[0])
+    except OSError:  # it has never been set
+        return False

@@ -12,6 +12,9 @@ from utils.errors import UserError
 
 UNFINISHED = ".unfinished"
 
+# Seconds to wait for whoever has a file open: under Windows it can neither be renamed meanwhile nor be replaced.
+_PAUSES = (0.1, 0.3, 1, 3) if os.name == "nt" else ()
+
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file under another name, make sure that it is on the disk, then give it its name.
@@ -31,7 +34,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        _rename(unfinished, path)
+        rename(unfinished, path)
         _sync_folder(path.parent)
     except BaseException as problem:
         with contextlib.suppress(OSError):
@@ -44,6 +47,21 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file as UTF-8, whole or not at all."""
     write_whole(path, lambda file: file.write(text.encode()))
+
+
+def rename(unfinished: Path, path: Path) -> None:
+    """Give a file or a folder its name; under Windows, wait for a virus scanner or a viewer that has it open.
+
+    Raises:
+        OSError: if it cannot be renamed, or cannot take the place of what is there.
+    """
+    for seconds in _PAUSES:
+        try:
+            unfinished.replace(path)
+            return
+        except PermissionError:
+            time.sleep(seconds)
+    unfinished.replace(path)
 
 
 def keep_earlier(files: Sequence[Path]) -> None:
@@ -68,17 +86,6 @@ def keep_earlier(files: Sequence[Path]) -> None:
                 f"cannot rename {file}: {reason}: close what has it open, or name this run with --des"
             ) from problem
         renamed.append((file, kept))
-
-
-def _rename(unfinished: Path, path: Path) -> None:
-    """Give a file its name; under Windows, wait for a virus scanner or a viewer that has the old one open."""
-    for seconds in (0.1, 0.3, 1, 3) if os.name == "nt" else ():
-        try:
-            unfinished.replace(path)
-            return
-        except PermissionError:
-            time.sleep(seconds)
-    unfinished.replace(path)
 
 
 def _failed_write(problem: BaseException | None) -> OSError | None:

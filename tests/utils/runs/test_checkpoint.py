@@ -1,8 +1,8 @@
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 
 from base_models.make_tiny_llm import make_tiny_llm
 from data_provider.series import load_series
@@ -87,12 +87,12 @@ def test_a_checkpoint_of_another_llm_of_the_same_shape_is_refused(saved, flags, 
 def with_other_layers(folder, to):
     """Copy an LLM and draw the matrices of its layers anew; its words, and all sizes, stay."""
     shutil.copytree(folder, to)
-    tensors = load_file(to / "model.safetensors")
+    tensors = safetensors.torch.load((to / "model.safetensors").read_bytes())
     generator = torch.Generator().manual_seed(7)
     for name, tensor in tensors.items():
         if tensor.dim() == 2 and "embed" not in name:
             tensors[name] = (tensor.float().std() * torch.randn(tensor.shape, generator=generator)).half()
-    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    safetensors.torch.save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
     return str(to)
 
 
