@@ -337,6 +337,7 @@ def _most_frequent(steps: np.ndarray) -> int:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
+    before = _state_of(path)
     try:
         frame = pd.read_csv(path, encoding="utf-8-sig", dtype={ID: str})
     except UnicodeDecodeError as problem:
@@ -344,11 +345,22 @@ def _read_csv(path: Path) -> pd.DataFrame:
     except Exception as problem:  # of whatever kind: empty, ragged, a broken archive, a folder without permission
         reason = str(problem).strip().splitlines() or [type(problem).__name__]
         raise UserError(f"{path} is not a CSV with a header line: {reason[0]}") from problem
+    if _state_of(path) != before:  # half of it may be of before, its last cell may lack digits
+        raise UserError(f"{path} changed while it was read: run it again when it is written")
     if not isinstance(frame.index, pd.RangeIndex):
         raise UserError(f"{path} has rows with more cells than its header: give every column a name")
     if "date" not in frame.columns and not is_long(frame):
         _refuse_header(path, list(frame.columns))
     return frame
+
+
+def _state_of(path: Path) -> tuple[int, int] | None:
+    """Return size and time of change of a file; None if it is not there any more."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_size, state.st_mtime_ns
 
 
 def _refuse_header(path: Path, columns: list[str]) -> NoReturn:

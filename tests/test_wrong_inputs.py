@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -228,6 +229,24 @@ def test_paths_of_any_characters(run, flags, csv_folder, tiny_llm, tmp_path, nam
         *("--checkpoints", tmp_path / "checkpoints" / name),
     )
     assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("change", ["grown", "gone"])
+def test_a_csv_that_changes_while_it_is_read(assert_refused, flags, tmp_path_factory, monkeypatch, change):
+    path, read = tmp_path_factory.mktemp("changing") / "live.csv", pd.read_csv
+    path.write_text(GOOD, encoding="utf-8")
+
+    def read_beside_a_writer(file, **options):
+        frame = read(file, **options)
+        if change == "grown":
+            file.write_text(GOOD + "2024-01-18 00:00:00,1,", encoding="utf-8")
+        else:
+            file.unlink()
+        return frame
+
+    monkeypatch.setattr(pd, "read_csv", read_beside_a_writer)
+    flags = [*flags, "--root_path", path.parent, "--data_path", path.name, "--model", "DLinear"]
+    assert_refused(flags, "live.csv changed while it was read")
 
 
 def test_a_path_that_windows_does_not_take(assert_refused, run, flags, monkeypatch):
