@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -40,11 +41,13 @@ def outcome(folder):
     """Everything of a run that must not depend on whether it was interrupted, as one comparable value."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     last = torch.load(folder / "last", weights_only=True)["training"]
+    forecast = folder / "forecast.csv"
     return {
         "weights": {name: tensor.tolist() for name, tensor in weights(folder).items()},
         "last weights": {name: tensor.tolist() for name, tensor in weights(folder, "last").items()},
         "history": history(folder),
-        "metrics": {name: metrics[name] for name in ("mse", "mae", "windows", "per_channel")},
+        "metrics": {name: metrics.get(name) for name in ("mse", "mae", "windows", "per_channel", "intervals")},
+        "forecast": forecast.read_text(encoding="utf-8") if forecast.exists() else None,
         "state": {name: last[name] for name in ("epoch", "batch", "steps", "validated_at", "stopping", "loss_count")},
         "files": names_in(folder),
     }
@@ -314,9 +317,9 @@ def wait_for(process, log, words, seconds=0.0):
 
 @needs_forks
 def test_random_kills_lose_nothing(run, flags, undisturbed, request, monkeypatch):
-    """SIGKILL at random moments, each followed by --resume, until the run is through."""
+    """SIGKILL at random moments of training, calibration, pictures and forecast, each followed by --resume."""
     kills = request.config.getoption("--kills")
-    argv = [*flags, *LONGER, "--save_steps", "1", "--eval_steps", "3", "--resume", "auto"]
+    argv = [*flags, *LONGER, "--save_steps", "1", "--eval_steps", "3", "--resume", "auto", "--level", "50", "--predict"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     expected = undisturbed(*argv)
@@ -329,7 +332,7 @@ def test_random_kills_lose_nothing(run, flags, undisturbed, request, monkeypatch
         while True:
             log.unlink(missing_ok=True)
             process = start(argv, log)
-            wait_for(process, log, "Run folder", generator.uniform(0, 1.0) if killed < kills else 600)
+            wait_for(process, log, "Run folder", generator.uniform(0, 2.0) if killed < kills else 600)
             process.kill()
             process.join()
             if process.exitcode == 0:
@@ -340,6 +343,21 @@ def test_random_kills_lose_nothing(run, flags, undisturbed, request, monkeypatch
         assert outcome(finished) == expected
         shutil.rmtree("checkpoints")
     print(f"{killed} kills in {rounds} runs")
+
+
+@pytest.mark.skipif(sys.platform != "win32", reason="Ctrl-Break is Windows'")
+def test_ctrl_break_stops_like_ctrl_c(run, flags, undisturbed):
+    argv = [*flags, *LONGER, "--train_epochs", "30", "--save_steps", "5"]
+    expected = undisturbed(*argv)
+    words = [sys.executable, run_main.__file__, *map(str, argv)]
+    process = subprocess.Popen(words, creationflags=subprocess.CREATE_NEW_PROCESS_GROUP)
+    while process.poll() is None and not list(Path("checkpoints").glob("*/last")):
+        time.sleep(0.01)
+    process.send_signal(signal.CTRL_BREAK_EVENT)
+    assert process.wait(120) == 130
+    resumed = run(*argv, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert outcome(resumed.folder) == expected
 
 
 @needs_forks
