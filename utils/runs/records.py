@@ -80,9 +80,14 @@ def open_run_folder(folder: Path, flags: dict, csv: Path, device: str, resumes: 
                 _keep_earlier_files(folder)
     except OSError as problem:
         raise UserError(f"cannot write to {folder}: {problem.strerror or problem} (--checkpoints)") from problem
-    versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
-    what_ran = {**flags, "data_sha256": hash_of(csv), "versions": versions, "device": device}
+    what_ran = {**flags, "data_sha256": hash_of(csv), "versions": _versions(), "device": device}
     _write_json(folder / "args.json", what_ran)
+
+
+def _versions() -> dict[str, str | None]:
+    # Torch's own word tells the build, 2.13.0+cu130; the package's may not.
+    packages = {name: _version(name) for name in _PACKAGES} | {"torch": str(torch.__version__)}
+    return {"python": platform.python_version()} | packages
 
 
 def _version(package: str) -> str | None:

@@ -134,7 +134,7 @@ def test_help_and_typos_answer_without_loading_torch(argv):
         (["--demo", "--checkpoints", __file__], ["is a file", "--checkpoints"]),
         (["--demo", "--des", "x" * 300], ["bytes", "--des"]),
         (["--demo", "--is_training", "0"], ["no checkpoint", "train first"]),
-        (["--demo", "--root_path", "/proc/nowhere"], ["cannot write"]),
+        (["--demo", "--root_path", str(Path(__file__, "nowhere"))], ["cannot write"]),
     ],
 )
 def test_wrong_flags_get_one_line(assert_refused, argv, words):
