@@ -10,6 +10,7 @@ import pytest
 import run_main
 from dataset.demo import write_demo_csv
 from scripts import compare
+from utils.runs import pictures
 from utils.runs.pictures import Validation, _best_so_far
 
 
@@ -64,6 +65,17 @@ def test_ways_are_compared_over_seeds_and_what_is_done_is_kept(started, flags, t
     assert compare.main([*small(flags), *ways, "--way", "last season"]) == 0
     assert ["SeasonalNaive" in command for command in started] == [True], "only the new way is run"
     assert "TimeLLM: done already" in capsys.readouterr().out
+
+
+def test_what_was_tested_at_the_end_alone_is_a_dot_at_its_time(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "save_picture", lambda figure, path: drawn.append(figure))
+    course = [Validation(steps, steps / 10, 0.5 - steps / 100, None) for steps in (10, 20)]
+    followed = [Validation(steps, steps / 10, 0.5 - steps / 100, 0.9 - steps / 100) for steps in (10, 20)]
+    pictures.draw_comparison(tmp_path, {"a": [0.4, 0.3], "b": [0.7]}, {"a": [course, course], "b": [followed]})
+    lines = drawn[0].axes[2].lines
+    assert [line.get_xydata().tolist() for line in lines] == [[[2, 0.4]], [[2, 0.3]], [[1, 0.8], [2, 0.7], [2, 0.7]]]
+    assert [line.get_marker() for line in lines] == ["o", "o", "None"]
 
 
 def test_comparisons_are_ranked_side_by_side(tmp_path, monkeypatch, capsys):

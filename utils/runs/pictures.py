@@ -193,7 +193,11 @@ def draw_comparison(
             line = {"color": color, "alpha": 0.7, "label": names[place] if number == 0 else None}
             if history[-1].steps:  # else there was nothing to train
                 middle.plot([one.steps for one in history], [one.vali_mse for one in history], ".-", **line)
-                right.plot(*_best_so_far(history), drawstyle="steps-post", **line)
+                seconds, falling = _best_so_far(history)
+                if falling:
+                    right.plot(seconds, falling, drawstyle="steps-post", **line)
+                else:
+                    right.plot(history[-1].seconds, values[number], "o", **line)
             elif number == 0:
                 right.axhline(np.mean(values), linestyle=":", **line)
     left.set_yticks(range(len(errors)), names)
@@ -202,7 +206,7 @@ def draw_comparison(
     left.set_title("test MSE: a dot a seed, the bar their mean", fontsize="medium")
     middle.set_title("validation MSE while training: a line a seed", fontsize="medium")
     middle.set_xlabel("optimiser steps")
-    right.set_title("test MSE of the best validation so far", fontsize="medium")
+    right.set_title("test MSE of the best validation so far; a dot: tested at the end alone", fontsize="medium")
     right.set_xlabel("seconds of training")
     for axis in (middle, right):
         if axis.lines:

@@ -203,7 +203,7 @@ def test_what_cannot_be_is_refused_in_a_line(run, flags, assert_refused):
 
 
 def test_a_forecast_without_a_calibration_is_refused(run, flags):
-    flags = [*flags, "--eval_windows", 0]
+    flags = [*flags, "--eval_windows", 140]
     run(*flags)
     forecast = [*flags, "--is_training", 0, "--predict", "--level", 80]
     refused = run(*forecast)
