@@ -36,6 +36,7 @@ from utils.cli.checks import check_options
 from utils.cli.command import exit_code_of
 from utils.cli.options import get_parser
 from utils.llm.loading import LLMFlags, LoadedLLM, load_llm
+from utils.system.gpu import forget_most, is_gpu, most_allocated, wait_until_done
 
 
 @dataclass(frozen=True)
@@ -160,12 +161,12 @@ class Runner:
 
 def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
     """Return the most memory that is allocated during `run` above what was before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if is_gpu(device):
+        wait_until_done(device)
+        forget_most(device)
+        before = most_allocated(device)
         run()
-        return torch.cuda.max_memory_allocated() - before
+        return most_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -180,8 +181,7 @@ def seconds(run: Callable[[], None], device: torch.device) -> float:
     """Return the wall time of `run`, until the device is done."""
     started = time.perf_counter()
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_until_done(device)
     return time.perf_counter() - started
 
 

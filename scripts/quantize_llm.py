@@ -22,6 +22,7 @@ from utils.errors import UserError
 from utils.llm.loading import load_pretrained, nf4
 from utils.llm.quiet import quiet_transformers
 from utils.runs.files import rename
+from utils.system.gpu import is_gpu, of_this_machine
 
 
 def quantize_llm(source: str, target: Path) -> None:
@@ -35,7 +36,7 @@ def quantize_llm(source: str, target: Path) -> None:
     config = load_pretrained(AutoConfig, source)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{source} is quantised already: give it to --llm_model_path as it is")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = of_this_machine() if is_gpu(of_this_machine()) else torch.device("cpu")
     # In the precision of the files: the numbers to quantise are then those that --load_in_4bit sees.
     options = {"dtype": "auto", "quantization_config": nf4(torch.float32), "device_map": {"": device}}
     model = load_pretrained(AutoModel, source, **options)

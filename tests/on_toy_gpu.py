@@ -21,6 +21,7 @@ import utils.runs.pictures
 import utils.training.evaluation
 import utils.training.trainer
 from models import build_model
+from scripts.benchmark import peak_bytes, seconds
 from tests.conftest import largest_difference
 from tests.toy_device import GPU, DeviceWaitError, MixedDevicesError, set_up
 from utils.cli.options import get_parser
@@ -324,6 +325,13 @@ def test_no_batch_waits_for_the_gpu(run_on, flags, watched_loops, monkeypatch):
     assert sum(count > 2 for count in watched_loops) >= 4, "training, validation, calibration, test"
     in_lines = [wait for wait in GPU.waits if ":_report_progress " in wait]
     assert len(in_lines) == len(lines) > 0, "a wait a line"
+
+
+def test_a_benchmark_sees_the_memory_above_what_was_there():
+    kept = on_gpu(1000)
+    assert peak_bytes(lambda: on_gpu(250).sum(), GPU.device) >= 1000
+    assert peak_bytes(lambda: kept.sum(), GPU.device) < 1000
+    assert seconds(lambda: kept.sum(), GPU.device) > 0
 
 
 def test_mixed_precision_leaves_the_llm_in_its_own(run_on, flags):

@@ -42,6 +42,17 @@ def most_allocated(device: torch.device) -> int:
     return _module_of(device).max_memory_allocated(device)
 
 
+def forget_most(device: torch.device) -> None:
+    """Begin anew to look for a GPU's worst moment: it is now."""
+    _module_of(device).reset_peak_memory_stats(device)
+
+
+def wait_until_done(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was told; any other device has."""
+    if gpu := _module_of(device):
+        gpu.synchronize(device)
+
+
 def most_reserved(device: torch.device) -> int:
     """Return the bytes that this process had taken of a GPU at the worst moment so far."""
     return _module_of(device).max_memory_reserved(device)
