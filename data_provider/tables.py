@@ -1,6 +1,7 @@
 """What a CSV holds: a wide one, a column a channel, or a long one, a row a reading of one of many series."""
 
 import argparse
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -425,7 +426,9 @@ def _dates(path: Path, column: pd.Series) -> pd.DatetimeIndex:
     # ISO 8601 first: with it, midnight may be written without a time.
     for options in ({"format": "ISO8601"}, {}):
         try:
-            dates = pd.to_datetime(column, errors="coerce", **options)
+            with warnings.catch_warnings():  # what pandas warns of, cells that are no dates, is refused below
+                warnings.filterwarnings("ignore", "Could not infer format")
+                dates = pd.to_datetime(column, errors="coerce", **options)
         except ValueError as problem:  # offsets from UTC that change
             raise UserError(f"{path}, column {column.name!r}: {str(problem).splitlines()[0]}") from problem
         if not dates.isna().any():

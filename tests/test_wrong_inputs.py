@@ -41,6 +41,7 @@ WRONG_CSVS = [
     ("a decimal comma", edited(",3,", ',"3,5",'), "'3,5' is not a finite number"),
     ("too many cells", edited(",3,3", ",3,3,9"), "not a CSV"),
     ("more cells than names", edited("date,a,b", "date,a"), "more cells than its header"),
+    ("a first date that is none", edited("2024-01-01 00", "the first 00"), "is not a date"),
     ("a date that is none", edited("2024-01-01 05", "2024-13-01 05"), "is not a date"),
     ("numbers as dates", "date,a\n" + "".join(f"{row},{row % 9}\n" for row in range(400)), "are no dates"),
     ("unsorted", edited("2024-01-02 05", "2024-01-01 05"), "is before the row above it"),
@@ -62,10 +63,11 @@ WRONG_CSVS = [
 
 
 @pytest.mark.parametrize(("contents", "words"), [case[1:] for case in WRONG_CSVS], ids=[case[0] for case in WRONG_CSVS])
-def test_a_wrong_csv(assert_refused, flags, tmp_path_factory, contents, words):
+def test_a_wrong_csv(assert_refused, flags, tmp_path_factory, recwarn, contents, words):
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "small.csv").write_bytes(contents if isinstance(contents, bytes) else contents.encode())
     assert_refused([*flags, "--root_path", folder], "small.csv", words)
+    assert not [warning.message for warning in recwarn if warning.category is UserWarning]
 
 
 # flags, words of the message
