@@ -1,5 +1,6 @@
 """Runs that are stopped and go on: the same bits as if nothing had happened."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -156,6 +157,21 @@ def test_a_second_ctrl_c_leaves_at_once(run, flags, monkeypatch):
     assert stopped.code == 130
     assert stopped.err.splitlines()[-1] == "interrupted: there is no state to resume from yet"
     assert not (stopped.folder / "last").exists()
+
+
+def test_ctrl_c_in_the_middle_of_a_print_stops_all_the_same(run, flags, monkeypatch):
+    class Busy(io.StringIO):
+        def write(self, text):
+            if "stopping" in text:
+                raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+            return super().write(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Busy())
+        Stop(patch, "_train_batch", 5)
+        stopped = run(*flags, *LONGER)
+    assert stopped.code == 130
+    assert torch.load(stopped.folder / "last", weights_only=True)["training"]["steps"] == 5
 
 
 def test_handlers_are_put_back(run, flags):

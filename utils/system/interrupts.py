@@ -42,11 +42,12 @@ class Interrupts:
         if self._requested or not self._deferring:
             raise KeyboardInterrupt
         self._requested = True
-        print("stopping after this step; once more stops at once", file=sys.stderr, flush=True)
+        with contextlib.suppress(RuntimeError):  # stderr was being printed to: it cannot be entered twice
+            print("stopping after this step; once more stops at once", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """EvalCache the first signal instead of raising."""
+        """Remember the first signal instead of raising."""
         self._deferring = True
         try:
             yield

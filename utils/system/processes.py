@@ -135,10 +135,20 @@ def _promised_processes() -> int:
         return 1
     from accelerate.commands.launch import launch_command_parser
 
-    words = psutil.Process(os.getppid()).cmdline()
+    words = _what_started_us()
     # `accelerate launch`, `accelerate-launch`, `python -m accelerate.commands.launch`
     launcher = next((place for place, word in enumerate(words) if word.endswith(("launch", "launch.py"))), None)
     if launcher is None:
         return 1
     told, _ = launch_command_parser().parse_known_args(words[launcher + 1 :])
     return told.num_processes or 1
+
+
+def _what_started_us() -> list[str]:
+    """Return the command line of the process that started this one.
+
+    Under Windows the python.exe of a virtual environment stands between: it starts the real one with the same words.
+    """
+    this = psutil.Process()
+    words = this.cmdline()[1:]
+    return next((theirs for parent in this.parents() if (theirs := parent.cmdline())[1:] != words), [])

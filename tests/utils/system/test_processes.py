@@ -4,11 +4,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import run_main
+from utils.system import processes
 from utils.system.processes import start_processes
 
 ROOT = Path(run_main.__file__).parent
@@ -124,3 +126,19 @@ def test_wrong_input_is_said_once(flags, tmp_path):
         next(line for line in done.stderr.splitlines() if "--llm_layers 9" in line)
     ]
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("stubs", [0, 1, 2])
+def test_the_launcher_is_found_behind_the_python_of_an_environment(monkeypatch, stubs):
+    """Under Windows that is a process of its own, with our words."""
+    ours = ["python.exe", "run_main.py", "--data", "ETTh1"]
+    launcher = ["python.exe", "C:/venv/Scripts/accelerate.exe", "launch", "--cpu", "--num_processes", "3", *ours[1:]]
+    above = [SimpleNamespace(cmdline=lambda words=words: words) for words in [*[ours] * stubs, launcher, ["cmd.exe"]]]
+    this = SimpleNamespace(cmdline=lambda: ["C:/python/python.exe", *ours[1:]], parents=lambda: above)
+    monkeypatch.setattr(processes.psutil, "Process", lambda: this)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert processes._promised_processes() == 3
+    above[-2].cmdline = lambda: ["pythonw.exe", "other.py"]
+    assert processes._promised_processes() == 1
