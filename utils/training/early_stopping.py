@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 class EarlyStopping:
-    """EvalCache the lowest validation loss and count the validations since.
+    """Remember the lowest validation loss and count the validations since.
 
     Args:
         patience: validations without a lower loss after which training should stop.
