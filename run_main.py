@@ -226,7 +226,7 @@ def train(
 
 def run_forecast(args: argparse.Namespace, repetition: int) -> None:
     """Forecast beyond the CSV with a trained checkpoint; the CSV needs no more rows than a window has."""
-    from data_provider.tables import read_table
+    from data_provider.reading import read_table
     from data_provider.to_come import last_window
     from models import build_model
     from utils.runs.checkpoint import check_channels, read_checkpoint, saved_basis

@@ -11,7 +11,8 @@ import pandas as pd
 
 from data_provider.covariates import Explainer, fit_explainer
 from data_provider.gaps import fill
-from data_provider.tables import Table, read_table
+from data_provider.reading import read_table
+from data_provider.tables import Table
 from data_provider.timefeatures import integer_features, scaled_features
 from data_provider.windows import Spans, WindowDataset
 from utils.errors import UserError

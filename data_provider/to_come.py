@@ -10,7 +10,8 @@ import pandas as pd
 
 from data_provider.covariates import Explainer
 from data_provider.gaps import fill
-from data_provider.tables import Table, read_table, table_of
+from data_provider.reading import read_table, table_of
+from data_provider.tables import Table
 from utils.errors import UserError
 
 

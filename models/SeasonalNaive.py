@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from data_provider.tables import read_table
+from data_provider.reading import read_table
 from models.baseline import Baseline
 from utils.errors import UserError
 

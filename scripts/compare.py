@@ -137,7 +137,7 @@ def _default_folder(args: argparse.Namespace) -> str:
 
 def _holds_a_season(flags: Sequence[str]) -> bool:
     """Return whether a window is as long as a season; if not, say that there is no such way."""
-    from data_provider.tables import read_table
+    from data_provider.reading import read_table
 
     args = get_parser().parse_args(flags)
     if demo_makes(args, "data_path") and not csv_path(args).is_file():

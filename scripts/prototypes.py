@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from data_provider.tables import read_table
+from data_provider.reading import read_table
 from data_provider.to_come import left_to_forecast
 from models import build_model
 from utils.cli.checks import check_options, check_paths

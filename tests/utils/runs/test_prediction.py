@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_provider.tables import read_table
+from data_provider.reading import read_table
 from data_provider.to_come import continue_dates, step_of
 from dataset.demo import demo_frame
 from utils.cli.options import get_parser
