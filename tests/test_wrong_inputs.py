@@ -1,8 +1,10 @@
 """Whatever a user gets wrong: exit code 2, one line that names it, nothing written."""
 
+import io
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pandas as pd
@@ -234,6 +236,18 @@ def test_paths_of_any_characters(run, flags, csv_folder, tiny_llm, tmp_path, nam
         *("--checkpoints", tmp_path / "checkpoints" / name),
     )
     assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp936", "cp1252"])
+def test_a_console_that_lacks_letters_ends_no_run(run, flags, csv_folder, tmp_path, monkeypatch, encoding):
+    data = shutil.copytree(csv_folder, tmp_path / "数据 ü")
+    console = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", console)
+        more = ["--model", "DLinear", "--predict", "--checkpoints", tmp_path / "检查点 ü"]
+        done = run(*flags, "--root_path", data, *more)
+    assert (done.code, done.err) == (0, "")
+    assert "forecast.csv" in console.buffer.getvalue().decode(encoding)
 
 
 @pytest.mark.parametrize("change", ["grown", "gone"])
