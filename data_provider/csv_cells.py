@@ -27,18 +27,23 @@ def read_csv(path: Path) -> pd.DataFrame:
     before = _state_of(path)
     try:
         frame = pd.read_csv(path, encoding="utf-8-sig", dtype={ID: str})
-    except UnicodeDecodeError as problem:
-        raise UserError(f"{path} is not UTF-8 but {_guess_encoding(path)}: save it as UTF-8") from problem
     except Exception as problem:  # of whatever kind: empty, ragged, a broken archive, a folder without permission
+        _refuse_change(path, before)
+        if isinstance(problem, UnicodeDecodeError):
+            raise UserError(f"{path} is not UTF-8 but {_guess_encoding(path)}: save it as UTF-8") from problem
         reason = str(problem).strip().splitlines() or [type(problem).__name__]
         raise UserError(f"{path} is not a CSV with a header line: {reason[0]}") from problem
-    if _state_of(path) != before:  # half of it may be of before, its last cell may lack digits
-        raise UserError(f"{path} changed while it was read: run it again when it is written")
+    _refuse_change(path, before)
     if not isinstance(frame.index, pd.RangeIndex):
         raise UserError(f"{path} has rows with more cells than its header: give every column a name")
     if "date" not in frame.columns and not is_long(frame):
         _refuse_header(path, list(frame.columns))
     return frame
+
+
+def _refuse_change(path: Path, before: tuple[int, int] | None) -> None:
+    if _state_of(path) != before:  # half of it may be of before, its last cell may lack digits
+        raise UserError(f"{path} changed while it was read: run it again once nothing writes to it any more")
 
 
 def _state_of(path: Path) -> tuple[int, int] | None:
@@ -106,9 +111,15 @@ def dates_of(path: Path, column: pd.Series) -> pd.DatetimeIndex:
     # ISO 8601 first: with it, midnight may be written without a time.
     for options in ({"format": "ISO8601"}, {}):
         try:
-            with warnings.catch_warnings():  # what pandas warns of, cells that are no dates, is refused below
-                warnings.filterwarnings("ignore", "Could not infer format")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "Could not infer format")
                 dates = pd.to_datetime(column, errors="coerce", **options)
+        except UserWarning as problem:  # each cell would be read by itself, one month first and the next day first
+            row = int(column.notna().to_numpy().argmax())
+            raise UserError(
+                f"{path} data row {column.index[row] + 1}, column {column.name!r}: {str(column.iloc[row])!r} is not a"
+                " date of a common format: write them like 2024-01-31 09:00"
+            ) from problem
         except ValueError as problem:  # offsets from UTC that change
             raise UserError(f"{path}, column {column.name!r}: {str(problem).splitlines()[0]}") from problem
         if not dates.isna().any():
@@ -119,7 +130,7 @@ def dates_of(path: Path, column: pd.Series) -> pd.DatetimeIndex:
 
 
 def in_order(path: Path, column: pd.Series, dates: pd.DatetimeIndex) -> pd.DatetimeIndex:
-    """Return the dates of a column.
+    """Return the dates of a column as they are.
 
     Raises:
         UserError: if one is before the one above it.

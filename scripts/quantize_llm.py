@@ -46,7 +46,10 @@ def quantize_llm(source: str, target: Path) -> None:
     with quiet_transformers():
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-    rename(unfinished, target)
+    try:
+        rename(unfinished, target)
+    except OSError as problem:
+        raise UserError(f"cannot rename {unfinished} to {target}: {problem.strerror or problem}") from problem
 
 
 def quantize(argv: list[str] | None) -> None:

@@ -39,7 +39,7 @@ def test_the_last_good_state_survives_every_failed_write(run, flags, undisturbed
     with monkeypatch.context() as patch:
         writes = FailingDisk(patch)
         expected = undisturbed(*argv)
-    assert writes.calls >= 12  # under Windows no folder is made to last
+    assert writes.calls >= (20 if os.name == "posix" else 12)  # under Windows no folder is made to last
     # Every write and every folder that is made to last in the long mode, some by default.
     step = 1 if request.config.getoption("--kills") >= 100 else 7
     # But for the very last: that syncs a folder, which some file systems refuse, and every file is in its place.

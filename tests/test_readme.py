@@ -151,7 +151,7 @@ def carry_out(command: str) -> None:
         assert told.training_script == "run_main.py"
         forecaster(told.training_script_args)
     elif words[:2] == ["-m", "pytest"]:
-        assert all((ROOT / word).is_file() for word in words if word.startswith("tests/"))
+        assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
     elif words[0] == "-c":
         exec(words[1], {})  # the README's own line
     elif words[0] == "run_main.py":
@@ -224,7 +224,7 @@ def test_flags_and_links_are_there(name):
     known = {flag for action in get_parser()._actions for flag in action.option_strings}
     known |= {*("--way", "--seeds", "--out", "--rank", "--dry_run", "--again", "--mirror", "--from_package", "--check")}
     known |= {*("--num_processes", "--cpu", "--nproc_per_node", "--nnodes", "--node_rank", "--kills", "--fuzz")}
-    known |= {"--master_addr", "--master_port"}
+    known |= {"--master_addr", "--master_port", "--basetemp"}
     assert not set(re.findall(r"(?<![\w-])--[a-z]\w*", text)) - known
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (ROOT / name).parent.joinpath(target).exists(), target

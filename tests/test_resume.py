@@ -333,7 +333,10 @@ def wait_for(process, log, words, seconds=0.0):
 
 @needs_forks
 def test_random_kills_lose_nothing(run, flags, undisturbed, request, monkeypatch):
-    """SIGKILL at random moments of training, calibration, pictures and forecast, each followed by --resume."""
+    """SIGKILL at random moments, each followed by --resume, until the run is through.
+
+    Of many, some must fall behind training: on calibration, test, pictures or forecast.
+    """
     kills = request.config.getoption("--kills")
     argv = [*flags, *LONGER, "--save_steps", "1", "--eval_steps", "3", "--resume", "auto", "--level", "50", "--predict"]
     threads = torch.get_num_threads()
@@ -341,7 +344,7 @@ def test_random_kills_lose_nothing(run, flags, undisturbed, request, monkeypatch
     expected = undisturbed(*argv)
     torch.set_num_threads(threads)
     generator = random.Random(kills)
-    killed = rounds = 0
+    killed = behind_training = rounds = 0
     log = Path("log")
     while killed < kills:
         rounds += 1
@@ -355,10 +358,12 @@ def test_random_kills_lose_nothing(run, flags, undisturbed, request, monkeypatch
                 break
             assert process.exitcode == -signal.SIGKILL, log.read_text(encoding="utf-8")
             killed += 1
+            behind_training += "Epoch: 2 cost time" in log.read_text(encoding="utf-8")
         (finished,) = Path("checkpoints").iterdir()
         assert outcome(finished) == expected
         shutil.rmtree("checkpoints")
-    print(f"{killed} kills in {rounds} runs")
+    print(f"{killed} kills in {rounds} runs, {behind_training} of them behind training")
+    assert behind_training or kills < 100
 
 
 @pytest.mark.skipif(sys.platform != "win32", reason="Ctrl-Break is Windows'")
@@ -367,10 +372,13 @@ def test_ctrl_break_stops_like_ctrl_c(run, flags, undisturbed):
     expected = undisturbed(*argv)
     words = [sys.executable, run_main.__file__, *map(str, argv)]
     process = subprocess.Popen(words, creationflags=subprocess.CREATE_NEW_PROCESS_GROUP)
-    while process.poll() is None and not list(Path("checkpoints").glob("*/last")):
-        time.sleep(0.01)
-    process.send_signal(signal.CTRL_BREAK_EVENT)
-    assert process.wait(120) == 130
+    try:
+        while process.poll() is None and not list(Path("checkpoints").glob("*/last")):
+            time.sleep(0.01)
+        process.send_signal(signal.CTRL_BREAK_EVENT)
+        assert process.wait(120) == 130
+    finally:
+        process.kill()
     resumed = run(*argv, "--resume")
     assert resumed.code == 0, resumed.err
     assert outcome(resumed.folder) == expected

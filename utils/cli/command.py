@@ -1,13 +1,14 @@
 """What the project's command lines share: one line for an error, exit codes, child processes."""
 
 import argparse
+import contextlib
 import io
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from utils.errors import UserError
@@ -37,9 +38,9 @@ def exit_code_of(work: Callable[[], int | None], after_interrupt: str | Callable
         work: what to do; argparse may leave in it.
         after_interrupt: what to say then of how to go on, or a function that finds that out.
     """
-    _print_what_the_console_lacks()
     try:
-        return work() or 0
+        with _missing_letters_escaped():
+            return work() or 0
     except SystemExit as leave:
         return int(leave.code or 0)
     except UserError as problem:
@@ -52,13 +53,22 @@ def exit_code_of(work: Callable[[], int | None], after_interrupt: str | Callable
     return code
 
 
-def _print_what_the_console_lacks() -> None:
-    """Let print() write \\u6570 where a console or a redirected file cannot hold a letter, as stderr does, not fail.
+@contextlib.contextmanager
+def _missing_letters_escaped() -> Iterator[None]:
+    """Let print() write \\u6570 for a letter that a console or a redirected file cannot hold, as stderr does, not fail.
 
-    A folder with Chinese letters under a Western Windows would end a run else.
+    Otherwise a folder with Chinese letters would end a run under a Western Windows.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # pythonw has none, a notebook another
-        sys.stdout.reconfigure(errors="backslashreplace")
+    # Under pythonw there is none, in a notebook another; whoever chose how it fails meant it.
+    if not isinstance(sys.stdout, io.TextIOWrapper) or sys.stdout.errors != "strict":
+        yield
+        return
+    stdout = sys.stdout
+    stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        stdout.reconfigure(errors="strict")
 
 
 def command_line(words: Sequence[str]) -> str:

@@ -77,10 +77,10 @@ def keep_earlier(files: Sequence[Path]) -> None:
     for file in filter(Path.exists, files):
         kept = file.with_name(file.name + ending)
         try:
-            file.replace(kept)
+            rename(file, kept)
         except OSError as problem:
             for before, after in renamed:  # all or none
-                after.replace(before)
+                rename(after, before)
             reason = problem.strerror or problem
             raise UserError(
                 f"cannot rename {file}: {reason}: close what has it open, or name this run with --des"

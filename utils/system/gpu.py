@@ -43,14 +43,14 @@ def most_allocated(device: torch.device) -> int:
 
 
 def forget_most(device: torch.device) -> None:
-    """Begin anew to look for a GPU's worst moment: it is now."""
+    """Let a GPU's worst moment so far be now."""
     _module_of(device).reset_peak_memory_stats(device)
 
 
 def wait_until_done(device: torch.device) -> None:
-    """Wait until a GPU has done all that it was told; any other device has."""
-    if gpu := _module_of(device):
-        gpu.synchronize(device)
+    """Wait until a device has done all that it was told; the CPU always has."""
+    if device.type not in ("cpu", "meta"):
+        torch.get_device_module(device).synchronize()
 
 
 def most_reserved(device: torch.device) -> int:
