@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+from tests.conftest import names_in
 from utils.cli import checks
 
 GOOD = "date,a,b\n" + "".join(f"2024-01-{1 + h // 24:02} {h % 24:02}:00:00,{h % 7},{h % 5}\n" for h in range(400))
@@ -280,8 +281,8 @@ def test_a_path_that_windows_does_not_take(assert_refused, run, flags, monkeypat
 
 def test_the_longest_path_that_windows_takes(run, flags, monkeypatch):
     flags = [*flags, "--model", "DLinear", "--des"]
-    done = run(*flags, "test")
-    longest = len(str(done.folder.absolute())) + len("/calibration.npz.unfinished")
+    done = run(*flags, "test", "--level", "50", "--predict", "--save_predictions")
+    longest = len(str(done.folder.absolute())) + max(map(len, names_in(done.folder))) + len("/.unfinished")
     monkeypatch.setattr(checks, "MAX_PATH", longest)
     monkeypatch.setattr(checks, "_takes_long_paths", lambda: False)
     assert run(*flags, "test").code == 0

@@ -36,8 +36,8 @@ def options(folder, frame, *more):
     return get_parser().parse_args([*command, "--seq_len", "6", "--label_len", "2", "--pred_len", "3", *more])
 
 
-def flags_of(folder):
-    return ["--data", "custom", "--root_path", folder, "--data_path", "x.csv", "--model", "DLinear"]
+def flags_of(folder, more):
+    return ["--data", "custom", "--root_path", folder, "--data_path", "x.csv", "--label_len", "2", *more.split()]
 
 
 def test_each_series_has_its_own_scaler_borders_and_dates(tmp_path):
@@ -178,8 +178,7 @@ def test_wrong_long_csvs_get_one_line(assert_refused, tmp_path_factory, frame, m
 def test_weeks_go_on_at_each_series_own_day(run, tmp_path):
     frame = pd.concat([one("a", 60, "2021-01-03", "7D"), one("b", 50, "2021-01-06", "7D")])
     options(tmp_path, frame)
-    flags = ["--data", "custom", "--root_path", tmp_path, "--data_path", "x.csv", "--model", "LastValue"]
-    done = run(*flags, "--seq_len", "6", "--label_len", "2", "--pred_len", "2", "--predict", "--season", "2")
+    done = run(*flags_of(tmp_path, "--model LastValue --seq_len 6 --pred_len 2 --season 2 --predict"))
     assert done.code == 0, done.err
     forecast = pd.read_csv(done.folder / "forecast.csv", parse_dates=["ds"])
     assert forecast["ds"].dt.day_name().tolist() == ["Sunday", "Sunday", "Wednesday", "Wednesday"]
@@ -195,21 +194,7 @@ def test_a_series_with_missing_rows_has_the_same_step(tmp_path):
 
 def test_some_series_are_not_the_runs_own_data(run, tmp_path):
     options(tmp_path, shops(4))
-    flags = flags_of(tmp_path)
-    flags += [
-        "--seq_len",
-        "24",
-        "--label_len",
-        "8",
-        "--pred_len",
-        "8",
-        "--max_steps",
-        "3",
-        "--level",
-        "50",
-        "--save_steps",
-        "1",
-    ]
+    flags = flags_of(tmp_path, "--model DLinear --seq_len 24 --pred_len 8 --max_steps 3 --level 50 --save_steps 1")
     folder = run(*flags).folder
     kept = (folder / "calibration.npz").read_bytes()
     done = run(*flags, "--is_training", "0", "--series", "shop-2")
@@ -223,8 +208,7 @@ def test_some_series_are_not_the_runs_own_data(run, tmp_path):
 def test_a_series_without_a_number_in_its_training_rows_is_forecast(run, tmp_path):
     late = one("late", 60, base=7).assign(y=lambda frame: frame["y"].where(frame["y"] > 7 + 50))
     options(tmp_path, pd.concat([shops(3), late]))
-    flags = ["--data", "custom", "--root_path", tmp_path, "--data_path", "x.csv", "--model", "LastValue", "--predict"]
-    done = run(*flags, "--seq_len", "6", "--label_len", "2", "--pred_len", "3", "--season", "2")
+    done = run(*flags_of(tmp_path, "--model LastValue --seq_len 6 --pred_len 3 --season 2 --predict"))
     assert done.code == 0, done.err
     forecast = pd.read_csv(done.folder / "forecast.csv")
     assert forecast.loc[forecast["unique_id"] == "late", "y"].tolist() == pytest.approx([66] * 3)
@@ -234,19 +218,7 @@ def test_a_long_run_with_gaps_and_covariates_goes_on_exactly(run, tmp_path):
     frame = shops(4).assign(holiday=lambda made: made.index % 9 < 2)
     gaps = np.random.default_rng(0).random(len(frame)) < 0.1
     options(tmp_path, frame.assign(y=frame["y"].mask(gaps & ~frame["unique_id"].duplicated(keep="last"))))
-    flags = flags_of(tmp_path)
-    flags += [
-        "--seq_len",
-        "24",
-        "--label_len",
-        "8",
-        "--pred_len",
-        "8",
-        "--covariates",
-        "holiday",
-        "--lradj",
-        "constant",
-    ]
+    flags = flags_of(tmp_path, "--model DLinear --seq_len 24 --pred_len 8 --covariates holiday --lradj constant")
     whole = run(*flags, "--max_steps", "6", "--des", "whole")
     assert run(*flags, "--max_steps", "3", "--des", "parts").code == 0
     resumed = run(*flags, "--max_steps", "6", "--des", "parts", "--resume")
