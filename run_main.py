@@ -21,6 +21,7 @@ from utils.cli.demo import farewell, introduction
 from utils.cli.options import flags_of_final_test, flags_of_repetition, get_parser, has_llm, headline_target
 from utils.cli.places import csv_path, demo_makes, hint_after_interrupt, run_folder, trained_folder
 from utils.errors import UserError
+from utils.runs.finished import is_finished
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -80,7 +81,10 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> None:
         with spawn_missing_ranks(Path(__file__), argv), Interrupts() as interrupts:
             for repetition in range(args.itr):
                 flags = flags_of_repetition(args, repetition)
-                if args.predict and not args.is_training:
+                if is_done_among_others(flags, repetition):
+                    if is_first_process():
+                        print(f"Seed {flags.seed} is done: {run_folder(args, repetition)}", flush=True)
+                elif args.predict and not args.is_training:
                     run_forecast(flags, repetition)
                 else:
                     run(flags, repetition, interrupts)
@@ -88,6 +92,13 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> None:
         if not should_reduce_batch_size(problem):
             raise
         raise memory_error(args, build_around) from problem
+
+
+def is_done_among_others(args: argparse.Namespace, repetition: int) -> bool:
+    """Return whether a repetition has all that is asked for, its scores, so that --resume auto goes on to the next."""
+    asks_more = args.predict or args.level or args.save_predictions
+    goes_on = args.is_training and args.resume == "auto" and args.itr > 1 and not asks_more
+    return goes_on and is_finished(run_folder(args, repetition), args)
 
 
 def run(args: argparse.Namespace, repetition: int, interrupts: "Interrupts") -> None:

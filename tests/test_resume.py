@@ -19,6 +19,7 @@ import run_main
 from tests.conftest import names_in
 from utils.errors import UserError
 from utils.runs.run_lock import RunLock
+from utils.training import testing
 from utils.training.trainer import Trainer
 
 # Two epochs of 12 batches.
@@ -220,6 +221,20 @@ def test_a_finished_run_is_only_tested_again(run, flags):
     assert again.metrics()["mse"] == metrics["mse"]
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(again.folder).items())
     assert not list(again.folder.glob("*.old"))
+
+
+def test_of_several_seeds_those_with_scores_are_left_alone(run, flags, monkeypatch):
+    two = [*flags, "--itr", "2", "--resume", "auto"]
+    first, second = run(*two).folders
+    (second / "metrics.json").unlink()
+    tested = []
+    monkeypatch.setattr(testing, "test", lambda *arguments: tested.append(arguments[3]))
+    again = run(*two)
+    assert tested == [second]
+    assert f"Seed 2021 is done: {first}" in again.out
+    run(*two, "--save_predictions")
+    run(*two, "--max_steps", "5")
+    assert tested == [second, first, second, first, second], "more is asked for"
 
 
 def test_more_epochs_can_be_asked_for(run, flags):
