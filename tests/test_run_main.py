@@ -118,6 +118,12 @@ def test_validation_every_few_steps(run, flags):
     assert "Test | MSE" in done.out
 
 
+def test_a_test_while_training_changes_no_weight(run, flags):
+    flags = [*flags, "--max_steps", 4, "--eval_steps", 1, "--dropout", 0.5]
+    watched, unwatched = (run(*flags, *more).history() for more in ((), ("--skip_epoch_test",)))
+    assert [row["vali_loss"] for row in watched] == [row["vali_loss"] for row in unwatched]
+
+
 def test_the_training_loss_is_that_since_the_last_validation(run, flags):
     flags = [*flags, "--max_steps", 2, "--skip_epoch_test", "--learning_rate", 1e-12, "--dropout", 0]
     each, both = (run(*flags, "--eval_steps", steps).history() for steps in (1, 2))

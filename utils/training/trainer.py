@@ -16,7 +16,7 @@ from utils.memory.plan import nearly_full
 from utils.runs.checkpoint import Run, save_checkpoint, save_last
 from utils.runs.records import History
 from utils.runs.scores import Scores
-from utils.system.gpu import random_states, restore_random
+from utils.system.gpu import random_kept, random_states, restore_random
 from utils.system.interrupts import Interrupts
 from utils.training.early_stopping import EarlyStopping
 from utils.training.evaluation import Split, evaluate
@@ -264,7 +264,8 @@ class Trainer:
         try:
             vali = self._scores("val")
             self._check_finite(vali.mse, "validation")
-            test = None if self.recipe.skip_epoch_test else self._scores("test")
+            with random_kept(self.accelerator.device):  # a loader draws a seed
+                test = None if self.recipe.skip_epoch_test else self._scores("test")
         except KeyboardInterrupt:
             self._save_state(before)  # it is validated again, from the start
             raise
