@@ -9,6 +9,7 @@ same family and seed give the same files, well under 1 MB.
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from transformers import (
 from utils.cli.command import OneLineParser, exit_code_of
 from utils.errors import UserError
 from utils.llm.quiet import quiet_transformers
+from utils.runs.files import read_json, rename, write_text
 
 HIDDEN_SIZE = 64
 LAYERS = 2
@@ -75,7 +77,7 @@ def make_tiny_llm(
     folder = Path(folder)
     recipe = {"family": family, "seed": seed, "layers": layers, "width": hidden_size, "torch": torch.__version__}
     receipt = folder / "tiny_llm.json"
-    if receipt.is_file() and json.loads(receipt.read_text(encoding="utf-8")) == recipe:
+    if receipt.is_file() and read_json(receipt) == recipe:
         return folder
     if not receipt.is_file() and (folder / "config.json").is_file():
         raise UserError(f"{folder} holds another LLM: name an empty folder")
@@ -83,11 +85,16 @@ def make_tiny_llm(
     config = _make_config(family, layers, hidden_size, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModel.from_config(config, dtype=torch.float32)
-    with quiet_transformers():
-        model.to(torch.float16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    receipt.write_text(json.dumps(recipe), encoding="utf-8")  # last: a folder with a receipt is whole
+        model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Made elsewhere and moved in: no link that lies in the folder is written through.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as workshop:
+        with quiet_transformers():
+            model.to(torch.float16).save_pretrained(workshop)
+        tokenizer.save_pretrained(workshop)
+        for file in Path(workshop).iterdir():
+            rename(file, folder / file.name)
+    write_text(receipt, json.dumps(recipe))  # last: a folder with a receipt is whole
     return folder
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from utils.errors import UserError
+from utils.runs.finished import hash_of
 
 # The columns of a long CSV, as Nixtla's libraries have them.
 ID, DATE, VALUE = LONG = ("unique_id", "ds", "y")
@@ -18,14 +19,15 @@ def is_long(frame: pd.DataFrame) -> bool:
     return set(LONG) <= set(frame.columns)
 
 
-def read_csv(path: Path) -> pd.DataFrame:
-    """Return a CSV as it is, once it is known to be one that this project reads.
+def read_csv(path: Path) -> tuple[pd.DataFrame, str]:
+    """Return a CSV as it is, once it is known to be one that this project reads, and the file's SHA-256.
 
     Raises:
         UserError: if it is no CSV in UTF-8 with a header line of ours, or changes meanwhile.
     """
     before = _state_of(path)
     try:
+        sha256 = hash_of(path)
         frame = pd.read_csv(path, encoding="utf-8-sig", dtype={ID: str})
     except Exception as problem:  # of whatever kind: empty, ragged, a broken archive, a folder without permission
         _refuse_change(path, before)
@@ -38,7 +40,7 @@ def read_csv(path: Path) -> pd.DataFrame:
         raise UserError(f"{path} has rows with more cells than its header: give every column a name")
     if "date" not in frame.columns and not is_long(frame):
         _refuse_header(path, list(frame.columns))
-    return frame
+    return frame, sha256
 
 
 def _refuse_change(path: Path, before: tuple[int, int] | None) -> None:

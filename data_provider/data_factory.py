@@ -6,7 +6,7 @@ import signal
 import numpy as np
 from torch.utils.data import DataLoader, Subset
 
-from data_provider.series import load_series, time_marks
+from data_provider.series import Series, load_series, time_marks
 from data_provider.to_come import last_window
 from data_provider.windows import WindowDataset, evenly_spaced
 from utils.errors import UserError
@@ -17,6 +17,11 @@ _AT_ONCE = 4096
 
 
 def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, DataLoader]:
+    """Read the run's CSV and return the windows of a split and a loader over them, see `windows_and_loader`."""
+    return windows_and_loader(load_series(args), args, flag)
+
+
+def windows_and_loader(series: Series, args: argparse.Namespace, flag: str) -> tuple[WindowDataset, DataLoader]:
     """Return the windows of a split and a loader over them.
 
     The training loader shuffles and drops the last partial batch, as Time-LLM's does, unless there is no
@@ -24,17 +29,18 @@ def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, D
     validation and test is a Subset of evenly spaced windows.
 
     Args:
+        series: the run's CSV.
         args: the parsed flags.
         flag: train, val, test, or pred: the last window of each channel, whose pred_len rows to come are NaN. It
             is scaled as the training rows are, so the CSV must have those.
 
     Raises:
-        UserError: if the CSV is wrong or too short for the split.
+        UserError: if the CSV is too short for the split.
     """
     if flag == "pred":
-        dataset = _windows_to_come(args)
+        dataset = _windows_to_come(series, args)
     else:
-        dataset = load_series(args).windows(flag, args.seq_len, args.label_len, args.pred_len, args.percent)
+        dataset = series.windows(flag, args.seq_len, args.label_len, args.pred_len, args.percent)
     if flag == "train":
         batch, shown = args.batch_size, dataset
     else:
@@ -90,10 +96,8 @@ def _leave_signals_to_the_main_process(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _windows_to_come(args: argparse.Namespace) -> WindowDataset:
+def _windows_to_come(series: Series, args: argparse.Namespace) -> WindowDataset:
     """Return the windows that end with the CSV's last row, one a channel, followed by rows that nobody knows."""
-    to_come = last_window(args).dates_to_come
+    to_come = last_window(series.table, args.seq_len, args.pred_len).dates_to_come
     marks = {id(dates): time_marks(dates, args.data, args.embed, args.freq) for dates in to_come}
-    return load_series(args).windows_to_come(
-        np.stack([marks[id(dates)] for dates in to_come]), args.seq_len, args.label_len
-    )
+    return series.windows_to_come(np.stack([marks[id(dates)] for dates in to_come]), args.seq_len, args.label_len)

@@ -1,7 +1,7 @@
 """From a CSV or a DataFrame to a table: a wide one, a column a channel, or a long one."""
 
 import argparse
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,14 @@ from utils.errors import UserError
 
 
 def read_table(args: argparse.Namespace) -> Table:
-    """Read the run's CSV; a second call for the same file and flags returns the same object.
+    """Read the run's CSV. What happens to the file later is not seen.
 
     Raises:
         UserError: names the file, column, row or flag that is wrong.
     """
     path = csv_path(args)
-    return _read_table(path, path.stat().st_mtime_ns, Choice.of(args))
+    frame, sha256 = read_csv(path)
+    return replace(_table_of(frame, path, Choice.of(args)), sha256=sha256)
 
 
 def table_of(frame: pd.DataFrame, name: str, args: argparse.Namespace) -> Table:
@@ -42,11 +43,6 @@ def table_of(frame: pd.DataFrame, name: str, args: argparse.Namespace) -> Table:
             raise UserError(f"{name} has no column 'date' and no dates for its index: give it either")
         frame = frame.rename_axis("date").reset_index()
     return _table_of(frame.reset_index(drop=True), Path(name), Choice.of(args))
-
-
-@lru_cache(maxsize=1)
-def _read_table(path: Path, _changed: int, choice: Choice) -> Table:
-    return _table_of(read_csv(path), path, choice)
 
 
 def _table_of(frame: pd.DataFrame, path: Path, choice: Choice) -> Table:

@@ -1,8 +1,8 @@
 """A CSV as one scaled array, with the borders of its splits."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,20 +10,19 @@ import numpy as np
 import pandas as pd
 
 from data_provider.covariates import Explainer, fit_explainer
+from data_provider.fingerprints import hash_rows, keep_rows, share_kept
 from data_provider.gaps import fill
 from data_provider.reading import read_table
 from data_provider.tables import Table
 from data_provider.timefeatures import integer_features, scaled_features
 from data_provider.windows import Spans, WindowDataset
 from utils.errors import UserError
-from utils.exact import mean_and_variance
+from utils.exact import FARTHEST, mean_and_variance
+from utils.runs.checkpoint import DataFacts
 
 SPLITS = ("train", "val", "test")
 
 _MONTH_HOURS = 30 * 24
-
-# Deviations from the mean beyond which the squares of an error would leave float32.
-_LARGEST = 1e12
 
 # Numbers beyond which a sum of squares would leave float64.
 _HUGE = 1e150
@@ -85,33 +84,67 @@ class Series:
     """Scaled channels, one behind the other.
 
     Attributes:
-        source: the CSV, as messages call it.
+        table: what the CSV holds.
         values: (all rows,) float32, scaled with the training rows' mean and deviation, less what covariates explain;
             gaps are filled.
         targets: the same with NaN in the gaps; `values` itself if there are none.
         marks: (dates, marks) float32, the time marks.
-        channels: the channels' names.
-        spans: the rows of each channel.
         scaler: of each channel.
         ends: (channels, 3): the row of each channel behind its training, validation and test rows.
-        is_long: whether it was a long CSV.
         notes: what the user should know of the data, a line each.
         explainer: of the covariates; None if there are none.
         explained: (all rows,) float32, scaled, what it explains; None likewise.
     """
 
-    source: Path
+    table: Table
     values: np.ndarray
     targets: np.ndarray
     marks: np.ndarray
-    channels: tuple[str, ...]
-    spans: Spans
     scaler: Scaler
     ends: np.ndarray
-    is_long: bool
     notes: tuple[str, ...]
     explainer: Explainer | None = None
     explained: np.ndarray | None = None
+
+    @property
+    def source(self) -> Path:
+        """The CSV, as messages call it."""
+        return self.table.source
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """The channels' names."""
+        return self.table.channels
+
+    @property
+    def spans(self) -> Spans:
+        """The rows of each channel."""
+        return self.table.spans
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it was a long CSV."""
+        return self.table.is_long
+
+    def facts(self, percent: int) -> DataFacts:
+        """Return what a checkpoint keeps of it; `percent` is the share of the training rows that are trained on."""
+        training, validation = self.ends[:, 0], self.ends[:, 1]
+        trained_rows, one_in = keep_rows(self.table, training * percent // 100)
+        return DataFacts(
+            channels=list(self.channels),
+            mean=self.scaler.mean_.tolist(),
+            deviation=self.scaler.scale_.tolist(),
+            is_long=self.is_long,
+            explainer=self.explainer.as_dict() if self.explainer else None,
+            training_hashes=hash_rows(self.table, np.zeros_like(training), training),
+            validation_hashes=hash_rows(self.table, training, validation),
+            trained_rows=trained_rows,
+            one_in=one_in,
+        )
+
+    def share_trained_on(self, trained_rows: Sequence[int], one_in: int) -> float:
+        """Return which share of the test rows a run has trained on, by what its `facts` say."""
+        return share_kept(self.table, self.ends[:, 1], self.ends[:, 2], trained_rows, one_in)
 
     def of_channel(self, channel: int) -> np.ndarray:
         """Return the scaled values of a channel, (rows,)."""
@@ -218,17 +251,21 @@ class Series:
 
 
 def load_series(args: argparse.Namespace) -> Series:
-    """Return the run's CSV scaled, with its splits; a second call for the same returns the same object.
+    """Read the run's CSV and return it scaled, with its splits.
 
     Raises:
         UserError: names the file, column, row or flag that is wrong.
     """
-    return _load_series(read_table(args), args.data, args.embed, args.freq, args.seq_len, args.pred_len)
+    return series_of(read_table(args), args)
 
 
-@lru_cache(maxsize=1)
-def _load_series(table: Table, data: str, embed: str, freq: str, seq_len: int, pred_len: int) -> Series:
-    layout, spans = LAYOUTS[data], table.spans
+def series_of(table: Table, args: argparse.Namespace) -> Series:
+    """Return what the run's CSV holds scaled, with its splits.
+
+    Raises:
+        UserError: names the column or row that is wrong, or says that there are too few rows.
+    """
+    layout, spans, data, seq_len = LAYOUTS[args.data], table.spans, args.data, args.seq_len
     shares = np.array([layout.rows(rows) for rows in spans.rows.tolist()])  # (channels, 3)
     _check_rows(table, data, shares)
     # Fitted on all training rows, whatever --percent uses of them, as in Time-LLM.
@@ -244,22 +281,20 @@ def _load_series(table: Table, data: str, embed: str, freq: str, seq_len: int, p
     values = fill(targets, spans)
     has_gaps = values is not targets
     values = values.astype(np.float32)
-    short = (shares[:, 0] < seq_len + pred_len).sum() if table.is_long else 0
+    short = (shares[:, 0] < seq_len + args.pred_len).sum() if table.is_long else 0
     if short:
         notes.append(
             f"{table.source}: {short} of {len(spans.rows)} series are too short to train on (their training rows are"
-            f" fewer than {seq_len + pred_len}, --seq_len and --pred_len): tested and forecast where they have the rows"
+            f" fewer than {seq_len + args.pred_len}, --seq_len and --pred_len): tested and forecast where they have"
+            " the rows"
         )
     return Series(
-        source=table.source,
+        table=table,
         values=values,
         targets=targets.astype(np.float32) if has_gaps else values,
-        marks=_marks(table, data, embed, freq),
-        channels=table.channels,
-        spans=spans,
+        marks=_marks(table, data, args.embed, args.freq),
         scaler=scaler,
         ends=shares.cumsum(axis=1),
-        is_long=table.is_long,
         notes=tuple(notes),
         explainer=explainer,
         explained=None if explained is None else explained.astype(np.float32),
@@ -344,7 +379,7 @@ def _fit_scaler(table: Table, training_rows: np.ndarray) -> Scaler:
 def _scale(table: Table, scaler: Scaler) -> np.ndarray:
     """Return what the CSV holds, scaled, float64."""
     scaled = table.scaled(scaler.mean_, scaler.scale_)
-    if (too_large := np.flatnonzero(np.abs(scaled) > _LARGEST)).size:
+    if (too_large := np.flatnonzero(np.abs(scaled) > FARTHEST)).size:
         channel = np.searchsorted(table.spans.first, too_large[0], side="right") - 1
         _refuse(
             table,

@@ -14,7 +14,7 @@ from data_provider.gaps import fill, note_on_gaps
 from data_provider.windows import Spans
 
 
-@dataclass(frozen=True, eq=False)  # by identity: it is the key of a cache
+@dataclass(frozen=True, eq=False)  # arrays have no one answer to whether they are equal
 class Table:
     """What a CSV holds of the channels in use, one channel behind the other.
 
@@ -27,6 +27,7 @@ class Table:
         is_long: whether it was a long CSV: channels may then be of different lengths.
         covariates: of its rows and of those to come; None if none are named.
         left_out: what a note says of series that were left out; empty if none were.
+        sha256: of the CSV as it was read; empty for a DataFrame.
     """
 
     source: Path
@@ -37,6 +38,7 @@ class Table:
     is_long: bool = False
     covariates: Covariates | None = None
     left_out: str = ""
+    sha256: str = ""
 
     @cached_property
     def filled(self) -> np.ndarray:

@@ -1,6 +1,5 @@
 """The last rows of a CSV, which a forecast is made from, and the dates of the rows to come."""
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ import pandas as pd
 
 from data_provider.covariates import Explainer
 from data_provider.gaps import fill
-from data_provider.reading import read_table, table_of
 from data_provider.tables import Table
 from utils.errors import UserError
 
@@ -76,26 +74,17 @@ def left_to_forecast(table: Table, mean: np.ndarray, deviation: np.ndarray, expl
     return fill(table.scaled(mean, deviation) - explained, table.spans)
 
 
-def last_window(args: argparse.Namespace) -> LastWindow:
-    """Return the window that the forecast beyond the CSV is made from.
+def last_window(table: Table, seq_len: int, pred_len: int) -> LastWindow:
+    """Return the window that the forecast beyond a table is made from.
+
+    Args:
+        table: what the CSV holds.
+        seq_len, pred_len: rows of the window, and to forecast.
 
     Raises:
-        UserError: if the CSV is wrong, has fewer rows than a window or dates without a step.
+        UserError: if it has fewer rows than a window, or dates without a step.
     """
-    return _last_window(read_table(args), args)
-
-
-def last_window_of(frame: pd.DataFrame, args: argparse.Namespace) -> LastWindow:
-    """Return the same of a DataFrame like the CSV.
-
-    Raises:
-        UserError: as in `last_window`.
-    """
-    return _last_window(table_of(frame, "the DataFrame", args), args)
-
-
-def _last_window(table: Table, args: argparse.Namespace) -> LastWindow:
-    spans, seq_len = table.spans, args.seq_len
+    spans = table.spans
     if spans.rows.min() < seq_len:
         raise UserError(f"{table.source} has {spans.rows.min()} rows: a forecast needs --seq_len {seq_len}")
     dates = [table.dates_of(channel) for channel in range(len(table.channels))]
@@ -103,7 +92,7 @@ def _last_window(table: Table, args: argparse.Namespace) -> LastWindow:
         table=table,
         values=table.filled[spans.last(seq_len)[0]].T,
         dates=tuple(own[-seq_len:] for own in dates),
-        dates_to_come=tuple(_dates_to_come(table, dates, args.pred_len)),
+        dates_to_come=tuple(_dates_to_come(table, dates, pred_len)),
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from utils.runs.files import rename
+from utils.runs.files import write_text
 
 CHANNELS = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
 ROWS = 2 * 365 * 24
@@ -42,7 +42,5 @@ def write_demo_csv(path: str | os.PathLike, rows: int = ROWS, step: str = "h", s
     path = Path(path)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
-        demo_frame(rows, step, seed).to_csv(unfinished, index=False, encoding="utf-8")
-        rename(unfinished, path)
+        write_text(path, demo_frame(rows, step, seed).to_csv(index=False, lineterminator="\n"))
     return path

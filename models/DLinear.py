@@ -16,8 +16,8 @@ class Model(Baseline):
         configs: the parsed flags; seq_len, pred_len and moving_avg are read.
     """
 
-    def __init__(self, configs: argparse.Namespace):
-        super().__init__()
+    def __init__(self, configs: argparse.Namespace, device: torch.device | None = None):
+        super().__init__(device)
         self.moving_avg = configs.moving_avg
         self.trend = nn.Linear(configs.seq_len, configs.pred_len)
         self.rest = nn.Linear(configs.seq_len, configs.pred_len)

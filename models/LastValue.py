@@ -14,8 +14,8 @@ class Model(Baseline):
         configs: the parsed flags; pred_len is read.
     """
 
-    def __init__(self, configs: argparse.Namespace):
-        super().__init__()
+    def __init__(self, configs: argparse.Namespace, device: torch.device | None = None):
+        super().__init__(device)
         self.pred_len = configs.pred_len
 
     def forecast(self, contexts: torch.Tensor) -> torch.Tensor:

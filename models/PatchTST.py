@@ -21,8 +21,8 @@ class Model(Baseline):
             are read.
     """
 
-    def __init__(self, configs: argparse.Namespace):
-        super().__init__()
+    def __init__(self, configs: argparse.Namespace, device: torch.device | None = None):
+        super().__init__(device)
         self.normalize = Normalize()
         self.pad = nn.ReplicationPad1d((0, configs.stride))
         self.transformer = PatchTSTForPrediction(

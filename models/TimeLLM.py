@@ -67,6 +67,7 @@ class Model(nn.Module):
         super().__init__()
         parts = parts or load_parts(configs)
         self.llm_info = parts.llm
+        self.description = None if configs.ablation == "no_llm" else parts.description
         self.d_ff = configs.d_ff
         self.pred_len = configs.pred_len
         d_llm = parts.llm.identity.hidden_size

@@ -6,11 +6,15 @@ from torch import nn
 
 
 class Baseline(nn.Module):
-    """A forecaster on this process's device, called as TimeLLM is; what it forecasts, a subclass says."""
+    """A forecaster, called as TimeLLM is; what it forecasts, a subclass says.
 
-    def __init__(self):
+    Args:
+        device: where it is to be; None: this process's device.
+    """
+
+    def __init__(self, device: torch.device | None = None):
         super().__init__()
-        self.device = PartialState().device
+        self.device = device or PartialState().device
 
     def forward(
         self,

@@ -131,8 +131,10 @@ def make_random_llm(folder: Path) -> None:
         vocab_size=151936,
         tie_word_embeddings=True,
     )
-    AutoModel.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)  # on the CPU: it needs 6 GB
-    AutoTokenizer.from_pretrained(make_tiny_llm("qwen2", folder / "tokenizer")).save_pretrained(folder)
+    model = AutoModel.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)  # on the CPU: it needs 6 GB
+    model.save_pretrained(folder)
+    tokenizer = make_tiny_llm("qwen2", folder / "tokenizer")
+    AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(folder)
 
 
 def check_all(argv: list[str] | None) -> int:

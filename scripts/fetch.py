@@ -136,6 +136,8 @@ def fetch_model(repo: str, folder: Path, mirror: str | None) -> None:
         return
     files = {file.name: file for file in _list_model(repo, mirror)}
     unfinished = folder.with_name(folder.name + PART)
+    if unfinished.is_symlink():
+        raise UserError(f"{unfinished} is a link, no folder of an earlier download: remove it")
     for path in list(unfinished.glob("*")):
         file = files.get(path.name.removesuffix(PART))
         if file is None or (path.name == file.name and not file.is_at(path)):
@@ -214,7 +216,7 @@ def _list_model(repo: str, mirror: str | None) -> list[RemoteFile]:
         raise UserError(f"{hub} lists no {repo}: HTTP {problem.response.status_code}: {remedy}") from problem
     except errors.HTTPError as problem:
         raise UserError(f"{hub} cannot be asked: {_in_a_line(problem)}: {remedy}") from problem
-    except (ValueError, TypeError, KeyError, AttributeError) as problem:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as problem:
         raise UserError(f"{hub} does not answer as the Hub does ({_in_a_line(problem)}): {remedy}") from problem
     return files
 
@@ -237,6 +239,8 @@ def _fetch(files: list[RemoteFile], folder: Path) -> None:
     """Fetch files to a folder, each under its name with .part until its hash is right."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = {file: folder / (file.name + PART) for file in files}
+    for part in parts.values():
+        _remove_link(part)
     needed = sum(file.size - _size(part) for file, part in parts.items())
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -281,7 +285,7 @@ def _append(file: RemoteFile, part: Path) -> None:
             part.unlink(missing_ok=True)
             raise BrokenOffError(f"it did not go on from byte {have}")
         bar = tqdm(desc=file.name, total=file.size, initial=start, unit="B", unit_scale=True, disable=None)
-        with bar, part.open("ab" if start else "wb") as out:
+        with bar, open(part, "ab" if start else "wb", opener=_follow_no_link) as out:
             while start < file.size:
                 with _as_broken_off():
                     block = answer.read1(min(BLOCK, file.size - start))
@@ -324,6 +328,16 @@ def _first_byte(answer: HTTPResponse) -> int:
     return int(said[1]) if said else -1
 
 
+def _remove_link(part: Path) -> None:
+    """Remove what is no download that broke off but leads to another file, which would be written to."""
+    if part.is_symlink() or (part.exists() and part.stat().st_nlink > 1):
+        part.unlink()
+
+
+def _follow_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
@@ -353,9 +367,12 @@ def _write_safetensors(gguf: Path, folder: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float16,  # keeps more of the unpacked digits than bfloat16
         local_files_only=True,
+        trust_remote_code=False,
     )
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
+    )
     tokenizer.save_pretrained(folder)
 
 
@@ -363,8 +380,9 @@ def _check_answer(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    local = {"local_files_only": True, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **local)
     question = tokenizer(QUESTION, return_tensors="pt")
     tokens = model.generate(**question, max_new_tokens=8, do_sample=False)
     answer = tokenizer.decode(tokens[0], skip_special_tokens=True)

@@ -7,7 +7,7 @@
 
 ETTh1.bat and ETTh1.sh are the first line, smoke.bat and smoke.sh the last, and so on.
 
-    --again      run the horizons, too, that have their metrics.json; else they are skipped, if it is of these flags
+    --again      run the horizons, too, that are done; else they are skipped
     --dry_run    print the command lines, run nothing
 
 The first run that fails ends the script, with its exit code. After Ctrl-C, --resume auto goes on.
@@ -35,7 +35,7 @@ from utils.cli.command import command_line, exit_code_of, run_child
 from utils.cli.options import flags_of_repetition, get_parser, has_llm
 from utils.cli.places import run_folder
 from utils.errors import UserError
-from utils.runs.finished import is_of
+from utils.runs.finished import is_finished
 
 ROOT = Path(__file__).resolve().parents[1]
 HORIZONS = ("96", "192", "336", "720")
@@ -126,18 +126,16 @@ def _timellm_flags(data: str, further: Sequence[str]) -> list[str]:
 
 
 def is_done(args: argparse.Namespace) -> bool:
-    """Return whether every repetition of a training run has its metrics.json, of these flags as far as it says."""
+    """Return whether every repetition of a training run has ended and has its scores, of these flags and data."""
     if args.plan or not args.is_training:
         return False
     with contextlib.chdir(ROOT):
-        for repetition in range(args.itr):
-            folder = run_folder(args, repetition)
+        return all(
             # access() says no to a name that is too long, too: run_main.py tells the user.
-            if not os.access(folder / "metrics.json", os.F_OK):
-                return False
-            if (folder / "args.json").is_file() and not is_of(folder, flags_of_repetition(args, repetition)):
-                return False
-    return True
+            os.access(run_folder(args, repetition) / "metrics.json", os.F_OK)
+            and is_finished(run_folder(args, repetition), flags_of_repetition(args, repetition))
+            for repetition in range(args.itr)
+        )
 
 
 def launch(runs: Sequence[Run], again: bool, dry_run: bool) -> int:
@@ -150,7 +148,7 @@ def launch(runs: Sequence[Run], again: bool, dry_run: bool) -> int:
     """
     for place, run in enumerate(runs):
         if not again and is_done(run.args):
-            done = f"{run.name}: skipped, there is a metrics.json in {run_folder(run.args, 0)}"
+            done = f"{run.name}: skipped, it is done in {run_folder(run.args, 0)}"
             print(f"{done} (--again runs it anew, --des NAME in a folder of its own)", file=sys.stderr)
             continue
         words = ["run_main.py", *run.flags]

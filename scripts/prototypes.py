@@ -29,12 +29,13 @@ from transformers import PreTrainedTokenizerBase
 
 from data_provider.reading import read_table
 from data_provider.to_come import left_to_forecast
-from models import build_model
+from models.trained import build_trained
 from utils.cli.checks import check_options, check_paths
 from utils.cli.command import OneLineParser, exit_code_of
 from utils.cli.places import csv_path
 from utils.errors import UserError
-from utils.runs.checkpoint import flags_to_test, load_checkpoint, read_checkpoint, saved_basis
+from utils.runs.checkpoint import read_checkpoint
+from utils.runs.compatibility import flags_to_test
 from utils.runs.pictures import save_picture
 
 # Files of a run that may have been moved since.
@@ -215,18 +216,16 @@ def show_prototypes(options: argparse.Namespace) -> None:
     checkpoint, picture = options.folder / "checkpoint", options.folder / "prototypes.png"
     if not checkpoint.is_file():
         raise UserError(f"no checkpoint in {options.folder}: name the folder of a run that was trained")
-    contents = read_checkpoint(checkpoint, {"progress"})
-    if contents["llm"] is None:
+    saved = read_checkpoint(checkpoint)
+    if saved.contents["llm"] is None:
         raise UserError(f"{options.folder} is a run without an LLM and has no text prototypes: name one of TimeLLM")
     moved = {name: value for name, value in vars(options).items() if name in PLACES}
-    args = flags_to_test(options.folder, contents, moved)
+    args = flags_to_test(saved, moved)
     check_options(args)
     check_paths(args)
-    window = choose_window(
-        args, contents, options.channel, options.row
-    )  # before the LLM: what is wrong is found sooner
-    model = build_model(args, saved_basis(checkpoint, vars(args))).eval()
-    load_checkpoint(checkpoint, model, vars(args), None)
+    # Before the LLM: what is wrong is found sooner.
+    window = choose_window(args, saved.contents, options.channel, options.row)
+    model = build_trained(saved, args).eval()
     prototypes = strongest_prototypes(model, window, options.prototypes, options.tokens)
     print(describe(window, prototypes, len(model.mapping_layer.bias)))
     draw(picture, window, prototypes, args.patch_len, args.stride)

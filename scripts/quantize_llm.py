@@ -21,7 +21,7 @@ from utils.cli.command import OneLineParser, exit_code_of
 from utils.errors import UserError
 from utils.llm.loading import load_pretrained, nf4
 from utils.llm.quiet import quiet_transformers
-from utils.runs.files import rename
+from utils.runs.files import rename, unfinished_name
 from utils.system.gpu import is_gpu, of_this_machine
 
 
@@ -41,15 +41,17 @@ def quantize_llm(source: str, target: Path) -> None:
     options = {"dtype": "auto", "quantization_config": nf4(torch.float32), "device_map": {"": device}}
     model = load_pretrained(AutoModel, source, **options)
     tokenizer = load_pretrained(AutoTokenizer, source)
-    unfinished = target.with_name(target.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    with quiet_transformers():
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
+    unfinished = unfinished_name(target)
     try:
+        unfinished.mkdir(parents=True)
+        with quiet_transformers():
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
         rename(unfinished, target)
     except OSError as problem:
-        raise UserError(f"cannot rename {unfinished} to {target}: {problem.strerror or problem}") from problem
+        raise UserError(f"cannot write {target}: {problem.strerror or problem}") from problem
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # where it was not renamed
 
 
 def quantize(argv: list[str] | None) -> None:

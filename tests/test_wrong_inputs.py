@@ -282,7 +282,7 @@ def test_a_path_that_windows_does_not_take(assert_refused, run, flags, monkeypat
 def test_the_longest_path_that_windows_takes(run, flags, monkeypatch):
     flags = [*flags, "--model", "DLinear", "--des"]
     done = run(*flags, "test", "--level", "50", "--predict", "--save_predictions")
-    longest = len(str(done.folder.absolute())) + max(map(len, names_in(done.folder))) + len("/.unfinished")
+    longest = len(str(done.folder.absolute())) + max(map(len, names_in(done.folder))) + len("/.01234567.unfinished")
     monkeypatch.setattr(checks, "MAX_PATH", longest)
     monkeypatch.setattr(checks, "_takes_long_paths", lambda: False)
     assert run(*flags, "test").code == 0

@@ -173,7 +173,7 @@ def _check_lengths(args: argparse.Namespace) -> None:
     longest = len(folder.name.encode())
     if longest > MAX_FILE_NAME:
         raise UserError(f"the run folder's name has {longest} bytes: {remedy}")
-    file = "calibration.npz.unfinished"  # the longest of a run's, while it is written
+    file = "calibration.npz.01234567.unfinished"  # the longest of a run's, while it is written
     if args.report_to == "tensorboard":  # time, host, process and number
         file = f"tensorboard/events.out.tfevents.{2**31}.{platform.node()}.{2**31}.99"
     path = os.path.abspath(folder / file)  # noqa: PTH100 - without .., as Windows counts, but with its links

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from utils.cli.signals import Interrupts
 from utils.errors import UserError
 
 
@@ -25,10 +26,14 @@ class OneLineParser(argparse.ArgumentParser):
 
 def is_first_process() -> bool:
     """Return whether this is the process that speaks; known before torch is loaded."""
-    return os.environ.get("RANK", "0") == "0"
+    # A rank alone, or one that is no number, is a mistake that must be told.
+    rank = os.environ.get("RANK", "0")
+    return "WORLD_SIZE" not in os.environ or not rank.isdecimal() or int(rank) == 0
 
 
-def exit_code_of(work: Callable[[], int | None], after_interrupt: str | Callable[[], str]) -> int:
+def exit_code_of(
+    work: Callable[[], int | None], after_interrupt: str | Callable[[], str], interrupts: Interrupts | None = None
+) -> int:
     """Do the work of a command line and return its exit code.
 
     0, or what the work returns; 2, with one line, if the input is wrong; 130 if it was interrupted. However many
@@ -37,19 +42,22 @@ def exit_code_of(work: Callable[[], int | None], after_interrupt: str | Callable
     Args:
         work: what to do; argparse may leave in it.
         after_interrupt: what to say then of how to go on, or a function that finds that out.
+        interrupts: for work that defers them.
     """
-    try:
-        with _missing_letters_escaped():
-            return work() or 0
-    except SystemExit as leave:
-        return int(leave.code or 0)
-    except UserError as problem:
-        line, code = f"error: {problem}", 2
-    except KeyboardInterrupt:
-        hint = after_interrupt if isinstance(after_interrupt, str) else after_interrupt()
-        line, code = f"interrupted: {hint}", 130
-    if is_first_process():
-        print(line, file=sys.stderr)
+    with _missing_letters_escaped(), interrupts or Interrupts() as interrupts:
+        try:
+            with interrupts.none_lost():
+                return work() or 0
+        except SystemExit as leave:
+            return int(leave.code or 0)
+        except UserError as problem:
+            line, code = f"error: {problem}", 2
+        except KeyboardInterrupt:
+            interrupts.ignore()
+            hint = after_interrupt if isinstance(after_interrupt, str) else after_interrupt()
+            line, code = f"interrupted: {hint}", 130
+        if is_first_process():
+            print(line, file=sys.stderr)
     return code
 
 

@@ -32,13 +32,19 @@ def introduction(args: argparse.Namespace) -> str:
     ) + f"It stands for\n    {command_behind(args)}\nEach of these flags may be given beside --demo."
 
 
+def _without(argv: Sequence[str], switch: str, flag: str) -> list[str]:
+    """Return a command line without a switch, and without a flag and its value."""
+    words = [word for word in argv if word != switch and not word.startswith(f"{flag}=")]
+    return [word for before, word in zip(["", *words], words, strict=False) if flag not in (before, word)]
+
+
 def farewell(argv: Sequence[str]) -> str:
     """Return what to print when the demo has run: what to type next.
 
     Args:
         argv: the demo's own command line.
     """
-    again = command_line(["python", "run_main.py", *argv, "--is_training", "0"])
+    again = command_line(["python", "run_main.py", *_without(argv, "--predict", "--is_training"), "--is_training", "0"])
     yours = "python run_main.py --data custom --data_path my.csv --seq_len 96 --pred_len 24 --predict"
     return "\n".join(
         (

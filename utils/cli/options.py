@@ -5,6 +5,7 @@ Nothing here imports torch, so that ``--help`` and a typo answer at once.
 
 import argparse
 import difflib
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from typing import Self
@@ -540,6 +541,27 @@ def get_parser() -> argparse.ArgumentParser:
 def defaults() -> dict[str, object]:
     """Return the default of every flag: what a run did from before there was this flag."""
     return {action.dest: action.default for action in get_parser()._actions}
+
+
+def check_types(flags: Mapping[str, object]) -> None:
+    """Check values that did not come from the command line, from a file or from Python.
+
+    Raises:
+        ValueError: names the first flag whose value the command line would not have let through.
+    """
+    for action in get_parser()._actions:
+        if action.dest not in flags:
+            continue
+        value = flags[action.dest]
+        kind = bool if action.nargs == 0 else action.type or str
+        parts = value if action.nargs == "+" and isinstance(value, list) else [value]
+        # Python takes a bool for an int.
+        fits = all(type(part) in ({float, int} if kind is float else {kind}) for part in parts)
+        is_choice = action.choices is None or value in action.choices or (action.nargs == "?" and value == "")
+        is_left_out = value is None and action.default is None and action.dest != "data"
+        if not is_left_out and not (fits and is_choice):
+            choices = f": one of {', '.join(map(str, action.choices))}" if action.choices else ""
+            raise ValueError(f"--{action.dest} cannot be {value!r}{choices}")
 
 
 def has_llm(args: argparse.Namespace) -> bool:

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from utils.cli.options import DEMO_DEFAULTS
 
+# The folder of the user's LLMs.
+BASE_MODELS = "base_models"
+
 
 def demo_makes(args: argparse.Namespace, name: str) -> bool:
     """Return whether --demo makes what this flag points to, if it is not there."""
@@ -23,7 +26,14 @@ def looks_like_a_path(source: str) -> bool:
     path = Path(source)
     if path.exists() or path.is_absolute() or source.startswith((".", "~")) or "\\" in source:
         return True
+    if path.parts[0] == BASE_MODELS:  # wherever this was started from: nobody may supply an LLM by that name
+        return True
     return len(path.parts) > 2 or (len(path.parts) == 2 and Path(path.parts[0]).is_dir())
+
+
+def is_local(source: str) -> bool:
+    """Return whether a source of an LLM is a folder on this disk."""
+    return Path(source).is_dir()
 
 
 def run_folder(args: argparse.Namespace, repetition: int) -> Path:

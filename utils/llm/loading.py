@@ -2,9 +2,7 @@
 
 import contextlib
 import copy
-import hashlib
 import importlib.util
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,24 +15,24 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 
 from layers.FrozenLinear import freeze_linears
-from layers.InFloat32 import InFloat32
 from utils.cli.options import FlagGroup
-from utils.cli.places import looks_like_a_path
+from utils.cli.places import BASE_MODELS, is_local, looks_like_a_path
 from utils.errors import UserError
+from utils.llm.identity import LLMIdentity, LLMTraces, acting_fields, identify, probe_layers, sketch_embeddings
 from utils.llm.quiet import quiet_transformers
 from utils.system.gpu import has_bfloat16
-
-BASE_MODELS = Path("base_models")
 
 # What --ablation does to the LLM, in words.
 ABLATIONS = {"none": "", "no_llm": "not run, only its token embeddings are used", "random_llm": "random weights"}
 
-_PROBED_TOKENS = 16
-
-_SHAPE_OF_AN_LLM = (
-    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
-)
+# Far beyond any LLM: sizes that a damaged or foreign config would have memory or minutes for.
+_LARGEST_SIZES = {
+    "num_hidden_layers": 1_000,
+    "hidden_size": 100_000,
+    "vocab_size": 10_000_000,
+    "intermediate_size": 10_000_000,
+    "max_position_embeddings": 1_000_000_000,
+}
 
 
 @dataclass(frozen=True)
@@ -55,19 +53,6 @@ KNOWN_LLMS = {
 
 
 @dataclass(frozen=True)
-class LLMIdentity:
-    """What a checkpoint must find again: forecasts of another LLM would be nonsense."""
-
-    model_type: str
-    hidden_size: int
-    vocab_size: int
-    layers: int
-    quantization: str
-    config_hash: str
-    words_hash: str
-
-
-@dataclass(frozen=True)
 class LoadedLLM:
     """A frozen LLM on its device, ready to be run.
 
@@ -77,10 +62,10 @@ class LoadedLLM:
         pad_id: the token that prompts are padded with.
         device: where it is.
         source: the folder or Hub id that it came from.
+        folder: that folder's absolute path, None for a Hub id.
         layers_there: the layers of the whole model; `identity.layers` are in use.
         context: positions it has, None for no limit.
-        identity: see `LLMIdentity`.
-        probe: see `_probe`; None where the LLM is not run.
+        identity, traces: what tells it from others.
         note: what --ablation has done to it, empty for nothing.
     """
 
@@ -89,10 +74,11 @@ class LoadedLLM:
     pad_id: int
     device: torch.device
     source: str
+    folder: str | None
     layers_there: int
     context: int | None
     identity: LLMIdentity
-    probe: torch.Tensor | None = None
+    traces: LLMTraces
     note: str = ""
 
     @property
@@ -109,8 +95,8 @@ class LoadedLLM:
         )
 
     def as_dict(self) -> dict:
-        """Return source, precision and identity as plain values."""
-        return {"source": self.source, "dtype": self.dtype, **asdict(self.identity)}
+        """Return source, folder, precision and identity as plain values."""
+        return {"source": self.source, "folder": self.folder, "dtype": self.dtype, **asdict(self.identity)}
 
 
 def llm_of(model: nn.Module) -> LoadedLLM | None:
@@ -167,6 +153,8 @@ def choose_llm(flags: LLMFlags) -> LLMChoice:
     source, layers = choose_source(flags)
     layers = flags.llm_layers or layers
     config = load_pretrained(AutoConfig, source)
+    # A folder may name kernels to compute with, which are fetched from the Hub and run: transformers' own are used.
+    config._attn_implementation = config._experts_implementation = None
     text_config = _text_config(config, source)
     layers_there = text_config.num_hidden_layers
     layers = layers or layers_there
@@ -208,7 +196,11 @@ def load_llm(flags: LLMFlags) -> LoadedLLM:
             f"{source} has token embeddings of width {embeddings.shape[1]} and hidden states of"
             f" {text_config.hidden_size}: take an LLM where both are the same"
         )
-    probe = None if flags.ablation == "no_llm" else _probe(backbone, state.device)
+    traces = LLMTraces(
+        acting_fields(text_config),
+        sketch_embeddings(embeddings),
+        None if flags.ablation == "no_llm" else probe_layers(backbone, state.device),
+    )
     if flags.mapping == "compact":
         backbone.get_input_embeddings().to("cpu")
     context = getattr(text_config, "max_position_embeddings", None) or 0
@@ -218,23 +210,12 @@ def load_llm(flags: LLMFlags) -> LoadedLLM:
         pad_id=pad_id,
         device=state.device,
         source=source,
+        folder=str(Path(source).absolute()) if is_local(source) else None,
         layers_there=choice.layers_there,
         context=context if context > 0 else None,
-        identity=_identify(text_config, embeddings, choice.in_4bit),
-        probe=probe,
+        identity=identify(text_config, embeddings, tokenizer, choice.in_4bit),
+        traces=traces,
         note=ABLATIONS[flags.ablation],
-    )
-
-
-def _identify(config: PretrainedConfig, embeddings: torch.Tensor, load_in_4bit: bool) -> LLMIdentity:
-    return LLMIdentity(
-        model_type=config.model_type,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        layers=config.num_hidden_layers,
-        quantization="nf4" if load_in_4bit else "none",
-        config_hash=_hash(config),
-        words_hash=_fingerprint(embeddings),
     )
 
 
@@ -246,6 +227,10 @@ def _text_config(config: PretrainedConfig, source: str) -> PretrainedConfig:
     for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
         if not isinstance(getattr(text_config, name, None), int):
             raise UserError(f"{source} is no language model that we know how to run: its config has no {name}")
+    for name, largest in _LARGEST_SIZES.items():
+        size = getattr(text_config, name, None)
+        if isinstance(size, int) and not 0 <= size <= largest:
+            raise UserError(f"{source} is damaged: its config has {name} {size}, no LLM has more than {largest}")
     return text_config
 
 
@@ -262,7 +247,7 @@ def choose_source(flags: LLMFlags) -> tuple[str, int | None]:
     """Return the folder or Hub id of the LLM and the layers to use by default, None for all."""
     if not flags.llm_model_path:
         known = KNOWN_LLMS[flags.llm_model]
-        folder = BASE_MODELS / known.folder
+        folder = Path(BASE_MODELS) / known.folder
         return (str(folder) if folder.is_dir() else known.hub_id), known.layers
     return flags.llm_model_path, None
 
@@ -296,30 +281,6 @@ def _is_nf4(config: PretrainedConfig, source: str) -> bool:
     if how.get("quant_method") != "bitsandbytes" or how.get("bnb_4bit_quant_type") != "nf4":
         raise UserError(f"{source} is quantised otherwise than by NF4: take the model itself, with --load_in_4bit")
     return True
-
-
-def _hash(config: PretrainedConfig) -> str:
-    """Return a hash of what shapes the network, by names that do not change from release to release."""
-    shape = {name: getattr(config, name, None) for name in _SHAPE_OF_AN_LLM}
-    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _fingerprint(embeddings: torch.Tensor) -> str:
-    """Return a hash of some token embeddings by their signs, which no precision changes."""
-    signs = (embeddings[:64].detach().float().cpu() > 0).numpy()
-    return hashlib.sha256(signs.tobytes()).hexdigest()[:16]
-
-
-@torch.no_grad()
-def _probe(backbone: nn.Module, device: torch.device) -> torch.Tensor:
-    """Return what an LLM makes of a few tokens of its vocabulary, (_PROBED_TOKENS, d_llm) float32 on the CPU.
-
-    Every weight that is run has a part in it. It is computed in float32, so that it tells of the weights alone and
-    not of the precision they are run in.
-    """
-    ids = torch.linspace(0, backbone.get_input_embeddings().num_embeddings - 1, _PROBED_TOKENS).long()
-    with InFloat32():
-        return backbone(ids[None].to(device), use_cache=False).last_hidden_state[0].cpu()
 
 
 def _load_backbone(choice: LLMChoice, dtype: torch.dtype, state: PartialState, seed: int | None) -> nn.Module:
@@ -361,7 +322,7 @@ def _draw(dtype: torch.dtype, seed: int, options: dict) -> tuple[nn.Module, dict
         del config.quantization_config
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that seeds a GPU's generator, too
-        drawn = AutoModel.from_config(config, dtype=dtype)
+        drawn = AutoModel.from_config(config, dtype=dtype, trust_remote_code=False)
         # Once more through the loader, which quantises and moves them like weights from files.
         return type(drawn).from_pretrained(None, state_dict=drawn.state_dict(), **{**options, "config": config})
 
@@ -418,18 +379,22 @@ def _padding_token(tokenizer: transformers.PreTrainedTokenizerBase, padding: str
 
 
 def load_pretrained(auto: type, source: str, **options):
-    """Call `from_pretrained`: files on this disk first, then, for a Hub id, the Hub.
+    """Call `from_pretrained`: files on this disk first, then, for a Hub id, the Hub. Code in them is never run.
 
     Raises:
         UserError: if the source is not there, is damaged or foreign.
     """
+
+    def load(**further: object) -> object:
+        return auto.from_pretrained(source, trust_remote_code=False, **further, **options)
+
     with quiet_transformers():
         if looks_like_a_path(source):
-            return explained(source, lambda: auto.from_pretrained(source, local_files_only=True, **options))
+            return explained(source, lambda: load(local_files_only=True))
         try:
-            return auto.from_pretrained(source, local_files_only=True, **options)
+            return load(local_files_only=True)
         except OSError:
-            return explained(source, lambda: auto.from_pretrained(source, **options))
+            return explained(source, load)
 
 
 def explained(source: str, load: Callable[[], object]):
@@ -439,6 +404,10 @@ def explained(source: str, load: Callable[[], object]):
     except Exception as problem:  # a damaged or foreign folder can make transformers raise anything
         if "out of memory" in str(problem):  # transformers may put another error on top of torch's
             raise torch.OutOfMemoryError("CUDA out of memory.") from problem
+        if "trust_remote_code" in str(problem):
+            raise UserError(
+                f"{source} comes with code of its own, which is never run: take an LLM of a kind that transformers has"
+            ) from problem
         reason = str(problem).strip().splitlines() or [type(problem).__name__]
         raise UserError(
             f"cannot load the LLM {source}: {reason[0]} (--llm_model_path takes a folder with config.json,"

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModel
 from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 
-from utils.llm.loading import LLMChoice, LLMIdentity, LoadedLLM, choose_dtype
+from utils.llm.identity import LLMIdentity, LLMTraces
+from utils.llm.loading import LLMChoice, LoadedLLM, choose_dtype
 
 # Of NF4 with double quantisation: half a byte, a byte a block of 64, four bytes a block of 256 such blocks.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -73,7 +74,7 @@ def try_step(
         layers: of the LLM.
     """
     dtype = choose_dtype(args.llm_dtype, device)
-    model = build(args, _shapes_of(choice, layers, dtype))
+    model = build(args, llm_without_weights(choice, layers, dtype))
     backbone = model.llm_info.backbone
     embeddings = backbone.get_input_embeddings().weight
     matrices = [module.weight for module in backbone.modules() if type(module) is nn.Linear] if choice.in_4bit else []
@@ -186,8 +187,8 @@ class _TokenCounter:
         return 0
 
 
-def _shapes_of(choice: LLMChoice, layers: int, dtype: torch.dtype) -> LoadedLLM:
-    """Return an LLM of so many layers, without weights."""
+def llm_without_weights(choice: LLMChoice, layers: int, dtype: torch.dtype) -> LoadedLLM:
+    """Return an LLM of so many layers, of meta tensors."""
     config = copy.deepcopy(choice.config)
     text_config = config.get_text_config()
     text_config.num_hidden_layers = layers
@@ -196,15 +197,19 @@ def _shapes_of(choice: LLMChoice, layers: int, dtype: torch.dtype) -> LoadedLLM:
     if choice.is_quantized:
         del config.quantization_config
     with torch.device("meta"):
-        backbone = AutoModel.from_config(config, dtype=dtype, attn_implementation="memory_plan")
-    identity = LLMIdentity(config.model_type, text_config.hidden_size, text_config.vocab_size, layers, "", "", "")
+        backbone = AutoModel.from_config(
+            config, dtype=dtype, attn_implementation="memory_plan", trust_remote_code=False
+        )
+    identity = LLMIdentity(config.model_type, text_config.hidden_size, text_config.vocab_size, layers, "none", "", "")
     return LoadedLLM(
         backbone=backbone.requires_grad_(False).eval(),
         tokenizer=_TokenCounter(),
         pad_id=0,
         device=torch.device("meta"),
         source=choice.source,
+        folder=None,
         layers_there=choice.layers_there,
         context=None,
         identity=identity,
+        traces=LLMTraces({}, torch.empty(0)),
     )

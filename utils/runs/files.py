@@ -2,7 +2,9 @@
 
 import contextlib
 import itertools
+import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,9 +30,9 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         UserError: if the disk is full, cannot be written or fails.
     """
-    unfinished = path.with_name(path.name + UNFINISHED)
+    unfinished = unfinished_name(path)
     try:
-        with unfinished.open("wb") as file:
+        with unfinished.open("xb") as file:  # x: a file that is there, or a link to one, is not written to
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -47,6 +49,26 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file as UTF-8, whole or not at all."""
     write_whole(path, lambda file: file.write(text.encode()))
+
+
+def unfinished_name(path: Path) -> Path:
+    """Return a name beside `path` that nobody can foresee: a link that was planted there would be written through."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
+
+
+def read_json(path: Path) -> dict:
+    """Return the contents of a JSON file that a run has written.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise UserError(f"{path} is damaged ({problem}): move it away and run again") from problem
+    if not isinstance(contents, dict):
+        raise UserError(f"{path} is damaged (no JSON object): move it away and run again")
+    return contents
 
 
 def rename(unfinished: Path, path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
+from utils.runs.checkpoint import Checkpoint
 from utils.runs.files import write_whole
-from utils.runs.finished import hash_of
 from utils.runs.watchers import Batch
 
 # In per cent; a calibration holds the quantiles of all.
@@ -88,17 +88,17 @@ class Residuals:
             quantiles[row, enough] = ordered[_rank(level, known[enough]) - 1, steps[enough]]
         self._quantiles[channel] = quantiles
 
-    def calibration(self, channels: Sequence[str], checkpoint: Path) -> Calibration:
+    def calibration(self, channels: Sequence[str], checkpoint: str) -> Calibration:
         """Return the quantiles of what was watched, of each of these channels.
 
         Args:
             channels: names, by number.
-            checkpoint: the file of the weights.
+            checkpoint: the SHA-256 of the weights' file.
         """
         for channel in list(self._distances):
             self._finish(channel)
         quantiles = np.stack([self._quantiles[number] for number in sorted(self._quantiles)], axis=1)
-        return Calibration(tuple(channels), quantiles, hash_of(checkpoint), self._pooled)
+        return Calibration(tuple(channels), quantiles, checkpoint, self._pooled)
 
 
 def _rank(level: int, windows: np.ndarray) -> np.ndarray:
@@ -128,39 +128,53 @@ def check_windows(levels: Sequence[int], windows: int) -> None:
         )
 
 
-def load_calibration(folder: Path, checkpoint: Path, channels: Sequence[str], levels: Sequence[int]) -> Calibration:
+def load_calibration(
+    folder: Path, checkpoint: Checkpoint, channels: Sequence[str], levels: Sequence[int]
+) -> Calibration:
     """Return what an earlier test with --level has kept in a run folder.
 
     Args:
         folder: the run folder of that test.
-        checkpoint: the file of the weights that it must be of.
+        checkpoint: that it must be of.
         channels: that it must be of.
         levels: that it must be enough for, in per cent.
 
     Raises:
         UserError: if there is none, or the file is damaged or too small for a level.
     """
-    calibration = _read(folder / FILE) if (folder / FILE).is_file() else None
+    path, pred_len = folder / FILE, checkpoint.flags["pred_len"]
+    calibration = _read(path, pred_len) if path.is_file() else None
     if calibration and calibration.is_pooled:
         calibration = replace(calibration, channels=tuple(channels))  # it is any series'
-    if calibration is None or (calibration.checkpoint, calibration.channels) != (hash_of(checkpoint), tuple(channels)):
+    if calibration is None or (calibration.checkpoint, calibration.channels) != (checkpoint.sha256, tuple(channels)):
         raise UserError(
-            f"no {FILE} of {checkpoint} and these channels in {folder}: test once with --level, without --predict, on a"
-            " CSV with validation rows"
+            f"no {FILE} of {checkpoint.path} and these channels in {folder}: test once with --level, without"
+            " --predict, on a CSV with validation rows"
         )
     for level in levels:
         if not np.isfinite(calibration.quantiles[level - 1]).all():
-            raise UserError(f"{folder / FILE} is of too few validation windows for --level {level}: give a lower one")
+            raise UserError(f"{path} is of too few validation windows for --level {level}: give a lower one")
     return calibration
 
 
-def _read(path: Path) -> Calibration:
+def _read(path: Path, pred_len: int) -> Calibration:
     try:
         with np.load(path, allow_pickle=False) as file:
             pooled = "is_pooled" in file and bool(file["is_pooled"])  # of an earlier version: not
-            return Calibration(tuple(file["channels"].tolist()), file["quantiles"], str(file["checkpoint"]), pooled)
+            channels, quantiles = tuple(file["channels"].tolist()), file["quantiles"]
+            _check_quantiles(quantiles, (len(LEVELS), 1 if pooled else len(channels), pred_len))
+            return Calibration(channels, quantiles, str(file["checkpoint"]), pooled)
     except Exception as problem:  # a file that is cut off or of another kind can make numpy raise anything
         raise UserError(f"{path} is damaged: test once with --level to write it anew") from problem
+
+
+def _check_quantiles(quantiles: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Raise ValueError for what `Residuals` does not return."""
+    if quantiles.shape != shape or quantiles.dtype != np.float32:
+        raise ValueError(f"quantiles of shape {quantiles.shape} and {quantiles.dtype}, not {shape} and float32")
+    # Infinite ones may stand at the end: their differences are not numbers. NaN is not at least 0.
+    if not ((quantiles >= 0).all() and (quantiles[1:] >= quantiles[:-1]).all()):
+        raise ValueError("quantiles that are negative, out of order or no numbers")
 
 
 class IntervalScores:

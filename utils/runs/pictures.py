@@ -9,12 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font, get_font_names
-from matplotlib.text import Text
 
+from utils.errors import UserError
 from utils.runs.files import write_whole
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import findfont, get_font, get_font_names
+    from matplotlib.text import Text
+except ValueError as problem:  # of the variable MPLBACKEND, which it reads when it is imported
+    raise UserError(f"matplotlib refuses the environment variable MPLBACKEND ({problem}): unset it") from problem
 
 CONTEXT, TARGET, FORECAST = "0.45", "tab:green", "tab:orange"
 

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from layers.StandardNorm import Normalize
+from utils.errors import UserError
+from utils.exact import FARTHEST
 from utils.runs.files import write_text
 from utils.runs.intervals import Calibration
 from utils.runs.pictures import DrawnForecast, draw_forecasts
@@ -19,6 +21,9 @@ from utils.runs.watchers import SERIES_FILE
 # A picture of more channels could not be read; of the series of a long CSV, these many stand for all.
 MOST_CHANNELS = 12
 SERIES_SHOWN = 6
+
+# Deviations from the mean of the training rows that no such series comes to by itself.
+FAR = 1000
 
 
 class Context(Protocol):
@@ -48,11 +53,13 @@ class Forecast:
         context: what it was made from.
         values: (pred_len, channels).
         half_widths: of the intervals, (pred_len, channels) each, by level in per cent, the lowest first.
+        warnings: what the user should know of it, a line each.
     """
 
     context: Context
     values: np.ndarray
     half_widths: dict[int, np.ndarray]
+    warnings: tuple[str, ...] = ()
 
     def as_frame(self) -> pd.DataFrame:
         """Return it in the shape of the CSV: a row a date, a column a channel followed by its bounds, the lowest first.
@@ -69,6 +76,23 @@ class Forecast:
         half_widths = {level: half.T.ravel() for level, half in self.half_widths.items()}
         columns = {"unique_id": np.repeat(names, len(self.values)), "ds": dates[0].append(list(dates[1:]))}
         return pd.DataFrame({**columns, **_with_bounds("y", self.values.T.ravel(), half_widths)})
+
+
+def check_columns(channels: Sequence[str], is_long: bool, levels: Sequence[int]) -> None:
+    """Refuse channels that have the names of other channels' bounds: one column would take the other's place.
+
+    Raises:
+        UserError: names the channel.
+    """
+    if is_long:  # there, every bound is of the column `y`
+        return
+    nothing = np.zeros(0)
+    for name in channels:
+        bounds = _with_bounds(name, nothing, dict.fromkeys(levels, nothing)).keys() - {name}
+        if taken := sorted(bounds & set(channels)):
+            raise UserError(
+                f"the channel {taken[0]!r} has the name of a bound of {name!r} with --level: give it another name"
+            )
 
 
 def _with_bounds(name: str, values: np.ndarray, half_widths: dict[int, np.ndarray]) -> dict[str, np.ndarray]:
@@ -98,19 +122,56 @@ def forecast_beyond(
         batch_size: channels at one time.
         calibration: of the intervals; None if no levels are asked for.
         levels: of the intervals, in per cent, the lowest first.
+
+    Raises:
+        UserError: if a value of a window is no reading, or the forecast is not finite.
     """
     mean, deviation = _scale_of(context, contents)
-    explainer = contents.get("explainer")
-    scaled = context.scaled(mean, deviation, explainer).astype(np.float32)
+    explainer = contents["explainer"]
+    scaled = context.scaled(mean, deviation, explainer)
+    warnings = _check_window(context, scaled, mean, deviation)
+    scaled = scaled.astype(np.float32)
     windows = torch.from_numpy(scaled.T.copy())[..., None]  # (channels, seq_len, 1)
     model.eval()
     parts = [model(batch).float().cpu() for batch in windows.split(batch_size)]
     left = torch.cat(parts)[..., 0].T.double().numpy()
     values = (left + context.explained_to_come(explainer)) * deviation + mean
+    if not np.isfinite(values).all():
+        channel = context.channels[int(np.isfinite(values).all(axis=0).argmin())]
+        raise UserError(
+            f"the forecast of {channel!r} is not finite: look at its last rows, or give --llm_dtype float32 or bfloat16"
+        )
     shown = Normalize()(windows[..., 0])[1].deviation[:, 0].numpy()
     numbers = np.arange(len(shown))
     half_widths = {level: calibration.half_widths(level, numbers, shown).T * deviation for level in levels}
-    return Forecast(context, values, half_widths)
+    return Forecast(context, values, half_widths, warnings)
+
+
+def _check_window(context: Context, scaled: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> tuple[str, ...]:
+    """Refuse values that training would refuse, too; return a warning of those that it has seen nothing like.
+
+    Args:
+        context: the windows.
+        scaled: their values as the model sees them, (seq_len, channels).
+        mean, deviation: that they were scaled by, (channels,) each.
+    """
+    farthest = np.abs(scaled).argmax(axis=0)
+    warnings = []
+    for channel, row in enumerate(farthest):
+        distance = abs(scaled[row, channel])
+        if distance <= FAR:
+            continue
+        where = f"{context.channels[channel]!r}, {context.dates[channel][row]}: {context.values[row, channel]:g} is"
+        if distance > FARTHEST:
+            raise UserError(
+                f"{where} too far from the training rows' mean {mean[channel]:g} and deviation {deviation[channel]:g}"
+                " to be a reading: correct it or leave it empty"
+            )
+        warnings.append(
+            f"{where} {distance:.2g} deviations from the training rows' mean {mean[channel]:g}: a forecast from there"
+            " may mean nothing"
+        )
+    return (*warnings[:8], *([f"and so are values of {len(warnings) - 8} more channels"] if len(warnings) > 8 else []))
 
 
 def _scale_of(context: Context, contents: dict) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ from torch import nn
 from layers.StandardNorm import Normalize
 from utils.errors import UserError
 from utils.llm.loading import LoadedLLM
+from utils.runs.checkpoint import Checkpoint
 from utils.runs.files import UNFINISHED, keep_earlier, write_text, write_whole
 from utils.runs.finished import hash_of
 from utils.runs.intervals import Calibration
@@ -52,7 +53,7 @@ _FILES = (
 )
 
 
-def open_run_folder(folder: Path, flags: dict, csv: Path, device: str, resumes: bool) -> None:
+def open_run_folder(folder: Path, flags: dict, data_sha256: str, device: str, resumes: bool) -> None:
     """Make the run folder and write args.json: every flag, a hash of the CSV, the versions of the packages, the device.
 
     Training starts with a clean set of files: those of an earlier run of the same name are kept as *.old, *.old2
@@ -61,7 +62,7 @@ def open_run_folder(folder: Path, flags: dict, csv: Path, device: str, resumes: 
     Args:
         folder: the run folder.
         flags: all of the run's.
-        csv: its data.
+        data_sha256: of its CSV.
         device: that it runs on.
         resumes: whether training goes on with the files that are there.
 
@@ -80,7 +81,7 @@ def open_run_folder(folder: Path, flags: dict, csv: Path, device: str, resumes: 
                 _keep_earlier_files(folder)
     except OSError as problem:
         raise UserError(f"cannot write to {folder}: {problem.strerror or problem} (--checkpoints)") from problem
-    what_ran = {**flags, "data_sha256": hash_of(csv), "versions": _versions(), "device": device}
+    what_ran = {**flags, "data_sha256": data_sha256, "versions": _versions(), "device": device}
     _write_json(folder / "args.json", what_ran)
 
 
@@ -156,13 +157,28 @@ def write_series(folder: Path, per_channel: dict[str, dict]) -> None:
     write_text(folder / SERIES_FILE, text.getvalue())
 
 
-def origin_of(checkpoint: Path, csv: Path, eval_windows: int) -> dict:
-    """Return what metrics.json says of where its scores are from: the weights, the data, how many windows at most."""
+def origin_of(
+    checkpoint: Checkpoint, flags: dict, csv: Path, data_sha256: str, eval_windows: int, ended_state: str
+) -> dict:
+    """Return what metrics.json says of where its scores are from.
+
+    Args:
+        checkpoint: the weights.
+        flags: all of the test's.
+        csv: the data.
+        data_sha256: of the CSV as it was read.
+        eval_windows: how many windows at most, 0 for all.
+        ended_state: the SHA-256 of the run's `last`, if that says that training has ended; else empty.
+    """
     return {
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(checkpoint.path),
+        "checkpoint_sha256": checkpoint.sha256,
+        "ended_state_sha256": ended_state,
         "data": str(csv),
-        "data_sha256": hash_of(csv),
+        "data_sha256": data_sha256,
+        "prompt_file_sha256": hash_of(Path(flags["prompt_file"])),
         "eval_windows": eval_windows,
+        "flags": flags,
     }
 
 

@@ -35,7 +35,9 @@ class RunLock:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
-            self._owner.write_text(json.dumps({"process": os.getpid(), "host": platform.node()}), encoding="utf-8")
+            self._owner.unlink(missing_ok=True)  # of an owner that was killed; "x" writes through no link
+            with self._owner.open("x", encoding="utf-8") as file:
+                json.dump({"process": os.getpid(), "host": platform.node()}, file)
         except Timeout as problem:
             raise UserError(
                 f"{self.folder} is in use by {self._describe_owner()}: wait for it, or name this run with --des"
@@ -56,6 +58,6 @@ class RunLock:
     def _describe_owner(self) -> str:
         try:
             owner = json.loads(self._owner.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return f"process {owner['process']} on {owner['host']}"
+        except (OSError, ValueError, RecursionError, KeyError, TypeError):  # it may be half-written
             return "another process"
-        return f"process {owner['process']} on {owner['host']}"

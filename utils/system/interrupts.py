@@ -1,74 +1,43 @@
-"""Ctrl-C, Ctrl-Break and SIGTERM: finish the step first."""
+"""Whether to stop, asked of all processes."""
 
-import contextlib
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
+
+from utils.cli.signals import Interrupts
 
 # Several processes agree on stopping about once a second, but at least every so many steps: each poll is a blocking
 # collective.
 AGREE_EVERY = 10
 
 
-class Interrupts:
-    """While it is entered, a signal raises KeyboardInterrupt, but for the time that `deferred` takes.
+class StopVote:
+    """Tells when to stop; all processes get the same answer, if all ask equally often.
 
-    Then the first signal is only remembered, and the second raises.
+    Args:
+        interrupts: of this process.
+        accelerator: of the run.
     """
 
-    def __init__(self):
-        self._requested = self._deferring = False
+    def __init__(self, interrupts: Interrupts, accelerator: Accelerator):
+        self._interrupts = interrupts
+        self._accelerator = accelerator
+        self._polls = 0
         self._next = 1
-        self._agreed = (0, time.monotonic())  # when the processes last agreed, by count and by the clock
-        self._before = {}
+        self._agreed = (0, time.monotonic())  # when the processes last agreed, by polls and by the clock
 
-    def __enter__(self) -> "Interrupts":
-        if threading.current_thread() is threading.main_thread():  # no other may install handlers
-            names = ("SIGINT", "SIGTERM", "SIGBREAK")
-            for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *problem) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, *_signal) -> None:
-        if self._requested or not self._deferring:
-            raise KeyboardInterrupt
-        self._requested = True
-        with contextlib.suppress(RuntimeError):  # stderr was being printed to: it cannot be entered twice
-            print("stopping after this step; once more stops at once", file=sys.stderr, flush=True)
-
-    @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Remember the first signal instead of raising."""
-        self._deferring = True
-        try:
-            yield
-        finally:
-            self._deferring = False
-
-    def requested(self, accelerator: Accelerator, count: int) -> bool:
-        """Return whether to stop; all processes get the same answer.
-
-        Args:
-            accelerator: of the run.
-            count: how often all processes have polled before.
-        """
-        if accelerator.num_processes == 1:
-            return self._requested
-        if count < self._next:
+    def poll(self) -> bool:
+        """Return whether to stop."""
+        if self._accelerator.num_processes == 1:
+            return self._interrupts.is_requested
+        self._polls += 1
+        if self._polls < self._next:
             return False
         before, since = self._agreed
-        seconds = (time.monotonic() - since) / max(count - before, 1)
-        votes = torch.tensor([float(self._requested), seconds], device=accelerator.device)
-        requests, seconds_each = accelerator.reduce(votes, "mean").tolist()
-        self._next = count + min(max(round(1 / max(seconds_each, 1e-3)), 1), AGREE_EVERY)
-        self._agreed = (count, time.monotonic())
+        seconds = (time.monotonic() - since) / max(self._polls - before, 1)
+        votes = torch.tensor([float(self._interrupts.is_requested), seconds], device=self._accelerator.device)
+        requests, seconds_each = self._accelerator.reduce(votes, "mean").tolist()
+        self._next = self._polls + min(max(round(1 / max(seconds_each, 1e-3)), 1), AGREE_EVERY)
+        self._agreed = (self._polls, time.monotonic())
         return requests > 0

@@ -11,8 +11,15 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, gather_object, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    gather_object,
+    set_seed,
+)
 
+from utils.cli.environment import overruled_variables
 from utils.errors import UserError
 from utils.system.gpu import has_bfloat16, is_gpu, of_this_machine
 
@@ -49,15 +56,20 @@ def build_accelerator(seed: int, grad_accum: int, use_amp: bool, shares_buffers:
     # accelerate keeps its settings for the life of the interpreter and refuses others; `main` may be called
     # again with another precision.
     AcceleratorState._reset_state()
+    mixed_precision = _half_precision(of_this_machine()) if use_amp else "no"
     # So that accelerate gives torch's data parallelism device_ids=None. With a device it moves the windows there, and
     # `forward` would wait to have them back: the prompts are written on the host.
     os.environ.setdefault("ACCELERATE_BYPASS_DEVICE_MAP", "true")
-    accelerator = Accelerator(
-        mixed_precision=_half_precision(of_this_machine()) if use_amp else None,
-        gradient_accumulation_steps=grad_accum,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed, non_blocking=True),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=shares_buffers)],
-    )
+    with refused_environment():
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision,  # left out, the environment would be asked for each of these three
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=grad_accum),
+            dynamo_backend="no",
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed, non_blocking=True),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=shares_buffers)],
+        )
+    for line in overruled_variables(mixed_precision, grad_accum):
+        accelerator.print(line)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and accelerator.num_processes == 1:
         raise UserError(
@@ -65,6 +77,37 @@ def build_accelerator(seed: int, grad_accum: int, use_amp: bool, shares_buffers:
             " launch, or, on the CPU, set ACCELERATE_USE_CPU=1"
         )
     return accelerator
+
+
+@contextlib.contextmanager
+def refused_environment() -> Iterator[None]:
+    """Turn what accelerate and torch say of variables that make no sense into one line.
+
+    Raises:
+        UserError: if they cannot start.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError, ImportError) as problem:
+        reason = str(problem).strip().splitlines() or [type(problem).__name__]
+        raise UserError(
+            f"the environment does not let accelerate start ({reason[0]}): unset its variables (ACCELERATE_*, RANK,"
+            " MASTER_ADDR), or start with accelerate launch"
+        ) from problem
+
+
+def check_same_on_all_ranks(value: str, what: str) -> None:
+    """Refuse a value that the processes should share and do not.
+
+    Args:
+        value: this process's.
+        what: it is of, as the message calls it.
+
+    Raises:
+        UserError: if they differ.
+    """
+    if len(set(gather_object([value]))) > 1:
+        raise UserError(f"{what} is not the same for all processes: give all machines the same file")
 
 
 def seed_rank(accelerator: Accelerator, seed: int) -> None:

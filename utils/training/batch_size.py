@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -11,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from utils.memory.plan import STATE_BYTES
-from utils.runs.checkpoint import resumed_batches
+from utils.runs.checkpoint import Checkpoint
 from utils.system.gpu import no_spilling, random_kept
 
 
@@ -40,12 +39,14 @@ def fit_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: nn
         accelerator.print(f"Memory is short: --batch_size {fitting} --grad_accum {args.grad_accum} from here on")
 
 
-def choose_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module, last: Path | None) -> None:
+def choose_batch_size(
+    args: argparse.Namespace, accelerator: Accelerator, model: nn.Module, last: Checkpoint | None
+) -> None:
     """Set the batch size to what fits into memory, or to that of the state `last` that the run goes on from."""
     if last is None:
         fit_batch_size(args, accelerator, model)
     else:
-        take_batches(args, accelerator, *resumed_batches(last))
+        take_batches(args, accelerator, last.flags["batch_size"], last.flags["grad_accum"])
 
 
 def take_batches(args: argparse.Namespace, accelerator: Accelerator, batch_size: int, grad_accum: int) -> None:

@@ -36,7 +36,7 @@ def check_levels(levels: Sequence[int], split: Split) -> None:
 
 
 def calibrate(
-    accelerator: Accelerator, model: nn.Module, split: Split, checkpoint: Path, folder: Path | None
+    accelerator: Accelerator, model: nn.Module, split: Split, checkpoint: str, folder: Path | None
 ) -> Calibration:
     """Forecast the validation windows once, and keep in the run folder how far they were from it.
 
@@ -44,7 +44,7 @@ def calibrate(
         accelerator: of the run.
         model: with the best weights.
         split: the validation windows.
-        checkpoint: the file of those weights.
+        checkpoint: the SHA-256 of the file that they were read from.
         folder: the run folder; None if it holds the calibration of other data, which stays.
     """
     residuals = Residuals(pooled=split.windows.is_long)

@@ -11,13 +11,14 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from utils.cli.options import FlagGroup
+from utils.cli.signals import Interrupts
 from utils.errors import UserError
 from utils.memory.plan import nearly_full
 from utils.runs.checkpoint import Run, save_checkpoint, save_last
 from utils.runs.records import History
 from utils.runs.scores import Scores
 from utils.system.gpu import random_kept, random_states, restore_random
-from utils.system.interrupts import Interrupts
+from utils.system.interrupts import StopVote
 from utils.training.early_stopping import EarlyStopping
 from utils.training.evaluation import Split, evaluate
 from utils.training.optimizers import build_optimizer, parameter_groups
@@ -67,7 +68,7 @@ class Trainer:
         target: the channel of the headline metric, None for all channels.
         run: where to keep the weights.
         interrupts: says when to stop early.
-        state: what `load_last` returned, to go on from there; the model has its weights already.
+        state: what `compatibility.load_last` returned, to go on from there; the model has its weights already.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Trainer:
         self.target = target
         self.run = run
         self.interrupts = interrupts
+        self.stop_vote = StopVote(interrupts, accelerator)
         self.loss = LOSSES[recipe.loss]
         self.has_nothing_to_train = not list(model.parameters())
         shares = {"mapping_layer": recipe.mapping_rate, "residual": recipe.residual_rate}
@@ -100,7 +102,6 @@ class Trainer:
         self.batch = 0  # of the epoch, the last one trained on
         self.steps = 0  # of the optimiser
         self.validated_at = 0
-        self.polls = 0  # how often all processes have polled whether to stop
         self.memory_is_watched = True
         self.started = time.perf_counter()
         self.learning_seconds = self.validating_seconds = self.step_started = 0.0
@@ -216,12 +217,8 @@ class Trainer:
             self._save_state(self._random_states())
         self._stop_if_requested()
 
-    def _stop_requested(self) -> bool:
-        self.polls += 1
-        return self.interrupts.requested(self.accelerator, self.polls)
-
     def _stop_if_requested(self) -> None:
-        if self._stop_requested():
+        if self.stop_vote.poll():
             self._save_state(self._random_states())
             raise KeyboardInterrupt
 
@@ -304,7 +301,7 @@ class Trainer:
         return evaluate(self.accelerator, self.model, self.splits[split], self.target, split, self._raise_if_requested)
 
     def _raise_if_requested(self) -> None:
-        if self._stop_requested():
+        if self.stop_vote.poll():
             raise KeyboardInterrupt
 
     def _report_progress(self, batches: int, batch_loss: torch.Tensor, seconds: float) -> None:
@@ -415,7 +412,11 @@ class Trainer:
         save_last(self.run, model, training)
 
     def _load_state(self, state: dict) -> list[list[str]]:
-        """Take over a saved state; return the rows of its history."""
+        """Take over a saved state; return the rows of its history.
+
+        Raises:
+            UserError: if it is of another schedule or other processes, or damaged.
+        """
         for name in ("epoch", "batch", "steps", "validated_at", "loss_count"):
             setattr(self, name, state[name])
         self.learning_seconds = state.get("learning_seconds", 0.0)
@@ -427,14 +428,34 @@ class Trainer:
                 f"--lradj {self.recipe.lradj} lays its rates out over all steps: resume with the --train_epochs and"
                 " --max_steps of the run"
             )
+        last = self.run.folder / "last"
+        if len(state["random"]) != self.accelerator.num_processes:
+            raise UserError(
+                f"{last} is of {len(state['random'])} processes, here are {self.accelerator.num_processes}: resume"
+                " with as many"
+            )
+        try:
+            self._load_optimizer(state)
+        except Exception as problem:  # what a stranger has put there may make torch raise anything
+            raise UserError(
+                f"{last} is damaged (its optimiser is another): leave out --resume to train anew"
+            ) from problem
+        self._random_to_restore = state["random"][self.accelerator.process_index]
+        return state["history"]
+
+    def _load_optimizer(self, state: dict) -> None:
+        """Take over the states of optimiser, schedule and loss scaling.
+
+        Raises:
+            Exception: of whatever kind, if they are not such states as ours.
+        """
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, own in self.optimizer.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in own and own[name].shape != parameter.shape:
+                    raise ValueError(f"{name} of shape {own[name].shape}, not {parameter.shape}")
+        if state["schedule"].keys() != self.schedule.state_dict().keys():
+            raise ValueError("a schedule of another kind")
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        if len(state["random"]) != self.accelerator.num_processes:
-            raise UserError(
-                f"{self.run.folder / 'last'} is of {len(state['random'])} processes, here are"
-                f" {self.accelerator.num_processes}: resume with as many"
-            )
-        self._random_to_restore = state["random"][self.accelerator.process_index]
-        return state["history"]

@@ -1,0 +1,236 @@
+"""Is it the LLM that a checkpoint was trained with? Forecasts of another would be nonsense."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from layers.InFloat32 import InFloat32
+from utils.errors import UserError
+
+# Where an LLM is kept and what it computes in: a folder may be moved, and another precision is the user's to try.
+_MAY_CHANGE = ("source", "folder", "dtype")
+
+_SHAPE_OF_AN_LLM = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+)
+
+# Fields of a config that change no hidden state of a model in evaluation mode; besides these, all that speak of
+# dropout, token ids or labels. The layers in use are compared by themselves, random weights by the probe.
+_WITHOUT_EFFECT = {
+    *("transformers_version", "architectures", "dtype", "torch_dtype", "return_dict", "use_cache", "tokenizer_class"),
+    *("output_hidden_states", "output_attentions", "problem_type", "initializer_range", "tie_word_embeddings"),
+    *("chunk_size_feed_forward", "quantization_config", "num_hidden_layers", "task_specific_params"),
+    *("gradient_checkpointing", "name_or_path"),
+}
+
+_PROBED_TOKENS = 16
+
+# Token embeddings are summed up in blocks of so many rows, along so many random directions.
+_BLOCK_ROWS, _DIRECTIONS = 64, 4
+_CHUNK_ROWS = 128 * _BLOCK_ROWS
+
+# What a tokenizer is tried with: words and numbers of prompts. Its vocabulary alone does not tell how it splits.
+_SAMPLE = (
+    "<|start_prompt|>Dataset description: hourly readings. Task description: forecast the next 96 steps given the "
+    "previous 512 steps information; Input statistics: min value -1.7905428409576416, max value 3.985621452331543, "
+    "median value 1.1920928955078125e-07, the trend of input is upward, top 5 lags are : [0, 1, 95, 48, 2]"
+    f"<|<end_prompt>|> {' '.join(map(str, range(1000)))}"
+)
+
+
+@dataclass(frozen=True)
+class LLMIdentity:
+    """What a checkpoint must find again to the letter.
+
+    Attributes:
+        model_type, hidden_size, vocab_size, layers: of the config; the layers are those in use.
+        quantization: nf4 or none.
+        config_hash: of the fields that give the network its shape.
+        words_hash: of the signs of the first token embeddings, which no precision changes.
+        tokenizer_hash: of the vocabulary, and of how a sample text is split.
+    """
+
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    layers: int
+    quantization: str
+    config_hash: str
+    words_hash: str
+    tokenizer_hash: str = ""
+
+
+@dataclass(frozen=True)
+class LLMTraces:
+    """What a checkpoint must find again but for rounding, or, of the config, as far as both sides know it.
+
+    Attributes:
+        config: the fields that act on the hidden states, as plain values.
+        embeddings: (blocks, 5) float32, sums over all token embeddings, see `sketch_embeddings`.
+        probe: (tokens, d_llm) float32, hidden states, see `probe_layers`; None where the LLM is not run.
+    """
+
+    config: dict
+    embeddings: torch.Tensor
+    probe: torch.Tensor | None = None
+
+
+def identify(
+    config: PretrainedConfig, embeddings: torch.Tensor, tokenizer: PreTrainedTokenizerBase, in_4bit: bool
+) -> LLMIdentity:
+    """Return the identity of an LLM, by the text part of its config."""
+    return LLMIdentity(
+        model_type=config.model_type,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        layers=config.num_hidden_layers,
+        quantization="nf4" if in_4bit else "none",
+        config_hash=_hash_shape(config),
+        words_hash=_hash_signs(embeddings),
+        tokenizer_hash=_hash_tokenizer(tokenizer),
+    )
+
+
+def acting_fields(config: PretrainedConfig) -> dict:
+    """Return the fields of a config that act on the hidden states, as plain values."""
+    fields = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in _WITHOUT_EFFECT
+        and not name.startswith("_")
+        and not name.endswith(("_token_id", "pdrop", "dropout_prob"))
+        and not any(word in name for word in ("dropout", "label"))
+    }
+    return json.loads(json.dumps(fields, default=str))
+
+
+def _hash_shape(config: PretrainedConfig) -> str:
+    """Return a hash of what shapes the network, by names that do not change from release to release."""
+    shape = {name: getattr(config, name, None) for name in _SHAPE_OF_AN_LLM}
+    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _hash_signs(embeddings: torch.Tensor) -> str:
+    signs = (embeddings[:64].detach().float().cpu() > 0).numpy()
+    return hashlib.sha256(signs.tobytes()).hexdigest()[:16]
+
+
+def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash of what a tokenizer does, whichever files it was read from and whatever release wrote them."""
+    vocabulary = tokenizer.get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    ids = [vocabulary[token] for token in tokens] + tokenizer(_SAMPLE, verbose=False).input_ids
+    digest = hashlib.sha256("\n".join(tokens).encode("utf-8", "surrogatepass"))
+    digest.update(np.array(ids, np.int64).tobytes())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def sketch_embeddings(embeddings: torch.Tensor) -> torch.Tensor:
+    """Return sums over token embeddings that change with any of their rows, (blocks, 5) float32 on the CPU.
+
+    Of each block of rows: its sums along four random directions, each row with a random sign, and its norm. Other rows,
+    or the same in another order, make other sums; rounding to bfloat16 moves them by about a thousandth of the norm.
+
+    Args:
+        embeddings: (V, d_llm), on any device, in any precision.
+    """
+    rows, width = embeddings.shape
+    generator = torch.Generator().manual_seed(0)
+    directions = (torch.randint(2, (width, _DIRECTIONS), generator=generator) * 2.0 - 1).to(embeddings.device)
+    signs = torch.randint(2, (rows, 1), generator=generator) * 2.0 - 1
+    chunks = [embeddings[start : start + _CHUNK_ROWS].float() for start in range(0, rows, _CHUNK_ROWS)]
+    sums = torch.cat([(chunk @ directions).cpu() for chunk in chunks]) * signs
+    squares = torch.cat([chunk.square().sum(1, keepdim=True).cpu() for chunk in chunks])
+    parts = torch.cat([sums, squares], dim=1).double().split(_BLOCK_ROWS)
+    sketch = torch.stack([block.sum(0) for block in parts])
+    sketch[:, -1].sqrt_()
+    return sketch.float()
+
+
+@torch.no_grad()
+def probe_layers(backbone: nn.Module, device: torch.device) -> torch.Tensor:
+    """Return what an LLM makes of a few tokens of its vocabulary, (16, d_llm) float32 on the CPU.
+
+    Every weight that is run has a part in it. It is computed in float32, so that it tells of the weights alone and
+    not of the precision they are run in.
+    """
+    ids = torch.linspace(0, backbone.get_input_embeddings().num_embeddings - 1, _PROBED_TOKENS).long()
+    with InFloat32():
+        return backbone(ids[None].to(device), use_cache=False).last_hidden_state[0].cpu()
+
+
+def check_same_llm(path: Path, saved: dict, saved_traces: LLMTraces, present: dict, traces: LLMTraces) -> None:
+    """Refuse an LLM that is not the one of a checkpoint.
+
+    Args:
+        path: of the checkpoint, for messages.
+        saved, saved_traces: what it says; of an earlier version, fields and tensors may be missing or empty.
+        present, traces: of the LLM here.
+
+    Raises:
+        UserError: names what differs.
+    """
+    for name in sorted(saved.keys() - set(_MAY_CHANGE)):
+        if saved[name] != present.get(name):
+            _refuse(path, f"{name} {saved[name]}, here {present.get(name)}")
+    for name, before, now in _changed_fields(saved_traces.config, traces.config):
+        _refuse(path, f"its config has {name} {before}, here {now}")
+    _check_embeddings(path, saved_traces.embeddings, traces.embeddings, saved["dtype"] == present["dtype"])
+    _check_probe(path, saved_traces.probe, traces.probe, saved["dtype"] == present["dtype"], present["quantization"])
+
+
+def _refuse(path: Path, difference: str) -> None:
+    raise UserError(f"{path} was trained with another LLM ({difference}): give it the LLM of its run")
+
+
+def _changed_fields(before: dict, now: dict, prefix: str = "") -> list[tuple[str, object, object]]:
+    """Return name, earlier and present value of the fields that differ; one of another release may have others."""
+    changed = []
+    for name in sorted(before.keys() & now.keys()):
+        if isinstance(before[name], dict) and isinstance(now[name], dict):
+            changed += _changed_fields(before[name], now[name], f"{prefix}{name}.")
+        elif before[name] != now[name]:
+            changed.append((prefix + name, before[name], now[name]))
+    return changed
+
+
+def _check_embeddings(path: Path, saved: torch.Tensor, present: torch.Tensor, same_dtype: bool) -> None:
+    if not saved.numel():  # of an earlier version
+        return
+    if saved.shape != present.shape:
+        _refuse(path, "its token embeddings differ")
+    # A row of a block that was exchanged moves its sums by a fifth of its norm, rounding to bfloat16 by a thousandth.
+    tolerance = 1e-4 if same_dtype else 0.02
+    difference = (present - saved).abs().amax(1) / saved[:, -1].clamp(min=torch.finfo(saved.dtype).tiny)
+    if not bool((difference <= tolerance).all()):  # NaN, too
+        changed = int((~(difference <= tolerance)).sum())
+        _refuse(path, f"its token embeddings differ, in {changed} of {len(saved)} blocks of {_BLOCK_ROWS} rows")
+
+
+def _check_probe(
+    path: Path, saved: torch.Tensor | None, present: torch.Tensor | None, same_dtype: bool, quantization: str
+) -> None:
+    """Refuse an LLM of the same shape and words whose layers do something else.
+
+    Weights that are rounded alike give the same probe but for float32's rounding, and in 4 bits for a weight between
+    two of the 16 steps. Where bfloat16 has rounded one side alone, the LLMs tried (tiny ones, SmolLM2-135M) differed by
+    up to 1%, in 4 bits, where many a weight falls into another step then, by up to 8%. Noise of 1% and 5% of the
+    weights' deviation made 4% and 17%, matrices drawn anew more than 100%.
+    """
+    if saved is None or present is None:  # of an earlier version; or the LLM is not run
+        return
+    if saved.shape != present.shape:
+        _refuse(path, "its hidden states have another width")
+    in_4bit = quantization == "nf4"
+    tolerance = (0.03 if in_4bit else 1e-3) if same_dtype else (0.2 if in_4bit else 0.02)
+    difference = ((present - saved).norm() / saved.norm()).item()
+    if not difference <= tolerance:  # NaN, too
+        _refuse(path, f"its hidden states differ by {difference:.1%}")
