@@ -89,7 +89,7 @@ def test_the_checkpoint_forecasts_alone_what_the_run_did(score, run, tmp_path):
     frame = sales().drop(columns="noise")
     done = score("all", frame, "--covariates", "price,holiday", "--predict")
     first = (done.folder / "forecast.csv").read_bytes()
-    kept = read_checkpoint(done.folder / "checkpoint", {"progress"})["explainer"]
+    kept = read_checkpoint(done.folder / "checkpoint").contents["explainer"]
     assert [column["name"] for column in kept["columns"]] == ["price", "holiday"]
     frame.tail(48 + 12).to_csv(tmp_path / "all.csv", index=False)
     here = ["--root_path", tmp_path, "--data_path", "all.csv", "--model_id", "all", "--model", "DLinear"]

@@ -1,3 +1,4 @@
+import json
 import os
 import shlex
 import shutil
@@ -11,9 +12,9 @@ import pytest
 
 from scripts import launch
 from utils.cli.checks import check_options
-from utils.cli.options import get_parser
+from utils.cli.options import flags_of_final_test, flags_of_repetition, get_parser
 from utils.cli.places import csv_path, run_folder
-from utils.runs.records import open_run_folder
+from utils.runs.finished import hash_of
 
 SCRIPTS = Path(launch.__file__).parent
 DATA = ("ETTh1", "ETTh2", "ETTm1", "ETTm2")
@@ -150,15 +151,31 @@ def test_help_explains_the_scripts(children, capsys):
 # --- running them ---
 
 
+def leave_scores(args, repetition=0):
+    """Leave in a run folder what tells that a run is done."""
+    folder = run_folder(args, repetition)
+    folder.mkdir(parents=True)
+    for name in ("checkpoint", "last"):
+        (folder / name).write_text(name, encoding="utf-8")
+    metrics = {
+        "flags": vars(flags_of_repetition(args, repetition)),
+        "eval_windows": flags_of_final_test(args).eval_windows,
+        "data_sha256": hash_of(csv_path(args)),
+        "prompt_file_sha256": "",
+        "checkpoint_sha256": hash_of(folder / "checkpoint"),
+        "ended_state_sha256": hash_of(folder / "last"),
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    return folder
+
+
 def test_what_has_its_metrics_is_skipped_unless_told_otherwise(children, tmp_path, capsys):
     line = ["ETTh1", "96", "192", "--model", "DLinear", "--itr", "2", "--checkpoints", str(tmp_path)]
     _, args = (run.args for run in launch.plan_runs("ETTh1", line[1:]))
     for repetition in range(2):
         assert (launch.main(line), children) == (0, [96, 192])
         children.clear()
-        folder = run_folder(args, repetition)
-        folder.mkdir()
-        (folder / "metrics.json").touch()
+        leave_scores(args, repetition)
     capsys.readouterr()
     assert (launch.main(line), children) == (0, [96])
     error = capsys.readouterr().err
@@ -171,13 +188,16 @@ def test_what_was_run_with_other_flags_is_not_skipped(children, run, csv_folder,
     shared = ["--root_path", str(csv_folder), "--data_path", data.name, "--checkpoints", str(tmp_path / "runs")]
     line = ["ETTh1", "8", *shared, "--model", "DLinear", "--season", "7"]
     (planned,) = launch.plan_runs("ETTh1", line[1:])
-    folder = run_folder(planned.args, 0)
-    open_run_folder(folder, vars(planned.args), csv_path(planned.args), "cpu", resumes=False)
-    (folder / "metrics.json").touch()
+    folder = leave_scores(planned.args)
     assert (launch.main(line), children) == (0, [])
     for more in (["--learning_rate", "0.5"], ["--is_training", "0"], ["--plan"]):
         children.clear()
         assert (launch.main([*line, *more]), children) == (0, [8]), more
+    for name in ("checkpoint", "last"):  # trained on since
+        (folder / name).write_text("another", encoding="utf-8")
+        children.clear()
+        assert (launch.main(line), children) == (0, [8])
+        (folder / name).write_text(name, encoding="utf-8")
 
 
 def test_the_smoke_test_runs_every_time(children, tmp_path):

@@ -161,7 +161,7 @@ def test_files_that_were_moved_since_the_run_are_found_where_they_are_said_to_be
     Path("here.csv").rename("there.csv")
     Path("llm").rename("moved")
     assert "no data file here.csv: check --root_path and --data_path" in show(folder)[2]
-    assert "no LLM in ./llm: --llm_model_path" in show(folder, "--data_path", "there.csv")[2]
+    assert "/llm: --llm_model_path" in show(folder, "--data_path", "there.csv")[2]
     assert show(folder, "--data_path", "there.csv", "--llm_model_path", "moved")[0] == 0
 
 
@@ -201,7 +201,7 @@ def test_an_interrupt_leaves_one_line(folder, show, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prototypes, "build_model", interrupted)
+    monkeypatch.setattr(prototypes, "build_trained", interrupted)
     assert show(folder) == (130, "", "interrupted: nothing was written\n")
 
 

@@ -16,6 +16,8 @@ from utils.runs.files import write_whole
 
 FORMAT = 1
 
+_ALWAYS = {"weights", "llm", "flags", "channels", "mean", "deviation"}
+
 # What a file lacks that was written before there was such a thing.
 _OF_EARLIER_VERSIONS = {
     "is_long": False,
@@ -187,7 +189,7 @@ def _read(path: Path) -> Checkpoint:
             contents = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as problem:  # a file that is cut off or of another kind can make zipfile and torch raise anything
         raise _damaged(path, problem) from problem
-    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT or not contents.keys() >= _ALWAYS:
         raise UserError(f"{path} is not a checkpoint of this program: name another --checkpoint")
     contents = {**_OF_EARLIER_VERSIONS, **contents}
     _refuse_damage(path, lambda: check_contents(contents))

@@ -154,7 +154,7 @@ def flags_to_test(saved: Checkpoint, changes: Mapping[str, object]) -> argparse.
         changes: such as places of files that were moved.
 
     Raises:
-        UserError: if a change is no flag or no value of it, or the folder of the LLM is not there any more.
+        UserError: if a change is no flag or no value of it.
     """
     if unknown := sorted(changes.keys() - defaults().keys()):
         raise UserError(f"{', '.join(unknown)} is no flag of run_main.py: load_run takes those of the run")
@@ -177,13 +177,8 @@ def _keep_local_llm(saved: Checkpoint, args: argparse.Namespace) -> None:
     folder = llm.get("folder")
     if folder is None:  # it came from the Hub; or of an earlier version
         return
-    there = next((place for place in (llm["source"], folder) if (Path(place) / "config.json").is_file()), None)
-    if there is None:
-        raise UserError(
-            f"{saved.path} was trained with the LLM in {folder}, which is not there: say where it is, with"
-            " llm_model_path="
-        )
-    args.llm_model_path = there
+    is_beside = (Path(llm["source"]) / "config.json").is_file()
+    args.llm_model_path = llm["source"] if is_beside else folder
     if args.llm_layers is None and args.ablation != "no_llm":
         args.llm_layers = llm["layers"]  # by name, fewer may be the default
 

@@ -1,3 +1,4 @@
+import ast
 import json
 import shutil
 from pathlib import Path
@@ -179,14 +180,38 @@ def test_right_padding_uses_the_end_of_text_else_a_pad_token(tiny_llm):
         assert loaded.pad_id == loaded.tokenizer.convert_tokens_to_ids(token)
 
 
-def test_no_foreign_code_is_ever_run(tiny_llm, tmp_path):
+def test_no_foreign_code_is_ever_run(tiny_llm, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
     folder = copy_of(tiny_llm("qwen2"), tmp_path / "foreign")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["model_type"] = "foreign"
     config["auto_map"] = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n", encoding="utf-8")
-    with pytest.raises(UserError, match="cannot load"):
+    with pytest.raises(UserError, match="code of its own, which is never run"):
         load(folder)
     assert not (tmp_path / "ran").exists()
-    assert "trust_remote_code" not in Path(llm_module.__file__).read_text(encoding="utf-8")
+    # Where the model is known, code of its own is left alone, its tokenizer's, too.
+    config["model_type"] = "qwen2"
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    load(folder)
+    own_tokenizer = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own_tokenizer), encoding="utf-8")
+    load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_config_names_no_kernels(tiny_llm, tmp_path):
+    """With the package kernels, transformers would fetch them from the Hub and run them."""
+    folder = copy_of(tiny_llm("qwen2"), tmp_path / "kernels")
+    edit_config(folder, attn_implementation="nobody/kernels")
+    assert load(folder).backbone.config._attn_implementation == "sdpa"
+
+
+def test_every_loading_says_that_no_code_is_run():
+    root = Path(llm_module.__file__).parents[2]
+    for path in (path for path in root.rglob("*.py") if "tests" not in path.relative_to(root).parts):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("from_pretrained", "from_config"):
+                names = [keyword.arg for keyword in call.keywords]
+                assert "trust_remote_code" in names or None in names, f"{path}:{call.lineno}"

@@ -9,18 +9,21 @@ from data_provider.series import load_series
 from models import build_model
 from utils.cli.options import get_parser
 from utils.errors import UserError
-from utils.runs.checkpoint import Run, facts_of, load_checkpoint, save_checkpoint
+from utils.runs.checkpoint import Run, read_checkpoint, save_checkpoint
+from utils.runs.compatibility import load_checkpoint
 
 
 def save(model, args, folder, name="run"):
     (folder / name).mkdir()
-    run = Run(folder / name, vars(args), facts_of(load_series(args)))
+    run = Run(folder / name, vars(args), load_series(args).facts(100))
     save_checkpoint(run, model, {"epoch": 1, "steps": 3, "vali_loss": 0.5})
     return folder / name / "checkpoint"
 
 
 def load(path, model, args):
-    return load_checkpoint(path, model, vars(args), facts_of(load_series(args)))
+    saved = read_checkpoint(path)
+    load_checkpoint(saved, model, vars(args), load_series(args).facts(100))
+    return saved.contents
 
 
 @pytest.fixture
@@ -118,10 +121,14 @@ def test_the_same_llm_in_another_precision_is_not(flags, tiny_llm, tmp_path, fam
             load(path, build_model(args), args)
 
 
-def test_a_checkpoint_from_before_there_were_probe_and_basis_loads(saved):
+def test_a_checkpoint_of_an_earlier_version_loads(saved):
     model, args, path = saved
     contents = torch.load(path, weights_only=True)
-    del contents["llm_probe"], contents["weights"]["mapping_layer.basis"], contents["flags"]["mapping_rate"]
+    del contents["weights"]["mapping_layer.basis"], contents["flags"]["mapping_rate"]
+    del contents["llm"]["tokenizer_hash"], contents["llm"]["folder"], contents["description"]
+    for name in ("llm_probe", "llm_config", "llm_embeddings", "training_hashes", "validation_hashes", "one_in"):
+        del contents[name]
+    del contents["trained_rows"]
     torch.save(contents, path)
     torch.manual_seed(99)
     other = build_model(args)
@@ -160,7 +167,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_whole(saved, monkeypatch):
 
     monkeypatch.setattr(torch, "save", cut_off)
     with pytest.raises(UserError, match=r"cannot write .*checkpoint: disk full"):
-        save_checkpoint(Run(path.parent, vars(args), facts_of(load_series(args))), model, {})
+        save_checkpoint(Run(path.parent, vars(args), load_series(args).facts(100)), model, {})
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["checkpoint"]
 

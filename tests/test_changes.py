@@ -1,0 +1,307 @@
+"""What changes behind a run's back is said or refused, or does not reach the run."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.torch
+import torch
+
+import data_provider.reading
+from dataset.demo import write_demo_csv
+from scripts import compare, launch
+from utils.errors import UserError
+from utils.runs import load_run
+from utils.training import calibrating
+from utils.training.trainer import Trainer
+
+from .test_damage import DLINEAR, assert_one_line
+from .test_resume import LONGER, run_with_stop
+
+
+def test_a_half_trained_run_that_was_looked_at_is_not_done(run, flags, monkeypatch):
+    argv = [*flags, *LONGER, "--eval_steps", "3"]
+    run_with_stop(run, monkeypatch, argv, "_train_batch", 6)
+    assert run(*argv, "--is_training", "0").code == 0
+    done = run(*argv, "--itr", "2", "--resume", "auto")
+    assert done.code == 0, done.err
+    assert "is done" not in done.out and "Resuming at step 6" in done.out
+    assert "Seed 2021 is done" in run(*argv, "--itr", "2", "--resume", "auto").out
+
+
+def test_a_run_that_is_to_be_longer_and_was_cut_short_is_not_done(run, flags, monkeypatch):
+    argv = [*flags, "--lradj", "constant", "--eval_steps", "2"]
+    assert run(*argv, "--max_steps", "4").code == 0
+    run_with_stop(run, monkeypatch, [*argv, "--max_steps", "40", "--resume"], "_train_batch", 2)
+    longer = [*argv, "--max_steps", "40", "--itr", "2", "--resume", "auto"]
+    assert "is done" not in run(*longer).out
+    assert "Seed 2021 is done" in run(*longer).out
+
+
+def test_neither_a_comparison_nor_a_launcher_takes_it_for_done(run, flags, monkeypatch, capsys):
+    argv = [*flags, "--max_steps", "20", "--eval_steps", "2", "--model", "DLinear"]
+    run_with_stop(run, monkeypatch, [*argv, "--des", "DLinear", "--checkpoints", "all"], "_train_batch", 6)
+    tested = run(*argv, "--des", "DLinear", "--checkpoints", "all", "--is_training", "0")
+    assert tested.code == 0, tested.err
+    started = []
+    monkeypatch.setattr(compare, "run_child", lambda command: started.append(command) or 1)
+    compare.main([*argv, "--seeds", "1", "--out", "all", "--way", "DLinear"])
+    assert len(started) == 1 and "--resume" in started[0], capsys.readouterr().out
+    monkeypatch.setattr(launch, "ROOT", Path.cwd())
+    args = compare.get_parser().parse_args([*map(str, argv), "--des", "DLinear", "--checkpoints", "all"])
+    assert not launch.is_done(args)
+
+
+def test_scores_of_other_flags_do_not_make_a_run_done(run, flags):
+    argv = [*flags, "--itr", "2", "--resume", "auto"]
+    first, _ = run(*argv).folders
+    assert run(*flags, "--is_training", "0", "--prompt_padding", "right").code == 0
+    assert f"is done: {first}" not in run(*argv).out
+
+
+def without_best(folder):
+    (folder / "checkpoint").unlink()
+
+
+def with_damaged_best(folder):
+    (folder / "checkpoint").write_bytes(b"nothing")
+
+
+@pytest.mark.parametrize("lose", [without_best, with_damaged_best])
+def test_a_run_whose_best_weights_are_lost_is_not_resumed(run, flags, monkeypatch, lose):
+    argv = [*flags, *LONGER, "--eval_steps", "3"]
+    lose(run_with_stop(run, monkeypatch, argv, "_train_batch", 6).folder)
+    monkeypatch.setattr(Trainer, "fit", lambda _: pytest.fail("it trained"))
+    assert_one_line(run(*argv, "--resume"), "checkpoint")
+
+
+def with_file(flags, text):
+    Path("about.txt").write_text(text, encoding="utf-8")
+    place = flags.index("--content")
+    return [*flags[:place], "--prompt_file", "about.txt", *flags[place + 2 :]]
+
+
+def test_another_text_in_a_prompt_file_is_said_and_not_resumed(run, flags):
+    argv = with_file(flags, "Hourly loads.")
+    run(*argv, "--itr", "2")
+    assert "another description" not in run(*argv, "--is_training", "0").out
+    with_file(flags, "Oil prices.")
+    assert "another description of the data" in run(*argv, "--is_training", "0").out
+    assert "another description of the data" in run(*argv, "--is_training", "0", "--predict").out
+    assert_one_line(run(*argv, "--resume", "--max_steps", "6"), "another description of the data")
+    assert_one_line(run(*argv, "--itr", "2", "--resume", "auto"), "another description of the data")
+
+
+def edit_json(path, change):
+    contents = json.loads(path.read_text(encoding="utf-8"))
+    change(contents)
+    path.write_text(json.dumps(contents), encoding="utf-8")
+
+
+def permuted_tokenizer(folder):
+    def change(contents):
+        vocabulary = contents["model"]["vocab"]
+        one, other = (token for token, number in vocabulary.items() if number in (40, 41))
+        vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+
+    edit_json(folder / "tokenizer.json", change)
+
+
+def other_embeddings(folder):
+    tensors = safetensors.torch.load((folder / "model.safetensors").read_bytes())
+    tensors["embed_tokens.weight"][300] = tensors["embed_tokens.weight"][301]
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def in_config(**changes):
+    return lambda folder: edit_json(folder / "config.json", lambda contents: contents.update(changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (permuted_tokenizer, "tokenizer_hash"),
+        (other_embeddings, "its token embeddings differ"),
+        (in_config(sliding_window=16, use_sliding_window=True, layer_types=["sliding_attention"] * 2), "sliding"),
+        (in_config(rope_parameters={"rope_type": "default", "rope_theta": 10001.0}), "rope_theta"),
+        (in_config(rms_norm_eps=1.1e-6), "rms_norm_eps"),
+    ],
+    ids=["tokenizer", "embeddings", "sliding_window", "rope_theta", "rms_norm_eps"],
+)
+def test_an_llm_that_was_changed_is_refused(run, flags, tiny_llm, change, words):
+    shutil.copytree(tiny_llm("qwen2"), "llm")
+    argv = [*flags, "--llm_model_path", "./llm"]
+    assert run(*argv).code == 0
+    change(Path("llm"))
+    for more in (["--is_training", "0"], ["--is_training", "0", "--predict"], ["--resume", "--max_steps", "6"]):
+        assert_one_line(run(*argv, *more), "another LLM", words)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_embeddings_of_another_precision_are_the_same(run, flags, dtype):
+    assert run(*flags).code == 0
+    tested = run(*flags, "--is_training", "0", "--llm_dtype", dtype)
+    assert tested.code == 0, tested.err
+
+
+@pytest.fixture
+def own_csv(run, flags, csv_folder):
+    """A CSV that a test may change, and the flags of a run on it."""
+    shutil.copy(csv_folder / "small.csv", "own.csv")
+    return Path("own.csv"), [*flags, *DLINEAR, "--root_path", ".", "--data_path", "own.csv"]
+
+
+def change_rows(path, change):
+    frame = pd.read_csv(path)
+    change(frame)
+    frame.to_csv(path, index=False)
+
+
+def swap_rows(frame):
+    """Swap training rows: the mean stays what it was."""
+    values = frame.columns[1:]
+    frame.loc[[20, 21], values] = frame.loc[[21, 20], values].to_numpy()
+
+
+def set_validation_cell(frame):
+    frame.loc[300, "HULL"] += 0.001
+
+
+@pytest.mark.parametrize(("change", "words"), [(swap_rows, "training rows"), (set_validation_cell, "validation rows")])
+def test_changed_rows_are_not_resumed_and_are_said(run, own_csv, change, words):
+    path, argv = own_csv
+    run(*argv)
+    change_rows(path, change)
+    assert_one_line(run(*argv, "--resume", "--max_steps", "6"), "other data", words)
+    assert f"was trained on other data: the {words} differ" in run(*argv, "--is_training", "0").out
+
+
+def test_a_test_on_rows_that_were_trained_on_says_so(run, own_csv):
+    path, argv = own_csv
+    folder = run(*argv).folder
+    assert "of these test rows" not in run(*argv, "--is_training", "0").out
+    change_rows(path, lambda frame: frame.drop(index=range(250, 400), inplace=True))
+    for more in ([], ["--checkpoint", folder]):
+        assert "was trained on about 100% of these test rows" in run(*argv, "--is_training", "0", *more).out
+    other = write_demo_csv("other.csv", rows=250, seed=9)
+    done = run(*argv, "--data_path", other, "--is_training", "0", "--checkpoint", folder, "--des", "other")
+    assert done.code == 0 and "of these test rows" not in done.out
+
+
+# --- a CSV that changes while a run is at work --------------------------------------------------------------------
+
+
+def append_rows(path):
+    rows = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([*rows, *[rows[-1]] * 200]) + "\n", encoding="utf-8")
+
+
+def reorder_columns(path):
+    frame = pd.read_csv(path)
+    frame[["date", *reversed(frame.columns[1:])]].to_csv(path, index=False)
+
+
+@pytest.mark.parametrize("change", [append_rows, reorder_columns, os.unlink])
+def test_a_csv_that_changes_meanwhile_does_not_reach_the_run(run, own_csv, change, monkeypatch):
+    path, argv = own_csv
+    argv += ["--level", "50", "--predict"]
+    undisturbed = run(*argv).metrics()
+    fit = Trainer.fit
+
+    def changed_meanwhile(trainer):
+        fit(trainer)
+        change(path)
+
+    monkeypatch.setattr(Trainer, "fit", changed_meanwhile)
+    finished = run(*argv)
+    disturbed = finished.metrics()
+    for metrics in (undisturbed, disturbed):
+        for name in ("seconds", "cost", "checkpoint_sha256", "ended_state_sha256"):  # of the clock
+            del metrics[name]
+    assert disturbed == undisturbed
+    args = json.loads((finished.folder / "args.json").read_text(encoding="utf-8"))
+    assert args["data_sha256"] == undisturbed["data_sha256"]
+
+
+def test_the_csv_is_read_once(run, own_csv, monkeypatch):
+    _, argv = own_csv
+    reads, read = [], data_provider.reading.read_csv
+    monkeypatch.setattr(data_provider.reading, "read_csv", lambda path: reads.append(path) or read(path))
+    assert run(*argv, "--level", "50", "--predict", "--itr", "2").code == 0
+    assert len(reads) == 1
+
+
+def test_a_calibration_is_of_the_weights_that_were_loaded(run, flags, monkeypatch):
+    argv = [*flags, *DLINEAR]
+    folder = run(*argv).folder
+    evaluate = calibrating.evaluate
+
+    def while_it_trains(*arguments, **options):
+        contents = torch.load(folder / "checkpoint", weights_only=True)
+        contents["progress"]["steps"] = 99
+        torch.save(contents, folder / "checkpoint")
+        return evaluate(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrating, "evaluate", while_it_trains)
+        assert run(*argv, "--is_training", "0", "--level", "50").code == 0
+    assert_one_line(run(*argv, "--is_training", "0", "--predict", "--level", "50"), "no calibration.npz of")
+
+
+# --- from elsewhere, and absurd -----------------------------------------------------------------------------------
+
+
+def test_a_local_llm_is_found_from_elsewhere_and_never_asked_of_the_hub(run, flags, tiny_llm, csv_folder, monkeypatch):
+    shutil.copytree(tiny_llm("qwen2"), "models_here/tiny")
+    folder = run(*flags, "--llm_model_path", "models_here/tiny").folder.absolute()
+    frame = pd.read_csv(csv_folder / "small.csv")
+    expected = load_run(folder).predict(frame)
+    Path("elsewhere").mkdir()
+    home = Path.cwd()
+    monkeypatch.chdir("elsewhere")
+    pd.testing.assert_frame_equal(load_run(folder).predict(frame), expected)
+    (home / "models_here").rename(home / "moved")
+    with pytest.raises(UserError, match=r"models_here.*llm_model_path"):
+        load_run(folder)
+
+
+def test_a_name_under_base_models_is_no_hub_id(assert_refused, flags):
+    assert_refused([*flags, "--llm_model_path", "base_models/NAME"], "no LLM in base_models/NAME")
+
+
+@pytest.mark.parametrize(("cell", "refused"), [(1e20, True), (1e13, True), (1e10, False), (1e5, False)])
+def test_a_last_cell_that_is_no_reading(run, own_csv, cell, refused):
+    path, argv = own_csv
+    folder = run(*argv).folder
+    frame = pd.read_csv(path)
+    frame.loc[len(frame) - 1, "HULL"] = cell
+    frame.to_csv(path, index=False)
+    done = run(*argv, "--is_training", "0", "--predict")
+    if refused:
+        assert_one_line(done, "'HULL'", "too far from the training rows' mean")
+        with pytest.raises(UserError, match="too far"):
+            load_run(folder).predict(frame)
+    else:
+        assert done.code == 0 and "Warning: 'HULL'" in done.out
+        with pytest.warns(UserWarning, match="'HULL'"):
+            load_run(folder).predict(frame)
+
+
+def test_a_forecast_that_is_not_finite_is_no_forecast(run, own_csv, monkeypatch):
+    _, argv = own_csv
+    folder = run(*argv).folder
+    monkeypatch.setattr("models.DLinear.Model.forecast", lambda _, contexts: contexts[:, :4] * np.inf)
+    assert_one_line(run(*argv, "--is_training", "0", "--predict"), "is not finite")
+    assert not (folder / "forecast.csv").exists()
+
+
+def test_a_channel_that_is_named_like_a_bound_is_refused(run, own_csv):
+    path, argv = own_csv
+    frame = pd.read_csv(path).rename(columns={"HULL": "HUFL-lo-80"})
+    frame.to_csv(path, index=False)
+    assert_one_line(run(*argv, "--level", "80"), "'HUFL-lo-80'", "another name")
+    assert run(*argv, "--level", "50").code == 0
