@@ -21,7 +21,7 @@ from utils.cli.demo import farewell, introduction
 from utils.cli.environment import check_environment
 from utils.cli.options import flags_of_final_test, flags_of_repetition, get_parser, has_llm, headline_target
 from utils.cli.places import csv_path, demo_makes, hint_after_interrupt, run_folder, trained_folder
-from utils.cli.signals import Interrupts
+from utils.cli.signals import Interrupts, leave
 from utils.errors import UserError
 from utils.runs.finished import is_finished
 
@@ -362,4 +362,4 @@ def prepare_demo(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -8,7 +8,6 @@ same family and seed give the same files, well under 1 MB.
 
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers import (
 )
 
 from utils.cli.command import OneLineParser, exit_code_of
+from utils.cli.signals import leave
 from utils.errors import UserError
 from utils.llm.quiet import quiet_transformers
 from utils.runs.files import read_json, rename, write_text
@@ -161,4 +161,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

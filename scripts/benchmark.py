@@ -35,6 +35,7 @@ from models import build_around
 from utils.cli.checks import check_options
 from utils.cli.command import exit_code_of
 from utils.cli.options import get_parser
+from utils.cli.signals import leave
 from utils.llm.loading import LLMFlags, LoadedLLM, load_llm
 from utils.system.gpu import forget_most, is_gpu, most_allocated, wait_until_done
 
@@ -316,4 +317,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -28,6 +28,7 @@ from utils.cli.checks import check_options
 from utils.cli.command import OneLineParser, exit_code_of
 from utils.cli.options import get_parser
 from utils.cli.places import csv_path
+from utils.cli.signals import leave
 from utils.errors import UserError
 from utils.memory.plan import plan_memory
 from utils.training.optimizers import build_optimizer
@@ -175,4 +176,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

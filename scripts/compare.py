@@ -34,6 +34,7 @@ from utils.cli.checks import check_options, check_paths
 from utils.cli.command import OneLineParser, command_line, exit_code_of, run_child
 from utils.cli.options import COMPARE_SETS, flags_of_repetition, flags_tagged, get_parser
 from utils.cli.places import csv_path, demo_makes, run_folder
+from utils.cli.signals import leave
 from utils.errors import UserError
 from utils.runs.files import keep_earlier, write_text
 from utils.runs.finished import is_finished, is_of
@@ -350,4 +351,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

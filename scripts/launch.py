@@ -34,6 +34,7 @@ from utils.cli.checks import check_options
 from utils.cli.command import command_line, exit_code_of, run_child
 from utils.cli.options import flags_of_repetition, get_parser, has_llm
 from utils.cli.places import run_folder
+from utils.cli.signals import leave
 from utils.errors import UserError
 from utils.runs.finished import is_finished
 
@@ -180,4 +181,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

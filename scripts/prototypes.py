@@ -33,6 +33,7 @@ from models.trained import build_trained
 from utils.cli.checks import check_options, check_paths
 from utils.cli.command import OneLineParser, exit_code_of
 from utils.cli.places import csv_path
+from utils.cli.signals import leave
 from utils.errors import UserError
 from utils.runs.checkpoint import read_checkpoint
 from utils.runs.compatibility import flags_to_test
@@ -238,4 +239,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

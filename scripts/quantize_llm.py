@@ -18,6 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from utils.cli.command import OneLineParser, exit_code_of
+from utils.cli.signals import leave
 from utils.errors import UserError
 from utils.llm.loading import load_pretrained, nf4
 from utils.llm.quiet import quiet_transformers
@@ -73,4 +74,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -6,13 +6,28 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 # Seconds in which a further signal does not disturb the end that the first one has begun.
 _SETTLING = 1.0
 
 # Seconds until a KeyboardInterrupt that Python could only print is raised again.
 _AGAIN_AFTER = 0.02
+
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGBREAK")  # those of every system; each has some
+_NUMBERS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Run a command line and leave the process with its exit code; only while it is at work does it hear signals.
+
+    One that comes later, when Python is about to end, would change the exit code.
+    """
+    for number in _NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(main())
 
 
 class Interrupts:
@@ -33,8 +48,7 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():  # no other may install handlers
-            names = ("SIGINT", "SIGTERM", "SIGBREAK")
-            for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+            for number in _NUMBERS:
                 self._handlers[number] = signal.signal(number, self._handle)
             self._unraisable, sys.unraisablehook = sys.unraisablehook, self._raise_again
         return self
