@@ -191,6 +191,16 @@ def test_a_later_run_goes_on_where_an_earlier_one_stopped(ett, csv):
     assert fetched.server.ranges == [f"bytes={CUT}-"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege under Windows")
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_part_that_leads_to_another_file_is_not_written_to(ett, csv, tmp_path, link):
+    (tmp_path / "precious").write_bytes(DATA[:CUT])
+    csv.parent.mkdir()
+    link(tmp_path / "precious", part_of(csv))
+    assert_fetched(ett(whole()), csv)
+    assert (tmp_path / "precious").read_bytes() == DATA[:CUT]
+
+
 def test_a_server_that_ignores_what_is_there_already_starts_anew(ett, csv):
     fetched = ett(without_ranges(cut=CUT), without_ranges())
     assert_fetched(fetched, csv)
@@ -465,6 +475,15 @@ def test_files_of_an_older_version_do_not_get_into_the_llm(smollm2, tmp_path):
     assert_model(tmp_path / "llm")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege under Windows")
+def test_a_link_is_no_folder_of_an_earlier_download(smollm2, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("precious", encoding="utf-8")
+    (tmp_path / "llm.part").symlink_to(tmp_path / "precious")
+    assert_refused(smollm2(hub()), "llm.part is a link")
+    assert (tmp_path / "precious" / "file").exists()
+
+
 @pytest.mark.parametrize(
     ("answers", "name"),
     [(hub(config=CONFIG[:-1] + b" "), "config.json"), (hub(large=whole(DATA[::-1])), "model.safetensors")],
@@ -492,6 +511,7 @@ def listing_with(**figures) -> dict:
         hub(listed=listing(siblings=[])),
         hub(listed=listing(siblings=[{"rfilename": "config.json", "size": 10**14, "blobId": "0" * 40}])),
         hub(listed=["no", "Hub"]),
+        lambda handler: handler.give(b"[" * 100_000, Content_Type="application/json"),
         lambda handler: handler.give(b"<html>Log in</html>"),
     ],
 )

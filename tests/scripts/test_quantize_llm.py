@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -48,3 +49,11 @@ def test_wrong_input_is_refused(quantized, tiny_llm, tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.startswith("error: ") and words in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege under Windows")
+def test_a_planted_link_is_not_written_through(tiny_llm, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "nf4.unfinished").symlink_to(tmp_path / "precious")
+    assert main([tiny_llm("qwen2"), str(tmp_path / "nf4")]) == 0
+    assert (tmp_path / "nf4" / "config.json").exists() and not list((tmp_path / "precious").iterdir())

@@ -2,6 +2,7 @@ import shlex
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from utils.cli import demo
 from utils.cli.options import get_parser
@@ -53,3 +54,10 @@ def test_a_demo_that_tests_makes_no_forecast(run):
     forecast = run(*QUICK, "--is_training", 0, "--predict")
     assert "Test | MSE" not in forecast.out
     assert (done.folder / "forecast.csv").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--predict"], ["--predict", "--is_training", "0"], ["--is_training=0"]], ids=str)
+def test_the_hints_say_each_flag_once(more):
+    _, tested, forecast, *_ = demo.farewell(["--demo", "--seq_len", "48", *more]).splitlines()
+    assert shlex.split(tested) == ["python", "run_main.py", "--demo", "--seq_len", "48", "--is_training", "0"]
+    assert shlex.split(forecast) == [*shlex.split(tested), "--predict"]
