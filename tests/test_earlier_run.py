@@ -1,8 +1,8 @@
 """A run folder of an earlier version is tested, forecasts and is resumed with the figures it had then.
 
-`tests/frozen/run/` was made on 2026-11-27 at commit b248963: training with `FLAGS` was stopped by Ctrl-C at step 9 of 14
-and then tested once. `figures.json` holds what that version printed and wrote of a second test, of a forecast and of the
-resumed run. It is never made anew: what later versions write must not change what earlier ones have left.
+`tests/frozen/run/` was made on 2026-11-27 at commit b248963: training with `FLAGS` was stopped by Ctrl-C at step 9 of
+14 and then tested once. `figures.json` holds what that version wrote in a second test, in a forecast and in the resumed
+run. It is never made anew: later versions must give the same figures.
 """
 
 import json

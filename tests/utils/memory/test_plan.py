@@ -140,20 +140,16 @@ print(json.dumps([code, planned, 1024 * (getrusage(RUSAGE_SELF).ru_maxrss - befo
 @needs_shared("ETT-small")
 @needs_shared("qwen2.5-3b")
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+@pytest.mark.slow  # twenty seconds each
 @pytest.mark.parametrize(
     "extra",
     [
         ["--batch_size", "16"],
-        *(
-            pytest.param(extra, marks=pytest.mark.slow)  # twenty seconds each
-            for extra in (
-                ["--batch_size", "8", "--load_in_4bit"],
-                ["--batch_size", "8", "--load_in_4bit", "--mapping", "full"],
-                ["--batch_size", "16", "--load_in_4bit", "--gradient_checkpointing"],
-                ["--batch_size", "8", "--no_prefix_cache"],
-                ["--batch_size", "24", "--llm_layers", "4"],
-            )
-        ),
+        ["--batch_size", "8", "--load_in_4bit"],
+        ["--batch_size", "8", "--load_in_4bit", "--mapping", "full"],
+        ["--batch_size", "16", "--load_in_4bit", "--gradient_checkpointing"],
+        ["--batch_size", "8", "--no_prefix_cache"],
+        ["--batch_size", "24", "--llm_layers", "4"],
     ],
     ids=" ".join,
 )
