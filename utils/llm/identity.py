@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -124,11 +125,9 @@ def _hash_signs(embeddings: torch.Tensor) -> str:
 
 def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of what a tokenizer does, whichever files it was read from and whatever release wrote them."""
-    vocabulary = tokenizer.get_vocab()
-    tokens = sorted(vocabulary, key=vocabulary.get)
-    ids = [vocabulary[token] for token in tokens] + tokenizer(_SAMPLE, verbose=False).input_ids
+    tokens, ids = zip(*sorted(tokenizer.get_vocab().items(), key=itemgetter(1)), strict=True)
     digest = hashlib.sha256("\n".join(tokens).encode("utf-8", "surrogatepass"))
-    digest.update(np.array(ids, np.int64).tobytes())
+    digest.update(np.array([*ids, *tokenizer(_SAMPLE, verbose=False).input_ids], np.int64).tobytes())
     return digest.hexdigest()[:16]
 
 
