@@ -28,7 +28,7 @@ from utils.cli.command import OneLineParser, exit_code_of
 from utils.cli.signals import leave
 from utils.errors import UserError
 from utils.llm.quiet import quiet_transformers
-from utils.runs.files import read_json, rename, write_text
+from utils.system.files import read_json, rename, write_text
 
 HIDDEN_SIZE = 64
 LAYERS = 2

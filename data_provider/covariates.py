@@ -15,7 +15,8 @@ from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import TimeSeriesSplit
 
 from data_provider.windows import Spans
-from utils.errors import UserError
+from utils.errors import UserError, listed
+from utils.exact import HUGE
 
 # Texts that a column may have: each becomes a column of its own.
 MOST_TEXTS = 30
@@ -25,9 +26,6 @@ _FOLDS = 5
 
 # Of more channels, so many choose the penalty for all: a search takes a tenth of a second.
 _CHANNELS_SEARCHED = 40
-
-# Numbers beyond which a sum of squares would leave float64.
-_HUGE = 1e150
 
 # A share of a channel's variance that a covariate explains only if it says what it should help to forecast.
 _TOO_GOOD = 0.999
@@ -39,12 +37,12 @@ class Covariates:
 
     Attributes:
         rows: a row a date of the table.
-        to_come: rows behind the last known one of each channel, with their dates as index.
-        spans: which of `to_come` are a channel's, (channels,): `first` and `rows` of it.
+        future: rows behind the last known one of each channel, with their dates as index.
+        spans: which of `future` are a channel's, (channels,): `first` and `rows` of it.
     """
 
     rows: pd.DataFrame
-    to_come: pd.DataFrame
+    future: pd.DataFrame
     spans: Spans
 
 
@@ -133,7 +131,7 @@ class Explainer:
         if not leaks:
             return []
         return [
-            f"the covariates explain {', '.join(leaks[:8])} almost wholly: a covariate that is the target itself, or is"
+            f"the covariates explain {listed(leaks)} almost wholly: a covariate that is the target itself, or is"
             " known only with it, makes a test mean nothing"
         ]
 
@@ -249,7 +247,7 @@ def check_cells(source: Path, frame: pd.DataFrame, names: Sequence[str]) -> None
         column = frame[name]
         wrong = column.isna().to_numpy()
         if pd.api.types.is_float_dtype(column):
-            wrong = wrong | ~(np.abs(column.to_numpy(np.float64)) < _HUGE)
+            wrong = wrong | ~(np.abs(column.to_numpy(np.float64)) < HUGE)
         if wrong.any():
             first = wrong.argmax()
             raise UserError(

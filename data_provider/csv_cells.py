@@ -7,8 +7,8 @@ from typing import NoReturn
 import numpy as np
 import pandas as pd
 
-from utils.errors import UserError
-from utils.runs.finished import hash_of
+from utils.errors import UserError, first_line
+from utils.system.files import hash_of
 
 # The columns of a long CSV, as Nixtla's libraries have them.
 ID, DATE, VALUE = LONG = ("unique_id", "ds", "y")
@@ -33,8 +33,7 @@ def read_csv(path: Path) -> tuple[pd.DataFrame, str]:
         _refuse_change(path, before)
         if isinstance(problem, UnicodeDecodeError):
             raise UserError(f"{path} is not UTF-8 but {_guess_encoding(path)}: save it as UTF-8") from problem
-        reason = str(problem).strip().splitlines() or [type(problem).__name__]
-        raise UserError(f"{path} is not a CSV with a header line: {reason[0]}") from problem
+        raise UserError(f"{path} is not a CSV with a header line: {first_line(problem)}") from problem
     _refuse_change(path, before)
     if not isinstance(frame.index, pd.RangeIndex):
         raise UserError(f"{path} has rows with more cells than its header: give every column a name")
@@ -131,11 +130,11 @@ def dates_of(path: Path, column: pd.Series) -> pd.DatetimeIndex:
     raise UserError(f"{path} data row {column.index[row] + 1}, column {column.name!r}: {text!r} is not a date")
 
 
-def in_order(path: Path, column: pd.Series, dates: pd.DatetimeIndex) -> pd.DatetimeIndex:
-    """Return the dates of a column as they are.
+def check_sorted(path: Path, column: pd.Series, dates: pd.DatetimeIndex) -> None:
+    """Refuse dates that are not in order.
 
     Raises:
-        UserError: if one is before the one above it.
+        UserError: names the first row whose date is before the one above it.
     """
     back = np.flatnonzero(np.diff(dates.asi8) < 0)
     if len(back):
@@ -144,4 +143,3 @@ def in_order(path: Path, column: pd.Series, dates: pd.DatetimeIndex) -> pd.Datet
             f"{path} data row {row + 1}, column 'date': {str(column.iloc[row])!r} is before the row above it: sort the"
             f" rows by date ({len(back)} such rows)"
         )
-    return dates

@@ -1,4 +1,4 @@
-"""From flags to datasets and loaders."""
+"""From the flags and the run's data to datasets and loaders."""
 
 import argparse
 import signal
@@ -6,14 +6,10 @@ import signal
 import numpy as np
 from torch.utils.data import DataLoader, Subset
 
-from data_provider.series import Series, load_series, time_marks
-from data_provider.to_come import last_window
-from data_provider.windows import WindowDataset, evenly_spaced
+from data_provider.series import Series, load_series
+from data_provider.windows import WindowDataset, chunks, evenly_spaced
 from utils.errors import UserError
 from utils.system.gpu import pins_batches
-
-# Windows that are looked at together.
-_AT_ONCE = 4096
 
 
 def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, DataLoader]:
@@ -29,18 +25,15 @@ def windows_and_loader(series: Series, args: argparse.Namespace, flag: str) -> t
     validation and test is a Subset of evenly spaced windows.
 
     Args:
-        series: the run's CSV.
+        series: the run's data.
         args: the parsed flags.
-        flag: train, val, test, or pred: the last window of each channel, whose pred_len rows to come are NaN. It
+        flag: train, val, test, or pred: the last window of each channel, whose pred_len rows to forecast are NaN. It
             is scaled as the training rows are, so the CSV must have those.
 
     Raises:
         UserError: if the CSV is too short for the split.
     """
-    if flag == "pred":
-        dataset = _windows_to_come(series, args)
-    else:
-        dataset = series.windows(flag, args.seq_len, args.label_len, args.pred_len, args.percent)
+    dataset = series.windows(flag)
     if flag == "train":
         batch, shown = args.batch_size, dataset
     else:
@@ -62,8 +55,14 @@ def windows_and_loader(series: Series, args: argparse.Namespace, flag: str) -> t
     return dataset, loader
 
 
+def window_numbers(loader: DataLoader) -> np.ndarray:
+    """Return the numbers of the windows that a loader shows, in order."""
+    shown = loader.dataset
+    return np.asarray(shown.indices) if isinstance(shown, Subset) else np.arange(len(shown))
+
+
 def _check_something_is_known(dataset: WindowDataset, shown: WindowDataset | Subset, target: str | None) -> None:
-    """Refuse an evaluation that leaves nothing to score: no window of the headline's channel, or all its targets empty.
+    """Refuse an evaluation with nothing to score: no window of the headline's channel, or all its targets empty.
 
     Args:
         dataset: all windows of the split.
@@ -75,7 +74,7 @@ def _check_something_is_known(dataset: WindowDataset, shown: WindowDataset | Sub
     if target is not None:
         whose = f" of --target {target}"
         numbers = numbers[dataset.channel_of(numbers) == dataset.channels.index(target)]
-    if not any(dataset.knows_a_target(some) for some in np.array_split(numbers, -(-len(numbers) // _AT_ONCE) or 1)):
+    if not any(dataset.knows_a_target(some) for some in chunks(numbers)):
         enough = len(dataset.channels)
         raise UserError(
             f"no window{whose} with a known target among so few: raise --eval_windows or --test_windows to {enough} or"
@@ -84,20 +83,13 @@ def _check_something_is_known(dataset: WindowDataset, shown: WindowDataset | Sub
 
 
 def _as_gathered(batch):
-    """The dataset has gathered the batch already; a named function, since Windows pickles it for workers."""
+    """Return a batch that the dataset has gathered already; a named function, since Windows pickles it for workers."""
     return batch
 
 
 def _leave_signals_to_the_main_process(_worker: int) -> None:
-    """Let a loader's process go on at Ctrl-C: the main one finishes its step, and then ends it."""
+    """Let a loader's process continue at Ctrl-C: the main one finishes its step, and then ends it."""
     for name in ("SIGINT", "SIGBREAK"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _windows_to_come(series: Series, args: argparse.Namespace) -> WindowDataset:
-    """Return the windows that end with the CSV's last row, one a channel, followed by rows that nobody knows."""
-    to_come = last_window(series.table, args.seq_len, args.pred_len).dates_to_come
-    marks = {id(dates): time_marks(dates, args.data, args.embed, args.freq) for dates in to_come}
-    return series.windows_to_come(np.stack([marks[id(dates)] for dates in to_come]), args.seq_len, args.label_len)

@@ -5,9 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_provider.windows import Spans
-
-# Channels whose gaps a note names at most.
-_NAMED = 8
+from utils.errors import listed
 
 
 def fill(values: np.ndarray, spans: Spans) -> np.ndarray:
@@ -53,7 +51,7 @@ def note_on_gaps(values: np.ndarray, spans: Spans, channels: Sequence[str], seq_
     cells = np.bincount(channel_of, lengths, minlength=len(channels)).astype(np.int64)
     parts = [
         f"{cells.sum()} of {len(values)} cells are empty",
-        "longest gap in rows: " + _listed([f"{channels[n]} {longest[n]}" for n in np.argsort(-longest) if longest[n]]),
+        "longest gap in rows: " + listed([f"{channels[n]} {longest[n]}" for n in np.argsort(-longest) if longest[n]]),
     ]
     if leading := int(lengths[np.isin(begins, spans.first)].sum()):
         parts.append(f"{leading} at the very beginning take the first value")
@@ -62,7 +60,7 @@ def note_on_gaps(values: np.ndarray, spans: Spans, channels: Sequence[str], seq_
         (longest > seq_len, f"a gap longer than --seq_len {seq_len}"),
     ):
         if which.any():
-            parts.append(f"{words}: {_listed([channels[n] for n in np.flatnonzero(which)])}")
+            parts.append(f"{words}: {listed([channels[n] for n in np.flatnonzero(which)])}")
     return "; ".join(parts)
 
 
@@ -74,8 +72,3 @@ def _gaps(empty: np.ndarray, spans: Spans) -> tuple[np.ndarray, np.ndarray]:
     after[spans.first + spans.rows - 1] = False
     begins, ends = np.flatnonzero(empty & ~before), np.flatnonzero(empty & ~after)
     return begins, ends - begins + 1
-
-
-def _listed(words: Sequence[str]) -> str:
-    more = f" and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
-    return ", ".join(words[:_NAMED]) + more

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from data_provider.covariates import Covariates, check_cells, check_covariates
-from data_provider.csv_cells import ID, dates_of, in_order, is_long, numbers_of, read_csv
+from data_provider.csv_cells import ID, check_sorted, dates_of, is_long, numbers_of, read_csv
 from data_provider.long_tables import long_table
 from data_provider.tables import Choice, Table
 from data_provider.windows import Spans
@@ -65,7 +65,8 @@ def _wide_table(frame: pd.DataFrame, path: Path, choice: Choice) -> Table:
     columns = [name for name in frame.columns if name not in choice.covariates]
     channels = _choose_channels(path, columns, choice.features, choice.target, choice.target_last)
     cells = numbers_of(path, frame, channels)
-    dates = in_order(path, frame["date"], dates_of(path, frame["date"]))
+    dates = dates_of(path, frame["date"])
+    check_sorted(path, frame["date"], dates)
     rows = len(cells)
     if choice.covariates and rows:  # rows behind the last known one are the future
         is_known = ~np.isnan(cells).all(axis=1)
@@ -76,9 +77,9 @@ def _wide_table(frame: pd.DataFrame, path: Path, choice: Choice) -> Table:
     spans, covariates = Spans.of_table(*cells.shape), None
     if choice.covariates:
         count = len(channels)
-        to_come = Spans(np.zeros(count, np.int64), np.full(count, len(frame) - rows), np.zeros(count, np.int64))
+        future = Spans(np.zeros(count, np.int64), np.full(count, len(frame) - rows), np.zeros(count, np.int64))
         explaining = frame[list(choice.covariates)]
-        covariates = Covariates(explaining[:rows], explaining[rows:].set_axis(dates[rows:]), to_come)
+        covariates = Covariates(explaining[:rows], explaining[rows:].set_axis(dates[rows:]), future)
     values = np.ascontiguousarray(cells.T).ravel()
     return Table(path, dates[:rows], values, tuple(channels), spans, covariates=covariates)
 

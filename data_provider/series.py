@@ -1,110 +1,58 @@
-"""A CSV as one scaled array, with the borders of its splits."""
+"""A CSV as one scaled array, with the borders of its splits: its windows, and the facts that a checkpoint keeps."""
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import pandas as pd
 
 from data_provider.covariates import Explainer, fit_explainer
+from data_provider.facts import DataFacts
 from data_provider.fingerprints import hash_rows, keep_rows, share_kept
 from data_provider.gaps import fill
+from data_provider.horizon import LastWindow, last_window
+from data_provider.layouts import LAYOUTS, SPLITS
 from data_provider.reading import read_table
+from data_provider.scaling import Scaler, fit_scaler, note_on_constants, scale
 from data_provider.tables import Table
-from data_provider.timefeatures import integer_features, scaled_features
-from data_provider.windows import Spans, WindowDataset
+from data_provider.timefeatures import MarkOptions
+from data_provider.windows import Spans, WindowDataset, WindowSizes
 from utils.errors import UserError
-from utils.exact import FARTHEST, mean_and_variance
-from utils.runs.checkpoint import DataFacts
-
-SPLITS = ("train", "val", "test")
-
-_MONTH_HOURS = 30 * 24
-
-# Numbers beyond which a sum of squares would leave float64.
-_HUGE = 1e150
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a data set's rows are shared out.
-
-    Without `val`, `train` and `test` are shares of the rows there are and validation has the rest; with it, all
-    three are rows. `quarter_hours` adds the quarter of the hour to the integer time marks.
-    """
-
-    train: float
-    test: float
-    val: int | None = None
-    quarter_hours: bool = False
-
-    def rows(self, rows_there: int) -> tuple[int, int, int]:
-        """Return the numbers of training, validation and test rows."""
-        if self.val is not None:
-            return int(self.train), self.val, int(self.test)
-        train, test = int(rows_there * self.train), int(rows_there * self.test)
-        return train, rows_there - train - test, test
-
-
-def _ett(rows_an_hour: int) -> Layout:
-    month = _MONTH_HOURS * rows_an_hour
-    return Layout(12 * month, 4 * month, val=4 * month, quarter_hours=rows_an_hour > 1)
-
-
-_SHARES = Layout(0.7, 0.2)
-LAYOUTS = {
-    "ETTh1": _ett(1),
-    "ETTh2": _ett(1),
-    "ETTm1": _ett(4),
-    "ETTm2": _ett(4),
-    "custom": _SHARES,
-    "ECL": _SHARES,
-    "Traffic": _SHARES,
-    "Weather": _SHARES,
-}
-
-
-@dataclass(frozen=True)
-class Scaler:
-    """How each channel was scaled: by the mean and the deviation of its training rows; constant ones by 1.
-
-    Attributes:
-        mean_, scale_: (channels,) float64, in the CSV's units.
-    """
-
-    mean_: np.ndarray
-    scale_: np.ndarray
 
 
 @dataclass(frozen=True)
 class Series:
-    """Scaled channels, one behind the other.
+    """Scaled channels, one after the other.
 
     Attributes:
-        table: what the CSV holds.
-        values: (all rows,) float32, scaled with the training rows' mean and deviation, less what covariates explain;
-            gaps are filled.
+        table: the CSV.
+        sizes: rows of a window.
+        percent: share of the training rows to train on.
+        values: (all rows,) float32, scaled by the training rows' mean and deviation, without what the covariates
+            explain; gaps are filled.
         targets: the same with NaN in the gaps; `values` itself if there are none.
         marks: (dates, marks) float32, the time marks.
+        mark_options: how they are made.
         scaler: of each channel.
-        ends: (channels, 3): the row of each channel behind its training, validation and test rows.
-        notes: what the user should know of the data, a line each.
+        ends: (channels, 3): the row of each channel after its training, validation and test rows.
+        notes: what the user should know about the data, one line each.
         explainer: of the covariates; None if there are none.
-        explained: (all rows,) float32, scaled, what it explains; None likewise.
+        covariate_effect: (all rows,) float32, scaled, what the covariates explain; None if there are none.
     """
 
     table: Table
+    sizes: WindowSizes
+    percent: int
     values: np.ndarray
     targets: np.ndarray
     marks: np.ndarray
+    mark_options: MarkOptions
     scaler: Scaler
     ends: np.ndarray
     notes: tuple[str, ...]
     explainer: Explainer | None = None
-    explained: np.ndarray | None = None
+    covariate_effect: np.ndarray | None = None
 
     @property
     def source(self) -> Path:
@@ -117,19 +65,14 @@ class Series:
         return self.table.channels
 
     @property
-    def spans(self) -> Spans:
-        """The rows of each channel."""
-        return self.table.spans
-
-    @property
     def is_long(self) -> bool:
         """Whether it was a long CSV."""
         return self.table.is_long
 
-    def facts(self, percent: int) -> DataFacts:
-        """Return what a checkpoint keeps of it; `percent` is the share of the training rows that are trained on."""
+    def facts(self) -> DataFacts:
+        """Return the facts that a checkpoint keeps."""
         training, validation = self.ends[:, 0], self.ends[:, 1]
-        trained_rows, one_in = keep_rows(self.table, training * percent // 100)
+        trained_rows, one_in = keep_rows(self.table, training * self.percent // 100)
         return DataFacts(
             channels=list(self.channels),
             mean=self.scaler.mean_.tolist(),
@@ -142,73 +85,77 @@ class Series:
             one_in=one_in,
         )
 
-    def share_trained_on(self, trained_rows: Sequence[int], one_in: int) -> float:
-        """Return which share of the test rows a run has trained on, by what its `facts` say."""
-        return share_kept(self.table, self.ends[:, 1], self.ends[:, 2], trained_rows, one_in)
-
-    def of_channel(self, channel: int) -> np.ndarray:
-        """Return the scaled values of a channel, (rows,)."""
-        first = self.spans.first[channel]
-        return self.values[first : first + self.spans.rows[channel]]
+    def share_trained_on(self, facts: DataFacts) -> float:
+        """Return the share of the test rows that a run with these facts was trained on."""
+        return share_kept(self.table, self.ends[:, 1], self.ends[:, 2], facts.trained_rows, facts.one_in)
 
     def seasonal_errors(self, season: int) -> dict[str, float]:
-        """Return how far, on average, each channel's training rows are from those `season` rows before, scaled.
+        """Return the mean absolute error of the seasonal-naive forecast on each channel's training rows, scaled.
 
-        Of a channel that never changes by the season, or of fewer rows, there is none. Empty cells do not count.
+        A channel that never changes by the season, or has fewer rows, has none. Empty cells do not count.
+
+        Args:
+            season: in rows.
         """
         errors = {}
-        for first, end, name in zip(self.spans.first, self.ends[:, 0], self.channels, strict=True):
+        for first, end, name in zip(self.table.spans.first, self.ends[:, 0], self.channels, strict=True):
             training = self.targets[first : first + end].astype(np.float64)
-            if self.explained is not None:
-                training += self.explained[first : first + end]
+            if self.covariate_effect is not None:
+                training += self.covariate_effect[first : first + end]
             steps = np.abs(training[season:] - training[:-season])
             known = steps[~np.isnan(steps)]
             if len(known) and (error := float(known.mean())):
                 errors[name] = error
         return errors
 
-    def windows(self, split: str, seq_len: int, label_len: int, pred_len: int, percent: int) -> WindowDataset:
-        """Return the windows of a split: the first forecast is of its first row, or later if too few stand before it.
+    def windows(self, split: str) -> WindowDataset:
+        """Return the windows of a split: the first forecasts its first row, or a later one if too few rows precede it.
 
         Args:
-            split: train, val or test.
-            seq_len, label_len, pred_len: of the windows, in rows.
-            percent: share of the training rows to use.
+            split: train, val or test; or pred, the last window of each channel, whose rows to forecast are NaN.
 
         Raises:
-            UserError: if no channel has rows enough, or nothing is known of what is to be forecast.
+            UserError: if no channel has enough rows, or no target is known.
         """
-        begin, end = self._borders(split, seq_len, percent)
-        needed, there = seq_len + pred_len, int((end - begin).max())
+        if split == "pred":
+            return self._last_windows()
+        begin, end = self._borders(split)
+        needed, there = self.sizes.seq_len + self.sizes.pred_len, int((end - begin).max())
         if there < needed:
             whose = " of its longest series" if self.is_long else ""
             raise UserError(
-                f"{self.source.name}: the {split} split{whose} is too short for --seq_len {seq_len} and --pred_len"
-                f" {pred_len}: {needed} rows needed, {max(there, 0)} there"
+                f"{self.source.name}: the {split} split{whose} is too short for --seq_len {self.sizes.seq_len} and"
+                f" --pred_len {self.sizes.pred_len}: {needed} rows needed, {max(there, 0)} there"
             )
-        part = self.spans.part(begin, end)
-        self._check_targets(split, part, seq_len)
+        part = self.table.spans.part(begin, end)
+        self._check_targets(split, part)
         return WindowDataset(
             self.values,
             self.targets,
             self.marks,
             part,
             self.channels,
-            seq_len,
-            label_len,
-            pred_len,
+            self.sizes,
             self.is_long,
-            self.explained,
+            self.covariate_effect,
         )
 
-    def _borders(self, split: str, seq_len: int, percent: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return which rows of each channel the windows of a split are taken from: the first, and the one behind."""
-        number = SPLITS.index(split)
+    def last_window(self) -> LastWindow:
+        """Return the last rows of the CSV, to forecast from.
+
+        Raises:
+            UserError: as in `horizon.last_window`.
+        """
+        return last_window(self.table, self.sizes.seq_len, self.sizes.pred_len)
+
+    def _borders(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first row of each channel that the windows of a split show, and the row after their last."""
+        number, seq_len = SPLITS.index(split), self.sizes.seq_len
         end = self.ends[:, number]
         # The window reaches back into the split before.
         begin = self.ends[:, number - 1] - seq_len if number else np.zeros_like(end)
         if split == "train":
-            end = (end - seq_len) * percent // 100 + seq_len
+            end = (end - seq_len) * self.percent // 100 + seq_len
         if self.is_long:
             begin = np.maximum(begin, 0)
         elif begin[0] < 0:
@@ -218,40 +165,34 @@ class Series:
             )
         return begin, end
 
-    def _check_targets(self, split: str, part: Spans, seq_len: int) -> None:
+    def _check_targets(self, split: str, part: Spans) -> None:
         if self.targets is self.values:
             return
-        ends = part.first + part.rows
-        if all(
-            np.isnan(self.targets[first + seq_len : end]).all() for first, end in zip(part.first, ends, strict=True)
-        ):
-            raise UserError(
-                f"{self.source.name}: every cell of the {split} split is empty, there is nothing to score: fill it,"
-                " or give a CSV that ends before it"
-            )
-
-    def windows_to_come(self, marks: np.ndarray, seq_len: int, label_len: int) -> WindowDataset:
-        """Return the windows that end with each channel's last row, followed by rows that nobody knows.
-
-        Args:
-            marks: the time marks of the rows to come, (channels, pred_len, marks).
-            seq_len: rows that a window shows.
-            label_len: past rows repeated before what is to come.
-        """
-        count, pred_len, _ = marks.shape
-        rows, dates = self.spans.last(seq_len)  # (channels, seq_len) each
-        unknown = np.full((count, pred_len), np.nan, np.float32)
-        values, targets = (np.hstack([part[rows], unknown]).ravel() for part in (self.values, self.targets))
-        all_marks = np.concatenate([self.marks[dates], marks], axis=1).reshape(-1, marks.shape[2])
-        first = np.arange(count) * (seq_len + pred_len)
-        spans = Spans(first, np.full(count, seq_len + pred_len), first)
-        return WindowDataset(
-            values, targets, all_marks, spans, self.channels, seq_len, label_len, pred_len, self.is_long
+        for first, rows in zip(part.first, part.rows, strict=True):
+            if not np.isnan(self.targets[first + self.sizes.seq_len : first + rows]).all():
+                return
+        raise UserError(
+            f"{self.source.name}: every cell of the {split} split is empty, there is nothing to score: fill it,"
+            " or give a CSV that ends before it"
         )
+
+    def _last_windows(self) -> WindowDataset:
+        """Return the windows that end with each channel's last row, followed by rows that nobody knows."""
+        future = self.last_window().future_dates
+        count, length = len(future), self.sizes.seq_len + self.sizes.pred_len
+        marks_of = {id(dates): self.mark_options.marks(dates) for dates in future}
+        rows, dates = self.table.spans.last(self.sizes.seq_len)  # (channels, seq_len) each
+        unknown = np.full((count, self.sizes.pred_len), np.nan, np.float32)
+        values, targets = (np.hstack([part[rows], unknown]).ravel() for part in (self.values, self.targets))
+        marks = np.concatenate([self.marks[dates], np.stack([marks_of[id(dates)] for dates in future])], axis=1)
+        first = np.arange(count) * length
+        spans = Spans(first, np.full(count, length), first)
+        marks = marks.reshape(count * length, -1)
+        return WindowDataset(values, targets, marks, spans, self.channels, self.sizes, self.is_long)
 
 
 def load_series(args: argparse.Namespace) -> Series:
-    """Read the run's CSV and return it scaled, with its splits.
+    """Read the run's CSV, scale it and split it.
 
     Raises:
         UserError: names the file, column, row or flag that is wrong.
@@ -260,44 +201,42 @@ def load_series(args: argparse.Namespace) -> Series:
 
 
 def series_of(table: Table, args: argparse.Namespace) -> Series:
-    """Return what the run's CSV holds scaled, with its splits.
+    """Scale and split the run's CSV.
 
     Raises:
         UserError: names the column or row that is wrong, or says that there are too few rows.
     """
-    layout, spans, data, seq_len = LAYOUTS[args.data], table.spans, args.data, args.seq_len
-    shares = np.array([layout.rows(rows) for rows in spans.rows.tolist()])  # (channels, 3)
-    _check_rows(table, data, shares)
+    sizes, mark_options = WindowSizes.of(args), MarkOptions.of(args)
+    rows = np.array([LAYOUTS[args.data].rows(rows) for rows in table.spans.rows.tolist()])  # (channels, 3)
+    _check_rows(table, args.data, rows)
+    training = rows[:, 0]
     # Fitted on all training rows, whatever --percent uses of them, as in Time-LLM.
-    scaler = _fit_scaler(table, shares[:, 0])
-    targets = _scale(table, scaler)
-    explainer = _fit_explainer(table, targets, shares[:, 0]) if table.covariates else None
-    explained = None
-    notes = [*table.notes(seq_len), *_notes_on_channels(table, shares[:, 0])]
-    if explainer:
-        explained = explainer.explain(table.covariates.rows, table.date_rows(), table.channels)
-        targets = targets - explained
+    scaler = fit_scaler(table, training)
+    targets = scale(table, scaler)
+    notes = [*table.notes(sizes.seq_len), *note_on_constants(table, training)]
+    explainer = effect = None
+    if table.covariates:
+        explainer = _fit_explainer(table, targets, training)
+        effect = explainer.explain(table.covariates.rows, table.date_rows(), table.channels)
+        targets = targets - effect
         notes += [f"{table.source}: {warning}" for warning in explainer.warnings()]
-    values = fill(targets, spans)
+    values = fill(targets, table.spans)
     has_gaps = values is not targets
     values = values.astype(np.float32)
-    short = (shares[:, 0] < seq_len + args.pred_len).sum() if table.is_long else 0
-    if short:
-        notes.append(
-            f"{table.source}: {short} of {len(spans.rows)} series are too short to train on (their training rows are"
-            f" fewer than {seq_len + args.pred_len}, --seq_len and --pred_len): tested and forecast where they have"
-            " the rows"
-        )
+    notes += _note_on_short_series(table, training, sizes)
     return Series(
         table=table,
+        sizes=sizes,
+        percent=args.percent,
         values=values,
         targets=targets.astype(np.float32) if has_gaps else values,
-        marks=_marks(table, data, args.embed, args.freq),
+        marks=_marks(table, mark_options),
+        mark_options=mark_options,
         scaler=scaler,
-        ends=shares.cumsum(axis=1),
+        ends=rows.cumsum(axis=1),
         notes=tuple(notes),
         explainer=explainer,
-        explained=None if explained is None else explained.astype(np.float32),
+        covariate_effect=None if effect is None else effect.astype(np.float32),
     )
 
 
@@ -312,16 +251,27 @@ def _fit_explainer(table: Table, scaled: np.ndarray, training_rows: np.ndarray) 
     )
 
 
-def _marks(table: Table, data: str, embed: str, freq: str) -> np.ndarray:
+def _marks(table: Table, options: MarkOptions) -> np.ndarray:
     if not table.is_long:
-        return time_marks(table.dates, data, embed, freq)
+        return options.marks(table.dates)
     codes, dates = pd.factorize(table.dates)  # series share most of their dates
-    return time_marks(dates, data, embed, freq)[codes]
+    return options.marks(dates)[codes]
 
 
-def _check_rows(table: Table, data: str, shares: np.ndarray) -> None:
+def _note_on_short_series(table: Table, training_rows: np.ndarray, sizes: WindowSizes) -> list[str]:
+    needed = sizes.seq_len + sizes.pred_len
+    short = (training_rows < needed).sum()
+    if not table.is_long or not short:
+        return []
+    return [
+        f"{table.source}: {short} of {len(training_rows)} series are too short to train on (their training rows are"
+        f" fewer than {needed}, --seq_len and --pred_len): tested and forecast where they have the rows"
+    ]
+
+
+def _check_rows(table: Table, data: str, rows: np.ndarray) -> None:
     """Refuse channels with fewer rows than their splits have, or none to train on."""
-    needed = shares.sum(axis=1)
+    needed = rows.sum(axis=1)
     if (short := needed > table.spans.rows).any():
         channel = int(short.argmax())
         whose = f", series {table.channels[channel]!r}," if table.is_long else ""
@@ -329,70 +279,5 @@ def _check_rows(table: Table, data: str, shares: np.ndarray) -> None:
             f"{table.source}{whose} is too short for --data {data}: {needed[channel]} rows needed,"
             f" {table.spans.rows[channel]} there (--data custom splits any length 70/10/20)"
         )
-    if not shares[:, 0].all():
+    if not rows[:, 0].all():
         raise UserError(f"{table.source} has {table.spans.rows.min()} data rows: too few to train on")
-
-
-def time_marks(dates: pd.DatetimeIndex, data: str, embed: str, freq: str) -> np.ndarray:
-    """Return the time marks of dates, (dates, marks) float32, as the flags of the same names ask for them."""
-    if embed == "timeF":
-        return scaled_features(dates, freq)
-    return integer_features(dates, LAYOUTS[data].quarter_hours)
-
-
-def _notes_on_channels(table: Table, training_rows: np.ndarray) -> list[str]:
-    """Return which channels never change in the rows that they are scaled by."""
-    constant = [
-        name
-        for name, first, rows in zip(table.channels, table.spans.first, training_rows, strict=True)
-        if np.ptp(table.filled[first : first + rows]) == 0
-    ]
-    more = f" and {len(constant) - 8} more" if len(constant) > 8 else ""
-    names = ", ".join(constant[:8]) + more
-    return [f"{table.source}: constant in the training rows, so not scaled: {names}"] if constant else []
-
-
-def _fit_scaler(table: Table, training_rows: np.ndarray) -> Scaler:
-    """Return the scaler of each channel's known training rows; its numbers come out alike on every machine."""
-    found = np.zeros((len(table.channels), 2))
-    for channel, (first, rows) in enumerate(zip(table.spans.first, training_rows, strict=True)):
-        training = table.raw[first : first + rows]
-        known = training[~np.isnan(training)]
-        if not len(known) and table.is_long:  # it is not trained on, but may be forecast
-            known = table.raw[table.rows_of(channel)]
-            known = known[~np.isnan(known)]
-        if not len(known):
-            raise UserError(
-                f"{table.source}, {table.channels[channel]!r} holds no number in its training rows: drop it, or give"
-                " more rows"
-            )
-        if (huge := np.flatnonzero(np.abs(training) > _HUGE)).size:
-            _refuse(table, first + huge[0], "is too large to be a reading")
-        mean, variance = mean_and_variance(known)
-        # As scikit-learn's StandardScaler tells a constant from the rounding of its mean.
-        rounding = np.finfo(np.float64).eps * len(known)
-        is_constant = variance <= rounding * variance + (rounding * mean) ** 2
-        found[channel] = mean, 1 if is_constant else np.sqrt(variance)
-    return Scaler(*found.T.copy())
-
-
-def _scale(table: Table, scaler: Scaler) -> np.ndarray:
-    """Return what the CSV holds, scaled, float64."""
-    scaled = table.scaled(scaler.mean_, scaler.scale_)
-    if (too_large := np.flatnonzero(np.abs(scaled) > FARTHEST)).size:
-        channel = np.searchsorted(table.spans.first, too_large[0], side="right") - 1
-        _refuse(
-            table,
-            too_large[0],
-            f"is too far from the training rows' mean {scaler.mean_[channel]:g} and deviation"
-            f" {scaler.scale_[channel]:g} to be a reading",
-        )
-    return scaled
-
-
-def _refuse(table: Table, place: int, words: str) -> NoReturn:
-    """Say what is wrong with a value."""
-    channel = int(np.searchsorted(table.spans.first, place, side="right")) - 1
-    row = place - table.spans.first[channel] + 1
-    where = f"row {row} of series" if table.is_long else f"data row {row}, column"
-    raise UserError(f"{table.source} {where} {table.channels[channel]!r}: {table.raw[place]:g} {words}")

@@ -54,6 +54,10 @@ class Table:
         first = self.spans.first[channel]
         return slice(first, first + self.spans.rows[channel])
 
+    def channel_at(self, place: int) -> int:
+        """Return the number of the channel that the value at a place belongs to."""
+        return int(np.searchsorted(self.spans.first, place, side="right")) - 1
+
     def date_rows(self) -> list[slice]:
         """Return where the dates of each channel stand, and so its covariates."""
         return [slice(first, first + rows) for first, rows in zip(self.spans.dates, self.spans.rows, strict=True)]

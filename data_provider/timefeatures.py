@@ -1,10 +1,13 @@
 """Calendar features of timestamps, scaled (``--embed timeF``) or as integers (``fixed``, ``learned``)."""
 
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from data_provider.layouts import LAYOUTS
+from utils.cli.options import FlagGroup
 from utils.errors import UserError
 
 # A scaled feature: the calendar field, the field's smallest value and the range it is divided by.
@@ -30,6 +33,21 @@ _FEATURES_OF_STEP = (
     (("m", "M", "ME", "MS", "q", "Q", "QE", "QS"), ("month",)),
     (("y", "Y", "YE", "YS"), ()),
 )
+
+
+@dataclass(frozen=True)
+class MarkOptions(FlagGroup):
+    """The flags that the time marks depend on."""
+
+    data: str
+    embed: str
+    freq: str
+
+    def marks(self, dates: pd.DatetimeIndex) -> np.ndarray:
+        """Return the time marks of dates, (dates, marks) float32."""
+        if self.embed == "timeF":
+            return scaled_features(dates, self.freq)
+        return integer_features(dates, LAYOUTS[self.data].quarter_hours)
 
 
 def scaled_features(dates: pd.DatetimeIndex, freq: str) -> np.ndarray:

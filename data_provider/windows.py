@@ -1,6 +1,6 @@
 """Windows over series, one channel each, gathered a batch at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -9,18 +9,32 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import Dataset
 
+from utils.cli.options import FlagGroup
+
 Window = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+# Windows that are read at a time where all are looked through.
+_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class WindowSizes(FlagGroup):
+    """Rows of a window: its context, the end of the context repeated before the target, the rows to forecast."""
+
+    seq_len: int
+    label_len: int
+    pred_len: int
 
 
 @dataclass(frozen=True)
 class Spans:
-    """Where the rows of each channel stand, where all channels lie one behind the other.
+    """Where the rows of each channel are, in arrays that hold one channel after the other.
 
     Attributes:
-        first: of its values, (channels,).
-        rows: how many, (channels,).
-        dates: the first of its dates, (channels,); channels may share them.
+        first: index of the channel's first value, (channels,).
+        rows: number of its values, (channels,).
+        dates: index of its first date, (channels,); channels may share their dates.
     """
 
     first: np.ndarray
@@ -29,15 +43,15 @@ class Spans:
 
     @classmethod
     def of_table(cls, rows: int, channels: int) -> Self:
-        """Return those of channels of equal length that share their dates."""
+        """Return the spans of channels of equal length that share their dates."""
         return cls(np.arange(channels) * rows, np.full(channels, rows), np.zeros(channels, np.int64))
 
     def part(self, begin: np.ndarray, end: np.ndarray) -> Self:
-        """Return those of rows `begin` to `end` of each channel; of none, where they are in the wrong order."""
+        """Return the spans of rows `begin` to `end` of each channel; empty where they are in the wrong order."""
         return Spans(self.first + begin, np.maximum(end - begin, 0), self.dates + begin)
 
     def last(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return where the last values of each channel stand, and their dates: (channels, count) each."""
+        """Return the indices of the last values of each channel and of their dates, (channels, count) each."""
         back = self.rows[:, None] + np.arange(-count, 0)
         return self.first[:, None] + back, self.dates[:, None] + back
 
@@ -46,17 +60,18 @@ class WindowDataset(Dataset):
     """Every window of every channel, channel-major as in Time-LLM.
 
     Item `i` is (seq_x, seq_y, seq_x_mark, seq_y_mark): (seq_len, 1), (label_len + pred_len, 1) and their time marks;
-    seq_y begins with the last label_len rows of seq_x. Where a target is not known, seq_y is NaN.
+    seq_y begins with the last label_len rows of seq_x. An unknown target is NaN in seq_y.
 
     Args:
-        values: (all rows,) float32, what windows show.
-        targets: (all rows,) float32, what is forecast, NaN where it is not known; `values` itself if all is known.
+        values: (all rows,) float32, the values that windows show.
+        targets: (all rows,) float32, the values to forecast, NaN where unknown; `values` itself if all are known.
         marks: (dates, marks) float32.
-        spans: the rows of each channel to take windows from; a channel too short for one has none.
+        spans: the rows of each channel to take windows from; a channel too short for a window has none.
         channels: the channels' names.
-        seq_len, label_len, pred_len: rows of the context, repeated of it, and to forecast.
+        sizes: rows of a window.
         is_long: whether the channels are the series of a long CSV.
-        explained: (all rows,) float32, what covariates explain and is in no window; None if there are none.
+        covariate_effect: (all rows,) float32, what the covariates explain, which is not in `values`; None without
+            covariates.
     """
 
     def __init__(
@@ -66,25 +81,21 @@ class WindowDataset(Dataset):
         marks: np.ndarray,
         spans: Spans,
         channels: Sequence[str],
-        seq_len: int,
-        label_len: int,
-        pred_len: int,
+        sizes: WindowSizes,
         is_long: bool = False,
-        explained: np.ndarray | None = None,
+        covariate_effect: np.ndarray | None = None,
     ):
         self.values = values
         # None stands for `values`: a worker process would be sent the same numbers twice.
         self.targets = None if targets is values else targets
         self.marks = marks
         self.channels = tuple(channels)
-        self.seq_len = seq_len
-        self.label_len = label_len
-        self.pred_len = pred_len
-        self.length = seq_len + pred_len
+        self.seq_len, self.label_len, self.pred_len = sizes.seq_len, sizes.label_len, sizes.pred_len
+        self.length = self.seq_len + self.pred_len
         self.is_long = is_long
-        self._explained = explained
+        self._covariate_effect = covariate_effect
         counts = np.maximum(spans.rows - self.length + 1, 0)
-        self._ends = counts.cumsum()  # the number behind each channel's windows
+        self._ends = counts.cumsum()  # the number after each channel's last window
         # What to add to a window's number for its first row, and its first date.
         self._to_row, self._to_date = (begins - (self._ends - counts) for begins in (spans.first, spans.dates))
 
@@ -93,11 +104,16 @@ class WindowDataset(Dataset):
 
     @property
     def has_gaps(self) -> bool:
-        """Return whether some targets may be unknown."""
+        """Whether some targets may be unknown."""
         return self.targets is not None
 
+    @property
+    def has_covariates(self) -> bool:
+        """Whether covariates explain a part of the series that is not in the windows."""
+        return self._covariate_effect is not None
+
     def knows_a_target(self, indices: Sequence[int]) -> bool:
-        """Return whether anything is known of what is to be forecast in these windows."""
+        """Return whether any target of these windows is known."""
         if self.targets is None:
             return len(indices) > 0
         rows, _ = self._places(indices)
@@ -124,15 +140,29 @@ class WindowDataset(Dataset):
         context, repeated = self.seq_len, self.seq_len - self.label_len
         return values[:, :context], targets[:, repeated:], marks[:, :context], marks[:, repeated:]
 
-    def explained_of(self, indices: Sequence[int]) -> np.ndarray | None:
-        """Return what covariates explain of windows, (B, seq_len + pred_len); None if there are no covariates."""
-        if self._explained is None:
-            return None
+    def in_chunks(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
+        """Yield windows a few thousand at a time: their indices, contexts (B, seq_len) and targets (B, pred_len)."""
+        for some in chunks(indices):
+            context, following, *_ = self.__getitems__(some)
+            yield some, context[..., 0], following[:, -self.pred_len :, 0]
+
+    def with_covariate_effect(self, indices: Sequence[int], forecast: np.ndarray) -> np.ndarray:
+        """Return forecasts or targets of windows, (B, pred_len), with what the covariates explain added."""
+        if self._covariate_effect is None:
+            return forecast
         rows, _ = self._places(indices)
-        return sliding_window_view(self._explained, self.length)[rows]
+        return forecast + sliding_window_view(self._covariate_effect, self.length)[rows, self.seq_len :]
+
+    def whole_context(self, index: int) -> np.ndarray:
+        """Return the context of a window with what the covariates explain, (seq_len,)."""
+        (row,), _ = self._places([index])
+        context = self.values[row : row + self.seq_len]
+        if self._covariate_effect is None:
+            return context
+        return context + self._covariate_effect[row : row + self.seq_len]
 
     def _places(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Return where the rows and the dates of windows begin."""
+        """Return the first row and the first date of windows."""
         indices = np.asarray(indices)
         channels = self.channel_of(indices)
         return indices + self._to_row[channels], indices + self._to_date[channels]
@@ -147,3 +177,8 @@ def evenly_spaced(windows: int, at_most: int) -> np.ndarray:
     if windows <= at_most:
         return np.arange(windows)
     return np.linspace(0, windows - 1, at_most).round().astype(np.int64)
+
+
+def chunks(numbers: Sequence[int]) -> list[np.ndarray]:
+    """Return window numbers in parts that are read at a time."""
+    return np.array_split(np.asarray(numbers), -(-len(numbers) // _CHUNK) or 1)

@@ -61,7 +61,7 @@ class FrozenLLM(nn.Module):
 
     Attributes:
         shared_prefix: the tokens that all prompts begin with.
-        sees_pads: whether masked pads change this model's result all the same; it then gets no pads: prompts
+        padding_leaks: whether masked pads change this model's result all the same; it then gets no pads: prompts
             of one length are run together.
         uses_prefix: whether prompts are run before the patches.
         prefix_disabled_reason: why they are not, although `use_prefix` is set and the model is causal; else empty.
@@ -91,7 +91,7 @@ class FrozenLLM(nn.Module):
         self._window = getattr(backbone.config.get_text_config(), "sliding_window", None)
         self._takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
         self._takes_scores = False
-        self.sees_pads = self.uses_prefix = False
+        self.padding_leaks = self.uses_prefix = False
         self.prefix_disabled_reason = ""
         if recompute:
             for block in self.blocks(backbone):
@@ -135,7 +135,7 @@ class FrozenLLM(nn.Module):
     def limitations(self) -> list[str]:
         """Return what this LLM cannot do, in lines to print."""
         lines = []
-        if self.sees_pads:
+        if self.padding_leaks:
             lines.append("This LLM cannot mask pads: prompts of one length are run together (slower, as exact)")
         if self.prefix_disabled_reason:
             reason = self.prefix_disabled_reason
@@ -151,7 +151,7 @@ class FrozenLLM(nn.Module):
 
     def _run_rows(self, run: Callable, prompts: Prompts, patches: torch.Tensor) -> torch.Tensor:
         """Run all rows at once, or those with prompts of one length together."""
-        if not self.sees_pads:
+        if not self.padding_leaks:
             return run(prompts, patches)
         rows_of_length: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompts):
@@ -255,7 +255,7 @@ class FrozenLLM(nn.Module):
         self._shared_cache = None  # it is in float32
 
     def _compare(self, prompts: Prompts, patches: int, use_prefix: bool, device: torch.device) -> None:
-        """Set `sees_pads`, `uses_prefix` and `prefix_disabled_reason` by what the model says in one pass.
+        """Set `padding_leaks`, `uses_prefix` and `prefix_disabled_reason` by what the model says in one pass.
 
         With masked pads the reference is what it says of each prompt alone.
         """
@@ -267,7 +267,7 @@ class FrozenLLM(nn.Module):
                 prompts, stand_ins, reference
             )
             alone = [self._run_in_one_pass([prompt], stand_ins[:1]) for prompt in prompts]
-            self.sees_pads = not _alike(reference, torch.cat(alone))
+            self.padding_leaks = not _alike(reference, torch.cat(alone))
             reference = torch.cat(alone)
         if not use_prefix or not self._is_causal(prompts[0], stand_ins[:1]):
             return

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from models.baseline import Baseline
+from models.forecaster import Forecaster
 
 
-class Model(Baseline):
+class Model(Forecaster):
     """A moving average splits a window into trend and rest; a linear map forecasts each. All channels share both.
 
     Args:

@@ -1,13 +1,13 @@
-"""The last value, for every step to come: what a forecast must beat."""
+"""The last value, repeated: a forecast that others must beat."""
 
 import argparse
 
 import torch
 
-from models.baseline import Baseline
+from models.forecaster import Forecaster
 
 
-class Model(Baseline):
+class Model(Forecaster):
     """Nothing to train.
 
     Args:

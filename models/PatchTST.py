@@ -7,10 +7,10 @@ from torch import nn
 from transformers import PatchTSTConfig, PatchTSTForPrediction
 
 from layers.StandardNorm import Normalize
-from models.baseline import Baseline
+from models.forecaster import Forecaster
 
 
-class Model(Baseline):
+class Model(Forecaster):
     """A transformer over the patches of a window; each channel is a window of its own, and all share the weights.
 
     Set up as the authors' supervised one: a window is scaled and its last value repeated for one more patch, layers

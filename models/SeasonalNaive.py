@@ -1,29 +1,30 @@
-"""The seasonal-naive forecast: what a forecast of a series with a daily or weekly course must beat."""
+"""The seasonal-naive forecast: the baseline for a series with a daily or weekly cycle."""
 
 import argparse
 import math
 
 import torch
 
-from data_provider.reading import read_table
-from models.baseline import Baseline
+from models.forecaster import Forecaster
 from utils.errors import UserError
 
 
-class Model(Baseline):
-    """The last season, repeated. Nothing to train.
+class Model(Forecaster):
+    """Repeat the last season. Nothing to train.
 
     Args:
-        configs: the parsed flags; season, seq_len, pred_len and those that name the CSV are read.
-        season: rows of a season; None: as the flag says, or as the dates of the CSV do.
+        configs: the parsed flags; season, seq_len and pred_len are read.
+        season: rows of a season, where the flag does not tell.
 
     Raises:
-        UserError: if a window does not hold a season.
+        UserError: if the season is not known, or a window does not hold one.
     """
 
-    def __init__(self, configs: argparse.Namespace, device: torch.device | None = None, season: int | None = None):
+    def __init__(self, configs: argparse.Namespace, device: torch.device | None = None, season: int = 0):
         super().__init__(device)
-        self.season = season or configs.season or read_table(configs).rows_of_a_season()
+        self.season = configs.season or season
+        if not self.season:
+            raise UserError("SeasonalNaive needs the rows of a season: give --season")
         if self.season > configs.seq_len:
             raise UserError(f"--seq_len {configs.seq_len} is shorter than a season: give at least {self.season}")
         self.pred_len = configs.pred_len

@@ -1,88 +1,61 @@
 """Time-LLM (Jin et al., ICLR 2024): forecasting by reprogramming a frozen large language model."""
 
 import argparse
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
 
-import numpy as np
 import torch
-from torch import nn
 
-from data_provider.windows import evenly_spaced
+from data_provider.windows import WindowDataset, evenly_spaced
 from layers.Embed import PatchEmbedding
 from layers.FlattenHead import FlattenHead
 from layers.FrozenLLM import FrozenLLM, NoLLM
 from layers.LinearResidual import LinearResidual, NoResidual
 from layers.Reprogramming import CompactMappingLayer, MappingLayer, ReprogrammingLayer
 from layers.StandardNorm import Normalize
+from models.forecaster import Forecaster
 from utils.errors import UserError
-from utils.llm.loading import LLMFlags, LoadedLLM, load_llm
+from utils.llm.choice import LLMFlags
+from utils.llm.loading import LoadedLLM, load_llm
 from utils.llm.prompt import NoPrompts, PromptBuilder, load_description
-from utils.runs.scores import ChannelWindows
 
-# Windows that the linear residual is fitted to at most, and how many are read at a time.
-_FITTED_WINDOWS = 200_000
-_FITTED_WITH_GAPS = 50_000  # they are read several times
-_FITTED_AT_ONCE = 4096
+# Windows that the linear residual is fitted to at most; with gaps they are read several times.
+_FITTED_WINDOWS, _FITTED_WITH_GAPS = 200_000, 50_000
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What the model is built around.
-
-    Attributes:
-        llm: the frozen LLM and its tokenizer.
-        description: of the data set, for the prompts.
-        basis: of the compact map, if it is known, from a checkpoint; None works it out.
-    """
-
-    llm: LoadedLLM
-    description: str
-    basis: torch.Tensor | None = None
-
-
-def load_parts(configs: argparse.Namespace, basis: torch.Tensor | None = None) -> Parts:
-    """Load the parts that the flags name.
-
-    Raises:
-        UserError: if the LLM or the description is not there, or does not fit the flags.
-    """
-    return Parts(load_llm(LLMFlags.of(configs)), _description(configs), basis)
-
-
-class Model(nn.Module):
+class Model(Forecaster):
     """The model of the paper's figure 2; only the small layers around the LLM are trained and saved.
 
     Args:
         configs: the parsed flags of `run_main.py`.
-        parts: what it is built around; None loads what the flags name.
+        llm: the frozen LLM and its tokenizer; None loads the one that the flags name.
+        basis: of the compact map, from a checkpoint; None computes it.
 
     Raises:
-        UserError: if the flags do not fit the LLM.
+        UserError: if the LLM or the description of the data is not there, or does not fit the flags.
     """
 
-    def __init__(self, configs: argparse.Namespace, parts: Parts | None = None):
-        super().__init__()
-        parts = parts or load_parts(configs)
-        self.llm_info = parts.llm
-        self.description = None if configs.ablation == "no_llm" else parts.description
+    def __init__(self, configs: argparse.Namespace, llm: LoadedLLM | None = None, basis: torch.Tensor | None = None):
+        llm = llm or load_llm(LLMFlags.of(configs))
+        super().__init__(llm.device)
+        description = load_description(configs.content, configs.prompt_file, configs.prompt_domain, configs.data)
+        self.llm_info = llm
+        self.description = None if configs.ablation == "no_llm" else description
+        self.layer_rates = {"mapping_layer": configs.mapping_rate, "residual": configs.residual_rate}
+        self.starts_fitted = configs.residual == "linear"
         self.d_ff = configs.d_ff
-        self.pred_len = configs.pred_len
-        d_llm = parts.llm.identity.hidden_size
+        d_llm = llm.identity.hidden_size
         if configs.d_ff > d_llm:
             raise UserError(f"--d_ff {configs.d_ff} is wider than the LLM: give at most {d_llm}, its hidden size")
         self.normalize = Normalize()
         self.patch_embedding = PatchEmbedding(configs.d_model, configs.patch_len, configs.stride, configs.dropout)
         patches = self.patch_embedding.count(configs.seq_len)
-        self.prompts, self.llm = _prompts_and_llm(configs, parts, patches)
-        embeddings = parts.llm.backbone.get_input_embeddings().weight
+        self.prompts, self.llm = _prompts_and_llm(configs, llm, description, patches)
+        embeddings = llm.backbone.get_input_embeddings().weight
         if configs.mapping == "full":
             self.mapping_layer = MappingLayer(embeddings, device=self.device, normalized=configs.normalize_prototypes)
         else:
             # A basis of another width is another LLM's, as loading the checkpoint will say.
-            basis = parts.basis if parts.basis is not None and len(parts.basis) == d_llm else None
+            basis = basis if basis is not None and len(basis) == d_llm else None
             self.mapping_layer = CompactMappingLayer(
                 embeddings, device=self.device, basis=basis, normalized=configs.normalize_prototypes
             )
@@ -91,7 +64,7 @@ class Model(nn.Module):
         )
         self.output_projection = FlattenHead(configs.d_ff, patches, configs.pred_len, configs.dropout)
         self.residual: LinearResidual | NoResidual = NoResidual()
-        if configs.residual == "linear":
+        if self.starts_fitted:
             self.residual = LinearResidual(configs.seq_len, configs.pred_len)
             self.output_projection.start_at_zero()  # so that the forecast begins as the line's
         self.to(self.device)
@@ -120,27 +93,12 @@ class Model(nn.Module):
         forecast = self.normalize.inverse(forecast, statistics)
         return forecast.unflatten(0, (len(x_enc), -1)).transpose(1, 2)  # (B, pred_len, N)
 
-    def start_from(self, training: ChannelWindows, validation: ChannelWindows) -> float:
-        """Fit the linear residual before training: the forecast begins as its.
-
-        Args:
-            training: windows to fit it to, (B, seq_len, 1) and what follows.
-            validation: windows to choose its penalty by.
-
-        Returns:
-            Its mean squared error on those, of all channels.
-        """
-        return self.residual.fit(partial(self._pairs, training), partial(self._pairs, validation))
-
-    def _pairs(self, windows: ChannelWindows) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield contexts (B, seq_len) and what follows them, (B, pred_len), of windows spread evenly over all."""
-        numbers = evenly_spaced(len(windows), _FITTED_WITH_GAPS if windows.has_gaps else _FITTED_WINDOWS)
-        for some in np.array_split(numbers, math.ceil(len(numbers) / _FITTED_AT_ONCE)):
-            context, following, *_ = windows.__getitems__(some)
-            yield context[..., 0], following[:, -self.pred_len :, 0]
+    def fit_residual(self, training: WindowDataset, validation: WindowDataset) -> float | None:
+        """Fit the linear residual, with which the forecast begins; return its mean squared error, see `Forecaster`."""
+        return self.residual.fit(lambda: _pairs(training), lambda: _pairs(validation)) if self.starts_fitted else None
 
     @torch.inference_mode()
-    def map_state(self, x_enc: torch.Tensor) -> dict[str, float]:
+    def diagnostics(self, x_enc: torch.Tensor) -> dict[str, float]:
         """Return whether the map to the prototypes is sound, measured on windows (B, seq_len, N).
 
         `attention_entropy`: of a patch's shares of the prototypes, in nats, the mean over patches and heads. It begins
@@ -159,37 +117,43 @@ class Model(nn.Module):
             "prototype_rms": prototypes.square().mean().sqrt().item(),
         }
 
-    @property
-    def device(self) -> torch.device:
-        """Where the LLM is, and the layers around it."""
-        return self.llm_info.device
+    def describe(self) -> list[str]:
+        """Return a line that names the LLM, and what it cannot do."""
+        return [self.llm_info.describe(), *self.llm.limitations()]
+
+    def describe_prompt(self, context: torch.Tensor) -> list[str]:
+        """Return a line with the prompt of a window, (1, seq_len), if prompts are read.
+
+        Raises:
+            UserError: if a prompt and the patches do not fit into the LLM.
+        """
+        if not self.llm.reads_prompts:
+            return []
+        tokens = len(self.tokenize(context)[0])
+        return [f"Prompt of the first window ({tokens} tokens): {self.prompts.texts(context)[0]}"]
 
     def tokenize(self, windows: torch.Tensor) -> list[list[int]]:
         """Return the token ids of the prompts of windows (B, seq_len)."""
         return self.prompts(windows.detach().cpu())
 
 
-def build_around(configs: argparse.Namespace, llm: LoadedLLM) -> Model:
-    """Return the model that the flags describe, built around an LLM that is loaded, or a stand-in for one."""
-    return Model(configs, Parts(llm, _description(configs)))
-
-
-def _description(configs: argparse.Namespace) -> str:
-    return load_description(configs.content, configs.prompt_file, configs.prompt_domain, configs.data)
+def _pairs(windows: WindowDataset) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield contexts (B, seq_len) and targets (B, pred_len) of windows spread evenly over all."""
+    numbers = evenly_spaced(len(windows), _FITTED_WITH_GAPS if windows.has_gaps else _FITTED_WINDOWS)
+    return ((contexts, targets) for _, contexts, targets in windows.in_chunks(numbers))
 
 
 def _prompts_and_llm(
-    configs: argparse.Namespace, parts: Parts, patches: int
+    configs: argparse.Namespace, llm: LoadedLLM, description: str, patches: int
 ) -> tuple[PromptBuilder | NoPrompts, FrozenLLM | NoLLM]:
     """Return what writes the prompts of windows and what runs them with their patches."""
-    llm = parts.llm
     if configs.ablation == "no_llm":
         return NoPrompts(), NoLLM()
     if configs.gradient_checkpointing and not FrozenLLM.blocks(llm.backbone):
         raise UserError(f"{llm.source} has no blocks to recompute: leave out --gradient_checkpointing")
     prompts = PromptBuilder(
         llm.tokenizer,
-        parts.description,
+        description,
         configs.seq_len,
         configs.pred_len,
         configs.prompt_decimals,

@@ -28,16 +28,18 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from data_provider.windows import Spans, WindowDataset
+from data_provider.data_factory import data_provider
+from data_provider.windows import Spans, WindowDataset, WindowSizes
 from dataset.demo import demo_frame
 from layers.FrozenLinear import frozen_product
-from models import build_around
+from models import build
 from utils.cli.checks import check_options
 from utils.cli.command import exit_code_of
 from utils.cli.options import get_parser
 from utils.cli.signals import leave
-from utils.llm.loading import LLMFlags, LoadedLLM, load_llm
-from utils.system.gpu import forget_most, is_gpu, most_allocated, wait_until_done
+from utils.llm.choice import LLMFlags
+from utils.llm.loading import LoadedLLM, load_llm
+from utils.system.gpu import is_gpu, peak_allocated, reset_peak_memory, wait_until_done
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Runner:
         self, variant: Variant, args: argparse.Namespace, llm: LoadedLLM, windows: tuple[torch.Tensor, torch.Tensor]
     ):
         self.variant = variant
-        self.model = build_around(argparse.Namespace(**{**vars(args), **variant.flags}), llm)
+        self.model = build(argparse.Namespace(**{**vars(args), **variant.flags}), llm)
         # Fused as in our training; Time-LLM's is not.
         fused = not variant.attention_maps
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.learning_rate, fused=fused)
@@ -164,10 +166,10 @@ def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
     """Return the most memory that is allocated during `run` above what was before."""
     if is_gpu(device):
         wait_until_done(device)
-        forget_most(device)
-        before = most_allocated(device)
+        reset_peak_memory(device)
+        before = peak_allocated(device)
         run()
-        return most_allocated(device) - before
+        return peak_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -273,12 +275,9 @@ def load_windows(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     if args.demo:
         table = demo_frame(rows=4 * (args.seq_len + args.pred_len)).iloc[:, 1:].to_numpy("float32")
         values = table.T.ravel()
-        dataset = WindowDataset(
-            values, values, table, Spans.of_table(*table.shape), range(7), args.seq_len, 0, args.pred_len
-        )
+        sizes = WindowSizes(args.seq_len, 0, args.pred_len)
+        dataset = WindowDataset(values, values, table, Spans.of_table(*table.shape), range(7), sizes)
     else:
-        from data_provider.data_factory import data_provider
-
         dataset, _ = data_provider(args, "train")
     indices = torch.linspace(0, len(dataset) - 1, args.batch_size).long().tolist()
     context, target, *_ = dataset.__getitems__(indices)

@@ -21,9 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch.nn import functional
+from transformers import AutoModel, AutoTokenizer, Qwen2Config
 
+from base_models.make_tiny_llm import make_tiny_llm
 from data_provider.data_factory import data_provider
-from models.TimeLLM import Model, build_around
+from models.TimeLLM import Model
 from utils.cli.checks import check_options
 from utils.cli.command import OneLineParser, exit_code_of
 from utils.cli.options import get_parser
@@ -73,7 +75,7 @@ def check(name: str, args: argparse.Namespace, limit: float | None) -> Outcome:
     torch.cuda.reset_peak_memory_stats()
     there = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(limit * GIB / there, 1.0) if limit else 1.0)
-    planned = plan_memory(args, build_around).total
+    planned = plan_memory(args).total
     model = Model(args)
     loading = torch.cuda.max_memory_allocated() / GIB
     torch.cuda.reset_peak_memory_stats()
@@ -119,10 +121,6 @@ def _evaluate(model: Model, args: argparse.Namespace) -> float:
 
 def make_random_llm(folder: Path) -> None:
     """Write an LLM of Qwen2.5-3B's shape with random weights and a small tokenizer."""
-    from transformers import AutoModel, AutoTokenizer, Qwen2Config
-
-    from base_models.make_tiny_llm import make_tiny_llm
-
     config = Qwen2Config(
         hidden_size=2048,
         intermediate_size=11008,

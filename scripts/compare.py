@@ -26,21 +26,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import pandas as pd
+
 from utils.cli.checks import check_options, check_paths
 from utils.cli.command import OneLineParser, command_line, exit_code_of, run_child
-from utils.cli.options import COMPARE_SETS, flags_of_repetition, flags_tagged, get_parser
-from utils.cli.places import csv_path, demo_makes, run_folder
+from utils.cli.options import RESERVED_BY_COMPARE, flags_of_repetition, flags_tagged, get_parser
+from utils.cli.places import csv_path, is_demo_default, run_folder
 from utils.cli.signals import leave
 from utils.errors import UserError
-from utils.runs.files import keep_earlier, write_text
 from utils.runs.finished import is_finished, is_of
-
-if TYPE_CHECKING:
-    from utils.runs.pictures import Validation
+from utils.runs.pictures import Validation, draw_comparison
+from utils.system.files import back_up, write_text
 
 RUN_MAIN = Path(__file__).resolve().parents[1] / "run_main.py"
 
@@ -64,7 +63,7 @@ UNTRAINED = ("SeasonalNaive", "LastValue")
 
 
 @dataclass
-class Way:
+class Variant:
     """A way to forecast, and what came of it.
 
     Attributes:
@@ -90,7 +89,7 @@ class Way:
         return [flags_of_repetition(self.args, repetition) for repetition in range(self.args.itr)]
 
 
-def plan_ways(asked: Sequence[str], seeds: int, flags: Sequence[str], out: str) -> list[Way]:
+def plan_ways(asked: Sequence[str], seeds: int, flags: Sequence[str], out: str) -> list[Variant]:
     """Return the ways to compare, their flags checked.
 
     Args:
@@ -120,8 +119,8 @@ def plan_ways(asked: Sequence[str], seeds: int, flags: Sequence[str], out: str) 
     return ways
 
 
-def _plan_way(name: str, slug: str, argv: list[str], seeds: int, out: str) -> Way:
-    for flag in {word.partition("=")[0] for word in argv} & {f"--{name}" for name in flags_tagged(COMPARE_SETS)}:
+def _plan_way(name: str, slug: str, argv: list[str], seeds: int, out: str) -> Variant:
+    for flag in {word.partition("=")[0] for word in argv} & {f"--{name}" for name in flags_tagged(RESERVED_BY_COMPARE)}:
         raise UserError(f"{flag} is not for a comparison: leave it out (--out, --seeds and --way are)")
     args = get_parser().parse_args(argv)
     count = 1 if args.model in UNTRAINED else seeds
@@ -129,7 +128,7 @@ def _plan_way(name: str, slug: str, argv: list[str], seeds: int, out: str) -> Wa
     args = get_parser().parse_args(argv)
     check_options(args)
     check_paths(args)
-    return Way(name, argv, args)
+    return Variant(name, argv, args)
 
 
 def _default_folder(args: argparse.Namespace) -> str:
@@ -141,7 +140,7 @@ def _holds_a_season(flags: Sequence[str]) -> bool:
     from data_provider.reading import read_table
 
     args = get_parser().parse_args(flags)
-    if demo_makes(args, "data_path") and not csv_path(args).is_file():
+    if is_demo_default(args, "data_path") and not csv_path(args).is_file():
         return True  # hours, and windows of days
     check_paths(args)
     season = args.season or read_table(args).rows_of_a_season()
@@ -158,7 +157,7 @@ def split_flags(flags: str) -> list[str]:
         raise UserError(f"--way ...={flags}: {problem}") from problem
 
 
-def run_ways(ways: Sequence[Way]) -> None:
+def run_ways(ways: Sequence[Variant]) -> None:
     """Run what is not done; note a failure and go on."""
     for way in ways:
         runs = list(zip(way.folders(), way.repetitions(), strict=True))
@@ -177,7 +176,7 @@ def run_ways(ways: Sequence[Way]) -> None:
             print(f"== {way.name} {way.problem}, going on with the others", flush=True)
 
 
-def collect(ways: Sequence[Way]) -> None:
+def collect(ways: Sequence[Variant]) -> None:
     """Read the figures of each run."""
     for way in ways:
         for repetition, folder in enumerate(way.folders() if not way.problem else ()):
@@ -200,7 +199,7 @@ def collect(ways: Sequence[Way]) -> None:
             )
 
 
-def table(ways: Sequence[Way]) -> str:
+def table(ways: Sequence[Variant]) -> str:
     """Return the comparison as a Markdown table, which is readable as it is."""
     rows = [
         ("", "seeds", "test MSE", "test MAE", "MASE", "validation MSE", "trainable parameters", "s/step", "peak MB"),
@@ -240,7 +239,7 @@ def _mean_and_deviation(values: Sequence[float | None]) -> str:
     return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
 
 
-def write_results(folder: Path, ways: Sequence[Way], command: str) -> None:
+def write_results(folder: Path, ways: Sequence[Variant], command: str) -> None:
     """Write compare.md, compare.csv and compare.png; those of another comparison are kept as *.old."""
     done = [way for way in ways if way.runs]
     machine = json.loads((done[0].folders()[0] / "args.json").read_text(encoding="utf-8"))
@@ -248,11 +247,9 @@ def write_results(folder: Path, ways: Sequence[Way], command: str) -> None:
     where = f"{date.today()}, {machine['device']}, torch {machine['versions']['torch']}, seeds {seeds}"
     files = [folder / f"compare.{ending}" for ending in ("csv", "md", "png")]
     if files[0].is_file() and files[0].read_text(encoding="utf-8") != _as_csv(done):
-        keep_earlier(files)
+        back_up(files)
     write_text(files[0], _as_csv(done))
     write_text(files[1], f"{table(ways)}\n\n{where}; mean ± deviation over the seeds\n\n    {command}\n")
-
-    from utils.runs.pictures import draw_comparison
 
     draw_comparison(
         files[2],
@@ -261,10 +258,8 @@ def write_results(folder: Path, ways: Sequence[Way], command: str) -> None:
     )
 
 
-def _course(run: dict) -> list["Validation"]:
-    """Return how a run's errors fell; its seconds are those of training alone."""
-    from utils.runs.pictures import Validation
-
+def _course(run: dict) -> list[Validation]:
+    """Return the validations of a run; their seconds are those of training alone."""
     seconds = run["seconds_per_step"] or 0.0  # none: nothing to train
     return [
         Validation(
@@ -277,7 +272,7 @@ def _course(run: dict) -> list["Validation"]:
     ]
 
 
-def _as_csv(ways: Sequence[Way]) -> str:
+def _as_csv(ways: Sequence[Variant]) -> str:
     text = io.StringIO()
     names = [name for name in ways[0].runs[0] if name != "history"]
     rows = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
@@ -292,8 +287,6 @@ def rank(folders: Sequence[Path]) -> str:
     Raises:
         UserError: if a folder holds no comparison, or they share no way.
     """
-    import pandas as pd
-
     for folder in folders:
         if not (folder / "compare.csv").is_file():
             raise UserError(f"no compare.csv in {folder}: --rank takes folders that compare.py has written to")

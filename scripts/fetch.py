@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli.command import OneLineParser, exit_code_of
 from utils.cli.signals import leave
 from utils.errors import UserError
-from utils.runs.files import rename
+from utils.system.files import rename
 
 ROOT = Path(__file__).resolve().parents[1]
 PART = ".part"

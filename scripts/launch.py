@@ -50,16 +50,16 @@ FLAGS = (
 )
 # Where there is little to learn beyond the fitted line: fewer weights, more dropout, fewer and smaller steps; longer
 # patches, of a day if rows are hours.
-CALM_FLAGS = (
+SMALL_RECIPE = (
     *("--patch_len", "24", "--stride", "24", "--n_heads", "4", "--d_ff", "32", "--dropout", "0.3"),
     *("--learning_rate", "0.0003", "--prompt_decimals", "0", "--max_steps", "400", "--eval_steps", "100"),
 )
 # ETTm1 has more to give.
-EAGER_FLAGS = (
+LARGE_RECIPE = (
     *("--stride", "16", "--d_ff", "64", "--learning_rate", "0.0005", "--prompt_decimals", "1"),
     *("--max_steps", "1200", "--eval_steps", "200"),
 )
-EAGER = ("ETTm1",)
+LARGE_DATA = ("ETTm1",)
 FLAGS_OF_TIMELLM = ("--residual", "linear", "--normalize_prototypes")
 SMOKE_FLAGS = ("--demo", "--model_id", "smoke", "--max_steps", "3", "--eval_windows", "32", "--predict")
 
@@ -93,7 +93,7 @@ def plan_runs(name: str, words: Sequence[str]) -> list[Run]:
     else:
         for flag in {word.partition("=")[0] for word in further} & {"--data", "--pred_len"}:
             raise UserError(f"{flag} is what this script sets: leave it out, horizons come first and without a flag")
-        of_data = EAGER_FLAGS if name in EAGER else CALM_FLAGS
+        of_data = LARGE_RECIPE if name in LARGE_DATA else SMALL_RECIPE
         chosen = [*FLAGS, *of_data, *_timellm_flags(name, further), *further]
         lines = {
             f"{name} {horizon}": ["--data", name, "--pred_len", horizon, *chosen] for horizon in horizons or HORIZONS

@@ -27,9 +27,9 @@ from matplotlib.figure import Figure
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from data_provider.facts import DataFacts
+from data_provider.horizon import scaled_rows
 from data_provider.reading import read_table
-from data_provider.to_come import left_to_forecast
-from models.trained import build_trained
 from utils.cli.checks import check_options, check_paths
 from utils.cli.command import OneLineParser, exit_code_of
 from utils.cli.places import csv_path
@@ -38,6 +38,7 @@ from utils.errors import UserError
 from utils.runs.checkpoint import read_checkpoint
 from utils.runs.compatibility import flags_to_test
 from utils.runs.pictures import save_picture
+from utils.runs.trained import build_trained
 
 # Files of a run that may have been moved since.
 PLACES = ("root_path", "data_path", "prompt_file", "llm_model_path")
@@ -61,19 +62,19 @@ class Prototype:
     tokens: Sequence[tuple[float, str]]
 
 
-def choose_window(args: argparse.Namespace, contents: dict, channel: str | None, row: int | None) -> Window:
+def choose_window(args: argparse.Namespace, facts: DataFacts, channel: str | None, row: int | None) -> Window:
     """Cut a window out of the run's CSV and scale it as the run did.
 
     Args:
         args: the run's flags.
-        contents: of its checkpoint.
+        facts: about its data, from its checkpoint.
         channel: None for the run's target, or its last channel if that is none.
         row: the data row that the window ends with, None for the last.
 
     Raises:
         UserError: if the CSV has no such channel or row.
     """
-    table, path, trained_on = read_table(args), csv_path(args), contents["channels"]
+    table, path, trained_on = read_table(args), csv_path(args), facts.channels
     channel = channel or (args.target if args.target in trained_on else trained_on[-1])
     shared = [name for name in trained_on if name in table.channels]
     if channel not in shared:
@@ -87,12 +88,8 @@ def choose_window(args: argparse.Namespace, contents: dict, channel: str | None,
     if not length <= end <= rows:
         raise UserError(f"--row {row} must be {length} to {rows}: a window of {length} rows ends with it")
     values = own[end - length : end]
-    number = trained_on.index(channel)
-    scaled = (values - contents["mean"][number]) / contents["deviation"][number]
-    if explainer := contents.get("explainer"):
-        facts = dict(zip(trained_on, zip(contents["mean"], contents["deviation"], strict=True), strict=True))
-        scales = np.array([facts.get(name, (0.0, 1.0)) for name in table.channels]).T
-        scaled = left_to_forecast(table, *scales, explainer)[table.rows_of(number_in_csv)][end - length : end]
+    scales = facts.scale_of(table.channels, table.filled[table.spans.last(length)[0]].T)
+    scaled = scaled_rows(table, *scales, facts.explainer)[table.rows_of(number_in_csv)][end - length : end]
     title = f"{channel}, {dates[end - length]} to {dates[end - 1]}"
     return Window(title, values, scaled.astype(np.float32))
 
@@ -225,7 +222,7 @@ def show_prototypes(options: argparse.Namespace) -> None:
     check_options(args)
     check_paths(args)
     # Before the LLM: what is wrong is found sooner.
-    window = choose_window(args, saved.contents, options.channel, options.row)
+    window = choose_window(args, saved.data, options.channel, options.row)
     model = build_trained(saved, args).eval()
     prototypes = strongest_prototypes(model, window, options.prototypes, options.tokens)
     print(describe(window, prototypes, len(model.mapping_layer.bias)))

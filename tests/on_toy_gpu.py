@@ -16,11 +16,11 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import layers.FrozenLinear
+import models
 import utils.memory.plan
 import utils.runs.pictures
 import utils.training.evaluation
 import utils.training.trainer
-from models import build_model
 from scripts.benchmark import peak_bytes, seconds
 from tests.conftest import largest_difference
 from tests.toy_device import GPU, DeviceWaitError, MixedDevicesError, set_up
@@ -130,7 +130,7 @@ def forecaster_on(monkeypatch):
         words = ["--data", "ETTh1", "--seq_len", "48", "--pred_len", "8", "--d_model", "8", "--n_heads", "2"]
         args = get_parser().parse_args([*words, "--d_ff", "8", *ALIKE, *argv])
         torch.manual_seed(0)
-        return build_model(args)
+        return models.build(args)
 
     return build
 
@@ -188,9 +188,9 @@ def test_training_makes_what_it_makes_on_the_cpu(forecaster_on, tiny_llm, same_k
     results = []
     for device in (ON_CPU, ON_GPU):
         model = forecaster_on(device, "--llm_model_path", tiny_llm(case.split()[0]), *CASES[case])
-        assert not model.llm.sees_pads
+        assert not model.llm.padding_leaks
         assert model.llm.uses_prefix == (not {"bert", "pass"} & set(case.split())), model.llm.limitations()
-        model.llm.sees_pads = "sees pads" in case
+        model.llm.padding_leaks = "sees pads" in case
         # transformers looks at masks and positions of a causal model, unless it is shown its keys and values.
         results.append(trained(model, ("_run_in_one_pass",) if "one pass" in case else ()))
     words = model.llm_info.backbone.get_input_embeddings().weight
@@ -272,7 +272,7 @@ def test_a_batch_that_does_not_fit_is_halved(run_on, same_kernels, flags):
 def test_a_trial_of_a_batch_leaves_the_random_numbers_of_the_gpu_alone(forecaster_on, tiny_llm):
     GPU.draws_its_own_numbers()
     model = forecaster_on(ON_GPU, "--llm_model_path", tiny_llm("qwen2"), "--ablation", "no_llm", "--dropout", "0.5")
-    args = Namespace(batch_size=4, grad_accum=1, seq_len=48, optimizer="adam")
+    args = Namespace(batch_size=4, eval_batch_size=0, grad_accum=1, seq_len=48, optimizer="adam")
     before = GPU.get_rng_state()
     fit_batch_size(args, build_accelerator(0, 1, False, shares_buffers=False), model)
     assert torch.equal(GPU.get_rng_state(), before)

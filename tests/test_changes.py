@@ -16,7 +16,7 @@ from dataset.demo import write_demo_csv
 from scripts import compare, launch
 from utils.errors import UserError
 from utils.runs import load_run
-from utils.training import calibrating
+from utils.training import testing
 from utils.training.trainer import Trainer
 
 from .test_damage import DLINEAR, assert_one_line
@@ -230,7 +230,7 @@ def test_the_csv_is_read_once(run, own_csv, monkeypatch):
 def test_a_calibration_is_of_the_weights_that_were_loaded(run, flags, monkeypatch):
     argv = [*flags, *DLINEAR]
     folder = run(*argv).folder
-    evaluate = calibrating.evaluate
+    evaluate = testing.evaluate
 
     def while_it_trains(*arguments, **options):
         contents = torch.load(folder / "checkpoint", weights_only=True)
@@ -239,7 +239,7 @@ def test_a_calibration_is_of_the_weights_that_were_loaded(run, flags, monkeypatc
         return evaluate(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibrating, "evaluate", while_it_trains)
+        patch.setattr(testing, "evaluate", while_it_trains)
         assert run(*argv, "--is_training", "0", "--level", "50").code == 0
     assert_one_line(run(*argv, "--is_training", "0", "--predict", "--level", "50"), "no calibration.npz of")
 

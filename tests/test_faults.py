@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import names_in
-from utils.runs import files
+from utils.system import files
 
 from .test_resume import LONGER, needs_forks, outcome, run_in_process, start, undisturbed  # noqa: F401
 

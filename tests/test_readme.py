@@ -138,7 +138,7 @@ SCRIPTS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def carry_out(command: str) -> None:
+def execute(command: str) -> None:
     """Do what a command of the README does, in this process and small."""
     first, *words = shlex.split(command.replace("\\", "/"))
     if first == "pip":
@@ -166,7 +166,7 @@ def test_every_command_works(house, monkeypatch, capsys):
     monkeypatch.setattr("scripts.compare.run_child", run_here)
     for command in dict.fromkeys(command for page in PAGES for command in commands(text_of(page))):  # each once
         try:
-            carry_out(command)
+            execute(command)
         except AssertionError as problem:
             raise AssertionError(f"{command}\n{capsys.readouterr().err}") from problem
     (written,) = Path("checkpoints").glob("*_mine_*/forecast.csv")
@@ -236,5 +236,5 @@ def test_contributing_names_what_is_there():
     text = text_of("CONTRIBUTING.md")
     for name in re.findall(r"`((?:utils|layers|models|data_provider|base_models|scripts|tests)/[\w./*-]+)`", text):
         assert list(ROOT.glob(name.replace("NAME", "*"))), name
-    for name, module in (("KNOWN_LLMS", "utils.llm.loading"), ("LAYOUTS", "data_provider.series")):
+    for name, module in (("KNOWN_LLMS", "utils.llm.choice"), ("LAYOUTS", "data_provider.layouts")):
         assert name in text and hasattr(importlib.import_module(module), name)

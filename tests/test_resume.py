@@ -310,7 +310,7 @@ def test_a_found_batch_size_is_that_of_the_resumed_run(run, flags, monkeypatch):
     argv = [*flags, *LONGER, "--auto_batch_size", "--eval_batch_size", "7"]
     monkeypatch.setattr(utils.training.batch_size, "_sizes", lambda size: iter([size // 2]))
     run_with_stop(run, monkeypatch, argv, "_train_batch", 5)
-    monkeypatch.setattr(utils.training.batch_size, "fit_batch_size", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr("utils.training.experiment.fit_batch_size", lambda *_: pytest.fail("searched again"))
     resumed = run(*argv, "--resume")
     assert resumed.code == 0, resumed.err
     kept = json.loads((resumed.folder / "args.json").read_text())

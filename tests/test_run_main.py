@@ -21,7 +21,8 @@ from dataset.demo import write_demo_csv
 from layers import Reprogramming
 from tests.conftest import names_in
 from utils.cli.options import get_parser
-from utils.runs import files, records
+from utils.runs import records
+from utils.system import files
 
 ROOT = Path(run_main.__file__).parent
 NUMBER = r"\d+\.\d{7}"

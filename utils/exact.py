@@ -7,6 +7,9 @@ import numpy as np
 # Deviations from the mean beyond which the squares of an error would leave float32.
 FARTHEST = 1e12
 
+# Numbers beyond which a sum of squares would leave float64.
+HUGE = 1e150
+
 
 def mean_and_variance(values: np.ndarray) -> tuple[float, float]:
     """Return the mean and the variance (over n) of some float64 numbers, (n,).

@@ -120,14 +120,16 @@ def test_a_gap_is_filled_with_what_is_left_before_it(tmp_path):
     ]
     args = get_parser().parse_args([*command, "--seq_len", "16", "--label_len", "4", "--pred_len", "3"])
     series = load_series(args)
-    left = series.of_channel(1)
+    left = series.values[series.table.rows_of(1)]
     assert left[50] == left[49]
     assert np.isnan(series.targets[200 + 50])
     windows = data_provider(args, "train")[0]
     number = 182 - 60  # of channel a: 140 training rows make 122 windows
-    explained = windows.explained_of([number])[0, 16:]
     _, seq_y, *_ = windows[number]
-    sum_of_both = (seq_y[4:, 0] + explained) * series.scaler.scale_[1] + series.scaler.mean_[1]
+    sum_of_both = (
+        windows.with_covariate_effect([number], seq_y[None, 4:, 0])[0] * series.scaler.scale_[1]
+        + series.scaler.mean_[1]
+    )
     np.testing.assert_allclose(sum_of_both, frame["b"][16:19], rtol=1e-5)
 
 

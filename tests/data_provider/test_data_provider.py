@@ -10,7 +10,7 @@ from torch.utils.data import Subset
 
 from data_provider.data_factory import data_provider
 from data_provider.series import load_series
-from data_provider.windows import Spans, WindowDataset, evenly_spaced
+from data_provider.windows import Spans, WindowDataset, WindowSizes, evenly_spaced
 from dataset.demo import demo_frame
 from tests.conftest import SHARED, needs_shared
 from utils.cli.options import get_parser
@@ -169,7 +169,7 @@ def test_evenly_spaced_has_first_and_last_and_no_double():
 
 def test_windows_are_not_written_out_when_sent_to_a_worker(tmp_path):
     values, marks = np.zeros(70_000, np.float32), np.zeros((10_000, 4), np.float32)
-    dataset = WindowDataset(values, values, marks, Spans.of_table(10_000, 7), "abcdefg", 500, 10, 100)
+    dataset = WindowDataset(values, values, marks, Spans.of_table(10_000, 7), "abcdefg", WindowSizes(500, 10, 100))
     dataset.__getitems__([0, 1])
     sent = len(pickle.dumps(dataset))
     assert values.nbytes + marks.nbytes < sent < values.nbytes + marks.nbytes + 2000
@@ -240,8 +240,8 @@ def test_a_changed_file_is_read_again(tmp_path):
     demo_frame(rows=100).to_csv(tmp_path / "custom.csv", index=False)
     first = load_series(options(tmp_path))
     demo_frame(rows=120).to_csv(tmp_path / "custom.csv", index=False)
-    assert len(load_series(options(tmp_path)).of_channel(0)) == 120
-    assert len(first.of_channel(0)) == 100
+    assert len(load_series(options(tmp_path)).values) == 7 * 120
+    assert len(first.values) == 7 * 100
 
 
 @pytest.mark.parametrize(("embed", "mark"), [("timeF", 3 / 23 - 0.5), ("fixed", 3.0)])
@@ -254,8 +254,8 @@ def test_the_windows_to_come_end_with_the_csv(tmp_path, embed, mark):
     for number, item in enumerate(dataset[index] for index in range(4)):
         seq_x, seq_y, seq_x_mark, seq_y_mark = item
         assert (seq_x.shape, seq_y.shape) == ((16, 1), (7, 1))
-        np.testing.assert_array_equal(seq_x[:, 0], series.of_channel(number)[-16:])
-        np.testing.assert_array_equal(seq_y[:4, 0], series.of_channel(number)[-4:])
+        np.testing.assert_array_equal(seq_x[:, 0], series.values[series.table.rows_of(number)][-16:])
+        np.testing.assert_array_equal(seq_y[:4, 0], series.values[series.table.rows_of(number)][-4:])
         assert np.isnan(seq_y[4:]).all(), "what is to come is not known"
         np.testing.assert_array_equal(seq_x_mark, series.marks[-16:])
         hour = 0 if embed == "timeF" else 3

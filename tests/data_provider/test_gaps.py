@@ -47,7 +47,7 @@ def test_a_gap_takes_the_value_before_it_and_is_no_target(holes):
     assert series.scaler.mean_[0] == pytest.approx(np.mean(known))
     assert series.scaler.scale_[0] == pytest.approx(np.std(known))
     expected = np.array([2, 2, 2, 3, 4, 4, 6, 7, 8, 9, 10, 11, 12, 12, 12, 15, 16, 17, 18, 18], float)
-    np.testing.assert_array_equal(in_units(series, 0, series.of_channel(0)), expected)
+    np.testing.assert_array_equal(in_units(series, 0, series.values[series.table.rows_of(0)]), expected)
     unknown = np.isnan(series.targets)
     assert np.flatnonzero(unknown[:20]).tolist() == [0, 1, 5, 13, 14, 19]
     assert np.flatnonzero(unknown[20:]).tolist() == [16]

@@ -10,7 +10,8 @@ from layers.FrozenLLM import FrozenLLM
 from layers.InFloat32 import InFloat32
 from tests.conftest import largest_difference
 from utils.cli.options import get_parser
-from utils.llm.loading import LLMFlags, load_llm
+from utils.llm.choice import LLMFlags
+from utils.llm.loading import load_llm
 
 CAUSAL = ("qwen2", "llama", "gpt2")
 FAMILIES = (*CAUSAL, "bert")
@@ -41,7 +42,7 @@ def frozen(model, padding="left", pad_id=0, use_prefix=True, recompute=False):
 def test_left_padding_hides_batch_mates(tiny_llm, family, use_prefix):
     llm = frozen(backbone(tiny_llm(family)), use_prefix=use_prefix)
     assert llm.uses_prefix == (use_prefix and family != "bert")
-    assert not llm.sees_pads
+    assert not llm.padding_leaks
     together = llm(PROMPTS, patches())
     alone = torch.cat([llm([prompt], patches()[row : row + 1]) for row, prompt in enumerate(PROMPTS)])
     assert largest_difference(together, alone) < 1e-5
@@ -295,12 +296,12 @@ def test_a_model_that_cannot_mask_pads_is_found_out_and_stays_exact():
     )  # fmt: skip
     roberta = AutoModel.from_config(config).requires_grad_(False)
     llm = frozen(roberta)
-    assert llm.sees_pads  # its positions begin behind the padding token's number
+    assert llm.padding_leaks  # its positions begin behind the padding token's number
     inputs = patches().requires_grad_()
     together = llm(PROMPTS, inputs)
     alone = torch.cat([llm([prompt], inputs[row : row + 1]) for row, prompt in enumerate(PROMPTS)])
     assert largest_difference(together, alone) < 1e-5
-    assert not frozen(roberta, "right").sees_pads
+    assert not frozen(roberta, "right").padding_leaks
 
 
 def test_the_llm_stays_asleep_and_out_of_sight(tiny_llm):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models import build_model
+from models import build
 from models.TimeLLM import Model
 from tests.conftest import SHARED, largest_difference, needs_shared
 from utils.cli.options import get_parser
@@ -168,7 +168,7 @@ def test_channels_are_windows_of_their_own(tiny_llm):
 
 
 def test_only_the_small_layers_are_trained_and_saved(tiny_llm):
-    model = build_model(options(tiny_llm("qwen2")))
+    model = build(options(tiny_llm("qwen2")))
     names = {"patch_embedding.value_embedding.tokenConv.weight"}
     for layer in (
         *("mapping_layer", "output_projection.linear"),
@@ -180,7 +180,7 @@ def test_only_the_small_layers_are_trained_and_saved(tiny_llm):
     model(random_walks(2)).square().sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for name, parameter in model.named_parameters() if "key" not in name)
     assert model.state_dict()["mapping_layer.weight"].shape == (1000, 64)
-    full = build_model(options(tiny_llm("qwen2"), "--mapping", "full"))
+    full = build(options(tiny_llm("qwen2"), "--mapping", "full"))
     assert full.state_dict()["mapping_layer.weight"].shape == (1000, 512)
 
 

@@ -169,12 +169,12 @@ def test_without_the_llm_the_prompt_does_not_matter(run, flags):
 def test_a_random_llm_is_the_same_for_the_same_seed(run, flags):
     pretrained = run(*flags).metrics()["mse"]
     done = run(*flags, "--ablation", "random_llm")
-    drawn, words = done.metrics()["mse"], done.metrics()["llm"]["words_hash"]
+    drawn, words = done.metrics()["mse"], done.metrics()["llm"]["embedding_hash"]
     assert "2 of 2 layers, hidden size 64, float32 (random weights)" in done.out
     assert drawn != pretrained
     assert run(*flags, "--ablation", "random_llm", "--is_training", 0).metrics()["mse"] == drawn
     refused = run(*flags, "--ablation", "random_llm", "--is_training", 0, "--seed", 5)
-    assert refused.code == 2 and "another LLM (words_hash" in refused.err
+    assert refused.code == 2 and "another LLM (embedding_hash" in refused.err
 
     # A repetition draws its own, as if it were run by itself.
     run(*flags, "--ablation", "random_llm", "--itr", 2, "--des", "two")
@@ -184,7 +184,7 @@ def test_a_random_llm_is_the_same_for_the_same_seed(run, flags):
         for end in ("_two_1-", "_alone_0-")
     )
     assert ours["mse"] == theirs["mse"]
-    assert ours["llm"]["words_hash"] == theirs["llm"]["words_hash"] != words
+    assert ours["llm"]["embedding_hash"] == theirs["llm"]["embedding_hash"] != words
 
 
 def test_a_random_llm_in_4_bits(run, flags):

@@ -555,7 +555,8 @@ def test_hf_endpoint_names_the_hub(serve, tmp_path):
 
 
 def test_qwen_gets_the_folder_that_the_flag_of_its_name_looks_for():
-    from utils.llm.loading import BASE_MODELS, KNOWN_LLMS
+    from utils.cli.places import BASE_MODELS
+    from utils.llm.choice import KNOWN_LLMS
 
     known = KNOWN_LLMS["QWEN"]
     args = fetch.get_parser().parse_args(["qwen2.5-3b"])

@@ -134,8 +134,10 @@ def test_the_window_is_scaled_as_in_training_and_ends_with_the_row_asked_for(fol
     args = argparse.Namespace(**contents["flags"])
     series = load_series(args)
     for channel, row, number, end in ((None, None, 6, 400), ("MUFL", 100, 2, 100), ("MUFL", 48, 2, 48)):
-        window = choose_window(args, contents, channel, row)
-        np.testing.assert_allclose(window.scaled, series.of_channel(number)[end - 48 : end], rtol=1e-6)
+        window = choose_window(args, series.facts(), channel, row)
+        np.testing.assert_allclose(
+            window.scaled, series.values[series.table.rows_of(number)][end - 48 : end], rtol=1e-6
+        )
     first = show(folder, "--channel", "MUFL", "--row", 100)[1]
     assert "Window: MUFL, 2020-01-03 04:00:00 to 2020-01-05 03:00:00" in first
     assert rows_of(first) != rows_of(show(folder, "--channel", "MUFL", "--row", 60)[1])

@@ -1,14 +1,14 @@
 """Whether the flags make sense together, and what they name is there."""
 
 import argparse
-import math
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from utils.cli.options import has_llm, has_patches
-from utils.cli.places import csv_path, demo_makes, looks_like_a_path, run_folder, trained_folder
+from utils.cli.options import FLAGS, has_llm, has_patches
+from utils.cli.places import csv_path, is_demo_default, looks_like_a_path, run_folder, trained_folder
 from utils.errors import UserError
 
 # Of every common file system.
@@ -17,42 +17,8 @@ MAX_FILE_NAME = 255
 # Of Windows, unless it is told to take longer ones.
 MAX_PATH = 259
 
-
 # Of numpy's generators.
 MAX_SEED = 2**32
-
-
-_AT_LEAST = {
-    0: (
-        "eval_batch_size",
-        "max_steps",
-        "eval_windows",
-        "eval_steps",
-        "num_workers",
-        "llm_dim",
-        "label_len",
-        "save_steps",
-        "season",
-    ),
-    1: (
-        *("seq_len", "pred_len", "patch_len", "stride", "d_model", "n_heads", "d_ff", "itr", "train_epochs"),
-        *("batch_size", "patience", "grad_accum", "percent", "moving_avg", "e_layers"),
-    ),
-}
-
-
-# Numbers with a range of their own: what holds, and how to say it.
-_RANGES = {
-    "percent": (lambda value: value <= 100, "at most 100"),
-    "learning_rate": (lambda value: 0 < value < math.inf, "above 0 and finite"),
-    "mapping_rate": (lambda value: 0 < value < math.inf, "above 0 and finite"),
-    "residual_rate": (lambda value: 0 < value < math.inf, "above 0 and finite"),
-    "dropout": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
-    "pct_start": (lambda value: 0 < value < 1, "between 0 and 1"),
-    "grad_clip": (lambda value: 0 <= value < math.inf, "at least 0 and finite"),
-    "prompt_decimals": (lambda value: value >= -1, "at least -1"),
-    "test_windows": (lambda value: value >= -1, "at least -1"),
-}
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -61,74 +27,44 @@ def check_options(args: argparse.Namespace) -> None:
     Raises:
         UserError: names the flag and what to give instead.
     """
-    for least, names in _AT_LEAST.items():
-        for name in names:
-            if getattr(args, name) < least:
-                raise UserError(f"--{name} {getattr(args, name)} must be at least {least}")
-    for name, (holds, words) in _RANGES.items():
-        if not holds(getattr(args, name)):
-            raise UserError(f"--{name} {getattr(args, name)} must be {words}")
-    for holds, message in _requirements(args):
-        if not holds:
-            raise UserError(message)
+    for name, flag in FLAGS.items():
+        value = getattr(args, name)
+        if flag.range and not flag.range.holds(value):
+            raise UserError(f"--{name} {value} must be {flag.range.words}")
+    for problem in _contradictions(args):
+        raise UserError(problem)
     for name in ("model_id", "model_comment", "des"):
         bad = sorted(set(getattr(args, name)) & set('<>:"/\\|?*\n\r\t'))
         if bad:
             raise UserError(f"--{name} names a folder and cannot hold {' '.join(map(repr, bad))}: leave it out")
 
 
-def _requirements(args: argparse.Namespace) -> tuple[tuple[bool, str], ...]:
-    """Return what must hold, each with the message for when it does not."""
-    return (
-        (
-            0 <= args.seed <= MAX_SEED - args.itr,
-            f"--seed {args.seed} must be at least 0 and, with --itr {args.itr}, at most {MAX_SEED - args.itr}",
-        ),
-        (
-            args.seq_len >= args.patch_len or not has_patches(args),
-            f"--seq_len {args.seq_len} is shorter than one patch: give at least --patch_len {args.patch_len}",
-        ),
-        (
-            args.d_model % args.n_heads == 0 or args.model != "PatchTST",
-            f"--d_model {args.d_model} does not divide among --n_heads {args.n_heads}: PatchTST's heads share it",
-        ),
-        (
-            all(1 <= level <= 99 for level in args.level),
-            f"--level {_spaced(args.level)}: levels are whole per cents from 1 to 99",
-        ),
-        (
-            len(set(args.level)) == len(args.level),
-            f"--level {_spaced(args.level)} has a level twice: give each once",
-        ),
-        (
-            args.label_len <= args.seq_len,
-            f"--label_len {args.label_len} is longer than the window: give at most --seq_len {args.seq_len}",
-        ),
-        (
-            args.llm_layers is None or args.llm_layers >= 1,
-            f"--llm_layers {args.llm_layers} must be at least 1 (leave it out for the default)",
-        ),
-        (
-            not (args.content and args.prompt_file),
-            "--content and --prompt_file both describe the data set: give one of them",
-        ),
-        (
-            not args.resume or bool(args.is_training),
-            "--resume goes on with training: leave it out with --is_training 0",
-        ),
-        (
-            not (args.checkpoint and args.is_training),
-            "--checkpoint names a run to test: it goes with --is_training 0",
-        ),
-        (
-            args.ablation == "none" or has_llm(args),
-            f"--ablation {args.ablation} is a change of TimeLLM: leave it out with --model {args.model}",
-        ),
-        (
-            args.residual == "none" or has_llm(args),
-            f"--residual {args.residual} is a part of TimeLLM: leave it out with --model {args.model}",
-        ),
-    )
+def _contradictions(args: argparse.Namespace) -> Iterator[str]:
+    """Yield messages for flags that do not fit together."""
+    if not 0 <= args.seed <= MAX_SEED - args.itr:
+        yield f"--seed {args.seed} must be at least 0 and, with --itr {args.itr}, at most {MAX_SEED - args.itr}"
+    if args.seq_len < args.patch_len and has_patches(args):
+        yield f"--seq_len {args.seq_len} is shorter than one patch: give at least --patch_len {args.patch_len}"
+    if args.d_model % args.n_heads and args.model == "PatchTST":
+        yield f"--d_model {args.d_model} does not divide among --n_heads {args.n_heads}: PatchTST's heads share it"
+    if not all(1 <= level <= 99 for level in args.level):
+        yield f"--level {_spaced(args.level)}: levels are whole per cents from 1 to 99"
+    if len(set(args.level)) < len(args.level):
+        yield f"--level {_spaced(args.level)} has a level twice: give each once"
+    if args.label_len > args.seq_len:
+        yield f"--label_len {args.label_len} is longer than the window: give at most --seq_len {args.seq_len}"
+    if args.llm_layers is not None and args.llm_layers < 1:
+        yield f"--llm_layers {args.llm_layers} must be at least 1 (leave it out for the default)"
+    if args.content and args.prompt_file:
+        yield "--content and --prompt_file both describe the data set: give one of them"
+    if args.resume and not args.is_training:
+        yield "--resume continues training: leave it out with --is_training 0"
+    if args.checkpoint and args.is_training:
+        yield "--checkpoint names a run to test: it goes with --is_training 0"
+    if args.ablation != "none" and not has_llm(args):
+        yield f"--ablation {args.ablation} is a change of TimeLLM: leave it out with --model {args.model}"
+    if args.residual != "none" and not has_llm(args):
+        yield f"--residual {args.residual} is a part of TimeLLM: leave it out with --model {args.model}"
 
 
 def _spaced(levels: list[int]) -> str:
@@ -142,12 +78,12 @@ def check_paths(args: argparse.Namespace) -> None:
         UserError: names the missing path and the flag that points to it.
     """
     csv = csv_path(args)
-    if not csv.is_file() and not demo_makes(args, "data_path"):
+    if not csv.is_file() and not is_demo_default(args, "data_path"):
         fetch = ", or fetch it: python scripts/fetch.py ett" if args.data.startswith("ETT") else ""
         raise UserError(f"no data file {csv}: check --root_path and --data_path{fetch}")
     if args.prompt_file and not Path(args.prompt_file).is_file():
         raise UserError(f"no prompt file {args.prompt_file}: check --prompt_file")
-    is_there = (Path(args.llm_model_path) / "config.json").is_file() or demo_makes(args, "llm_model_path")
+    is_there = (Path(args.llm_model_path) / "config.json").is_file() or is_demo_default(args, "llm_model_path")
     if has_llm(args) and looks_like_a_path(args.llm_model_path) and not is_there:
         raise UserError(
             f"no LLM in {args.llm_model_path}: --llm_model_path takes a folder with a config.json"

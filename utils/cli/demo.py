@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from utils.cli.command import command_line
 from utils.cli.options import get_parser, has_llm
-from utils.cli.places import csv_path, demo_makes
+from utils.cli.places import csv_path, is_demo_default
 
 
 def command_behind(args: argparse.Namespace) -> str:
@@ -24,8 +24,8 @@ def command_behind(args: argparse.Namespace) -> str:
 
 def introduction(args: argparse.Namespace) -> str:
     """Return what to print before the demo runs."""
-    made = [f"a series, {csv_path(args)}"] if demo_makes(args, "data_path") else []
-    if has_llm(args) and demo_makes(args, "llm_model_path"):
+    made = [f"a series, {csv_path(args)}"] if is_demo_default(args, "data_path") else []
+    if has_llm(args) and is_demo_default(args, "llm_model_path"):
         made.append(f"a tiny LLM, {args.llm_model_path}")
     return (
         f"The demo makes {' and '.join(made)}. " if made else ""

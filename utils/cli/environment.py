@@ -23,6 +23,12 @@ def check_environment() -> None:
     for name in _UNSUPPORTED:
         if os.environ.get(name, "").lower() in ("true", "1", "yes", "on"):
             raise UserError(f"{name}={os.environ[name]} is not supported: unset it, or launch without it")
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes", "on")
+    if on_cpu and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "accelerate launch --cpu starts one process, however many --num_processes: set ACCELERATE_USE_CPU=1 and"
+            " start them with torchrun --nproc_per_node"
+        )
     told = {name: os.environ[name] for name in _OF_PROCESSES if name in os.environ}
     for name, value in told.items():
         if not value.isdecimal():

@@ -1,29 +1,23 @@
-"""The command line: every flag, its default, and the checks that need no tensor library.
+"""The flags of `run_main.py`: one table, and the parser, the range checks and the groups of values made from it.
 
 Nothing here imports torch, so that ``--help`` and a typo answer at once.
 """
 
 import argparse
 import difflib
-from collections.abc import Mapping
-from dataclasses import fields
-from functools import cache
-from typing import Self
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Self
 
 from utils.cli.command import OneLineParser
 
 DATA_NAMES = ("ETTh1", "ETTh2", "ETTm1", "ETTm2", "custom", "ECL", "Traffic", "Weather")
-TASK_NAMES = ("long_term_forecast", "short_term_forecast")
-SCHEDULE_NAMES = ("type1", "type2", "type3", "PEMS", "TST", "COS", "constant")
 MODEL_NAMES = ("TimeLLM", "PatchTST", "DLinear", "SeasonalNaive", "LastValue")
-ABLATION_NAMES = ("none", "no_llm", "random_llm")
-LLM_NAMES = ("LLAMA", "GPT2", "BERT", "QWEN")
-OPTIMIZER_NAMES = ("adam", "adamw", "adamw8bit", "paged_adamw8bit")
-
 
 COMPATIBILITY = "kept for compatibility with Time-LLM scripts"
 
-# What --demo stands for. Any of these given on the command line still wins.
+# Presets of --demo. Any of these given on the command line still wins.
 DEMO_DEFAULTS = {
     "data": "custom",
     "root_path": "./dataset",
@@ -45,26 +39,276 @@ DEMO_DEFAULTS = {
     "predict": True,
 }
 
+# What a flag affects besides the run itself.
+MUST_MATCH_CHECKPOINT = "a checkpoint cannot be used with another value"
+WARN_IF_CHANGED = "with another value a checkpoint forecasts differently: a note says so"
+RESUME_MAY_CHANGE = "a run may be resumed with another value: it changes no weight, or says when to stop"
+NOT_RUN_IDENTITY = "a run with another value is still the same run: it changes no weight and no score"
+RESERVED_BY_COMPARE = "compare.py sets it, or there would be no scores to compare"
+
+
+def must_match_for(model: str) -> str:
+    """Return the tag of a flag that is `MUST_MATCH_CHECKPOINT` for the checkpoints of one model."""
+    return f"{MUST_MATCH_CHECKPOINT}, of {model}"
+
+
+class Range(NamedTuple):
+    """The values that a number may have: a test, and the words for it."""
+
+    holds: Callable[[float], bool]
+    words: str
+
+
+_AT_LEAST_0 = Range(lambda value: value >= 0, "at least 0")
+_AT_LEAST_1 = Range(lambda value: value >= 1, "at least 1")
+_AT_LEAST_MINUS_1 = Range(lambda value: value >= -1, "at least -1")
+_RATE = Range(lambda value: 0 < value < math.inf, "above 0 and finite")
+_NORM = Range(lambda value: 0 <= value < math.inf, "at least 0 and finite")
+_SHARE = Range(lambda value: 0 < value < 1, "between 0 and 1")
+_BELOW_1 = Range(lambda value: 0 <= value < 1, "at least 0 and below 1")
+_PERCENT = Range(lambda value: 1 <= value <= 100, "at least 1 and at most 100")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag: a row of the table.
+
+    Attributes:
+        name: without the dashes.
+        default: its value if it is not given; False makes it a switch.
+        help: for --help.
+        tags: what it affects, see above.
+        choices: its values, where they are few.
+        range: its values, where it is a number; of a number that is out of it, the command line says so.
+        kind: its type, where the default does not tell.
+        settings: further arguments of `ArgumentParser.add_argument`.
+    """
+
+    name: str
+    default: object
+    help: str
+    tags: tuple[str, ...] = ()
+    choices: tuple | None = None
+    range: Range | None = None
+    kind: type | None = None
+    settings: Mapping[str, object] | None = None
+
+    @property
+    def type(self) -> type:
+        """The type of its value; of each value, where it takes several."""
+        return self.kind or type(self.default)
+
+    def add_to(self, group: argparse._ArgumentGroup) -> None:
+        """Define the flag on a command line."""
+        how = {"action": "store_true"} if self.type is bool else {"type": self.type, "choices": self.choices}
+        group.add_argument(f"--{self.name}", default=self.default, help=self.help, **how, **(self.settings or {}))
+
+    def accepts(self, value: object) -> bool:
+        """Return whether the command line could have made a value, as to its type and choices."""
+        takes_list = bool(self.settings) and self.settings.get("nargs") == "+"
+        parts = value if takes_list and isinstance(value, list) else [value]
+        kinds = {float, int} if self.type is float else {self.type}
+        if value == self.default and type(value) is type(self.default) and self.name != "data":
+            return True
+        return all(type(part) in kinds for part in parts) and (self.choices is None or value in self.choices)
+
+
+# Frequent sets of tags, of choices, and ranges.
+_RESUME = (RESUME_MAY_CHANGE,)
+_FREE = (RESUME_MAY_CHANGE, NOT_RUN_IDENTITY)
+_MATCH = (MUST_MATCH_CHECKPOINT,)
+_WARN = (WARN_IF_CHANGED,)
+_OF_TIMELLM = (must_match_for("TimeLLM"),)
+_OF_PATCHES = (must_match_for("TimeLLM"), must_match_for("PatchTST"))
+_COMPARE = (RESERVED_BY_COMPARE,)
+
+# fmt: off
+# One row a flag, by group; a group may have a description.
+TABLE: dict[str, tuple[str | None, tuple[Flag, ...]]] = {
+    "basic": (None, (
+        Flag("demo", False, "synthetic data and a tiny LLM, nothing to download", _FREE),
+        Flag("plan", False, "print the memory that the run needs, and do not run", _FREE + _COMPARE),
+        Flag("task_name", "long_term_forecast", "names the run", (), ("long_term_forecast", "short_term_forecast")),
+        Flag("is_training", 1, "1: train, then test; 0: only test", _RESUME + _COMPARE, (0, 1)),
+        Flag("model_id", "", "names the run; empty: {data}_{seq_len}_{pred_len}"),
+        Flag("model_comment", "none", "names the run"),
+        Flag("model", "TimeLLM", "the forecaster; PatchTST: a transformer over patches; DLinear: two linear maps;"
+             " SeasonalNaive: repeats the last season; LastValue: repeats the last value", _MATCH, MODEL_NAMES),
+        Flag("seed", 2021, "random seed of the first repetition"),
+    )),
+    "data": (None, (
+        Flag("data", None, "which data set, hence its train/val/test borders; required", (), DATA_NAMES, kind=str),
+        Flag("root_path", "./dataset", "folder of the CSV", _RESUME),
+        Flag("data_path", "", "file name of the CSV; empty: {data}.csv", _RESUME),
+        Flag("features", "M", "M: every channel; S: only the target; MS: every channel, the headline metric is the"
+             " target's", (), ("M", "S", "MS")),
+        Flag("target", "OT", "the column that S and MS refer to"),
+        Flag("series", "", "of a long CSV (unique_id, ds, y): only these series, names or patterns such as shop-*"
+             " between commas"),
+        Flag("covariates", "", "columns known in advance, between commas: they explain the channels and are not"
+             " forecast", _MATCH),
+        Flag("loader", "modal", COMPATIBILITY),
+        Flag("freq", "h", "step of the time marks: h, t, 15min, d and so on; TimeLLM does not read them"),
+        Flag("checkpoints", "./checkpoints/", "folder of the run folders", _RESUME + _COMPARE),
+        Flag("percent", 100, "share of the training rows to use (few-shot)", range=_PERCENT),
+        Flag("num_workers", 0, "loader processes; batches are cheap, 0 is fastest", _FREE, range=_AT_LEAST_0),
+    )),
+    "windows": (None, (
+        Flag("seq_len", 96, "rows that the model sees", _MATCH, range=_AT_LEAST_1),
+        Flag("label_len", 48, "past rows repeated before the target's; TimeLLM does not read them", range=_AT_LEAST_0),
+        Flag("pred_len", 96, "rows to forecast", _MATCH, range=_AT_LEAST_1),
+        Flag("seasonal_patterns", "Monthly", COMPATIBILITY),
+    )),
+    "model": ("of TimeLLM and PatchTST, except where noted", (
+        Flag("enc_in", 7, f"{COMPATIBILITY}: the channels are read from the CSV"),
+        Flag("dec_in", 7, f"{COMPATIBILITY}: the channels are read from the CSV"),
+        Flag("c_out", 7, f"{COMPATIBILITY}: the channels are read from the CSV"),
+        Flag("d_model", 16, "width of the patch embedding", range=_AT_LEAST_1),
+        Flag("n_heads", 8, "heads of the reprogramming attention, or of PatchTST's", (must_match_for("PatchTST"),),
+             range=_AT_LEAST_1),
+        Flag("e_layers", 2, "layers of PatchTST; TimeLLM: only names the run", range=_AT_LEAST_1),
+        Flag("d_layers", 1, f"{COMPATIBILITY}: only names the run"),
+        Flag("d_ff", 32, "width of a reprogramming head, and LLM columns kept; PatchTST: width of the feed-forward"
+             " layer", range=_AT_LEAST_1),
+        Flag("moving_avg", 25, "DLinear: rows of the moving average", (must_match_for("DLinear"),), range=_AT_LEAST_1),
+        Flag("season", 0, "SeasonalNaive: rows of a season; 0: a day, a week for daily rows, a year for longer ones",
+             (RESUME_MAY_CHANGE, must_match_for("SeasonalNaive")), range=_AT_LEAST_0),
+        Flag("factor", 1, f"{COMPATIBILITY}: only names the run"),
+        Flag("dropout", 0.1, "dropout of the trainable layers", range=_BELOW_1),
+        Flag("embed", "timeF", "time marks of a batch, scaled (timeF) or calendar integers (fixed, learned); TimeLLM"
+             " does not read them", (), ("timeF", "fixed", "learned")),
+        Flag("activation", "gelu", COMPATIBILITY),
+        Flag("output_attention", False, COMPATIBILITY),
+        Flag("patch_len", 16, "rows of a patch", _OF_PATCHES, range=_AT_LEAST_1),
+        Flag("stride", 8, "rows from one patch to the next", _OF_PATCHES, range=_AT_LEAST_1),
+        Flag("mapping", "compact", "text prototypes with llm_dim (compact) or vocab_size (full, as in Time-LLM) weights"
+             " each; both reach the same prototypes", (), ("compact", "full")),
+        Flag("normalize_prototypes", False, "TimeLLM: scale each text prototype to entries of mean square 1, so that"
+             " patches differ from the start", _OF_TIMELLM),
+        Flag("residual", "none", "TimeLLM; linear: add a linear map of the scaled window, so that the LLM learns the"
+             " residual of a linear forecast", _OF_TIMELLM, ("none", "linear")),
+    )),
+    "prompt": ("of TimeLLM", (
+        Flag("prompt_domain", 0, "1: describe the data set from dataset/prompt_bank; 0: Time-LLM's one sentence on ETT",
+             _WARN, (0, 1)),
+        Flag("content", "", "description of the data set, used as it is; overrides the others", _WARN),
+        Flag("prompt_file", "", "UTF-8 file with the description, used as it is; overrides --prompt_domain", _WARN),
+        Flag("prompt_decimals", -1, "decimals of the statistics; -1: all", _WARN, range=_AT_LEAST_MINUS_1),
+        Flag("prompt_padding", "left", "left: pads are masked, forecasts do not depend on batch-mates; right: as in"
+             " Time-LLM, pads are attended to", _WARN, ("left", "right")),
+    )),
+    "frozen LLM": ("of TimeLLM", (
+        Flag("llm_model", "LLAMA", "a known LLM, from ./base_models/ or the Hub", _RESUME,
+             ("LLAMA", "GPT2", "BERT", "QWEN")),
+        Flag("llm_model_path", "", "local folder or Hub id of any LLM; overrides --llm_model", _RESUME),
+        Flag("llm_dim", 0, "hidden size; 0: read from the LLM", range=_AT_LEAST_0),
+        Flag("llm_layers", None, "use the first N layers; default: 6 for LLAMA, GPT2 and BERT by name, all otherwise",
+             kind=int),
+        Flag("load_in_4bit", False, "NF4 weights with double quantisation"),
+        Flag("llm_dtype", "auto", "precision that the LLM computes in; auto: float32 on a CPU, bfloat16 on a GPU that"
+             " has it, else float16", (), ("auto", "float32", "bfloat16", "float16")),
+        Flag("no_prefix_cache", False, "run prompt and patches through the LLM in one pass, as Time-LLM does: slower,"
+             " the same forecasts", _RESUME),
+        Flag("gradient_checkpointing", False, "recompute the LLM's activations in backward: much less memory, slower"
+             " steps, the same gradients", _FREE),
+        Flag("ablation", "none", "no_llm: the reprogrammed patches go straight to the head; random_llm: random weights"
+             " in the LLM, drawn from --seed", _OF_TIMELLM, ("none", "no_llm", "random_llm")),
+    )),
+    "optimisation": (None, (
+        Flag("itr", 1, "repetitions, with seeds seed, seed+1 and so on", _FREE + _COMPARE, range=_AT_LEAST_1),
+        Flag("train_epochs", 10, "largest number of epochs", _RESUME, range=_AT_LEAST_1),
+        Flag("align_epochs", 10, COMPATIBILITY),
+        Flag("batch_size", 32, "windows of a training batch, per process", range=_AT_LEAST_1),
+        Flag("eval_batch_size", 0, "windows of an evaluation batch; 0: batch_size", _FREE, range=_AT_LEAST_0),
+        Flag("patience", 10, "validations without improvement before early stopping", _RESUME, range=_AT_LEAST_1),
+        Flag("learning_rate", 1e-4, "peak learning rate", range=_RATE),
+        Flag("mapping_rate", 1.0, "TimeLLM: learning rate of the map to the text prototypes, as a share of"
+             " --learning_rate", range=_RATE),
+        Flag("residual_rate", 0.01, "TimeLLM: learning rate of the map of --residual linear, as a share of"
+             " --learning_rate", range=_RATE),
+        Flag("optimizer", "adam", "8bit: state in 8 bits, by bitsandbytes; paged: moved to host memory when a GPU is"
+             " full", (), ("adam", "adamw", "adamw8bit", "paged_adamw8bit")),
+        Flag("auto_batch_size", False, "if a batch does not fit into memory, halve it and raise --grad_accum, before"
+             " training starts", _RESUME),
+        Flag("des", "test", "names the run", _COMPARE),
+        Flag("loss", "MSE", "training loss", (), ("MSE", "MAE")),
+        Flag("lradj", "type1", "learning rate schedule", (),
+             ("type1", "type2", "type3", "PEMS", "TST", "COS", "constant")),
+        Flag("pct_start", 0.2, "share of warm-up steps, only for --lradj TST", range=_SHARE),
+        Flag("use_amp", False, "automatic mixed precision for the trainable layers"),
+        Flag("grad_accum", 1, "batches of an optimiser step", range=_AT_LEAST_1),
+        Flag("grad_clip", 0.0, "largest gradient norm; 0: off", range=_NORM),
+        Flag("max_steps", 0, "stop training after N optimiser steps; 0: off", _RESUME, range=_AT_LEAST_0),
+        Flag("resume", "", "continue from the run's last state; it is an error if there is none, with auto a fresh"
+             " start", _FREE + _COMPARE, ("yes", "auto"), settings={"nargs": "?", "const": "yes"}),
+        Flag("report_to", "none", "log validations to TensorBoard, too, in the run folder, by accelerate's tracker",
+             _FREE, ("none", "tensorboard")),
+        Flag("save_steps", 0, "save the state to resume from every N steps, too; 0: every epoch", _FREE,
+             range=_AT_LEAST_0),
+        Flag("deterministic", False, "repeat CUDA runs to the bit, where the kernels allow it"),
+    )),
+    "evaluation": (None, (
+        Flag("eval_windows", 0, "at most N evenly spaced windows; 0: all", range=_AT_LEAST_0),
+        Flag("test_windows", -1, "the final test on at most N evenly spaced windows; 0: all; -1: as --eval_windows",
+             _RESUME, range=_AT_LEAST_MINUS_1),
+        Flag("eval_steps", 0, "validate every N optimiser steps; 0: once an epoch", range=_AT_LEAST_0),
+        Flag("skip_epoch_test", False, "no test pass while training", _FREE),
+        Flag("predict", False, "write the forecast after the last row of the CSV, as CSV and picture",
+             _FREE + _COMPARE),
+        Flag("level", [], "prediction intervals of these levels, in per cent, calibrated on the validation windows,"
+             " e.g. 80 95", _RESUME, kind=int, settings={"nargs": "+"}),
+        Flag("save_predictions", False, "keep the test forecasts, pred.npy and true.npy, and a picture of three of"
+             " them", _FREE),
+        Flag("checkpoint", "", "run folder to test instead of the run's own", _RESUME + _COMPARE),
+    )),
+}
+# fmt: on
+
+FLAGS = {flag.name: flag for _, flags in TABLE.values() for flag in flags}
+DEFAULTS = {name: flag.default for name, flag in FLAGS.items()}  # what a run did before it had the flag
+
+
+def flags_tagged(tag: str) -> frozenset[str]:
+    """Return the names of the flags that have a tag."""
+    return frozenset(name for name, flag in FLAGS.items() if tag in flag.tags)
+
+
+def check_types(flags: Mapping[str, object]) -> None:
+    """Check values that did not come from the command line, but from a file or from Python.
+
+    Raises:
+        ValueError: names the first flag whose value the command line would not have let through.
+    """
+    for name, value in flags.items():
+        if name in FLAGS and not FLAGS[name].accepts(value):
+            choices = f": one of {', '.join(map(str, FLAGS[name].choices))}" if FLAGS[name].choices else ""
+            raise ValueError(f"--{name} cannot be {value!r}{choices}")
+
+
+class FlagGroup:
+    """A frozen dataclass of flags that belong together; its fields are named as the flags are."""
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Self:
+        """Take this group's flags from all."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
 
 class OptionParser(OneLineParser):
     """An ArgumentParser whose errors are one line and whose namespaces are complete.
 
-    Defaults that depend on other flags (``--model_id``, ``--data_path``, the presets of ``--demo``)
-    are filled in by `parse_known_args`, so that every namespace can be handed to `models` and
-    `data_provider` as it is.
+    Defaults that depend on other flags (``--model_id``, ``--data_path``, the presets of ``--demo``) are filled in by
+    `parse_known_args`, so that every namespace can be handed to `models` and `data_provider` as it is.
     """
 
     def error(self, message: str) -> None:
-        """Print one line, with the flag that may have been meant, and leave with exit code 2."""
-        super().error(self._with_suggestion(message))
-
-    def _with_suggestion(self, message: str) -> str:
+        """Print one line, with the flag that may have been meant, and exit with code 2."""
         marker = "unrecognized arguments: "
-        if not message.startswith(marker):
-            return message
-        word = message.removeprefix(marker).split()[0].split("=")[0]
-        close = difflib.get_close_matches(word, self._option_string_actions, n=1)
-        return f"{message} (did you mean {close[0]}?)" if close else f"{message} (--help lists the flags)"
+        if message.startswith(marker):
+            word = message.removeprefix(marker).split()[0].split("=")[0]
+            close = difflib.get_close_matches(word, self._option_string_actions, n=1)
+            message += f" (did you mean {close[0]}?)" if close else " (--help lists the flags)"
+        super().error(message)
 
     def parse_known_args(self, args=None, namespace=None):
         parsed, rest = super().parse_known_args(args, namespace)
@@ -72,12 +316,12 @@ class OptionParser(OneLineParser):
             # Whether an LLM was named at all: even the default's name is not the tiny one's.
             unnamed, _ = self._parse_with_defaults({"llm_model": None}, args)
             presets = dict(DEMO_DEFAULTS)
-            # What a flag beside --demo stands for, the preset must not contradict.
+            # A preset must not contradict a flag given beside --demo.
             if parsed.prompt_file or parsed.prompt_domain:
                 del presets["content"]
             if unnamed.llm_model:
                 del presets["llm_model_path"]
-            if not parsed.is_training:  # there --predict would stand for a forecast without a test
+            if not parsed.is_training:  # there --predict would mean a forecast without a test
                 del presets["predict"]
             parsed, rest = self._parse_with_defaults(presets, args, namespace)
         if parsed.data is None and not rest:
@@ -97,39 +341,6 @@ class OptionParser(OneLineParser):
             self.set_defaults(**ordinary)
 
 
-# What else a flag is about, said where it is defined.
-NEEDED = "a checkpoint means nothing with another value"
-SAID = "with another value a checkpoint forecasts otherwise: that is said"
-RESUME_MAY_CHANGE = "a run may be resumed with another value: it changes no weight, or says how long to go on"
-SAME_RUN = "a run with another value is still the same run: it changes no weight and no score"
-COMPARE_SETS = "compare.py sets it, or it would leave no scores to compare"
-
-
-def needed_by(model: str) -> str:
-    """Return the tag of a flag that is `NEEDED` by the checkpoints of one model."""
-    return f"{NEEDED}, of {model}"
-
-
-def _flag(group: argparse._ArgumentGroup, name: str, *tags: str, **settings: object) -> None:
-    """Define a flag that is about more than its value, as the tags say."""
-    group.add_argument(name, **settings).tags = tags
-
-
-class FlagGroup:
-    """A frozen dataclass of flags that are about one thing; its fields are named as the flags are."""
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> Self:
-        """Take this group's flags from all."""
-        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
-
-
-@cache
-def flags_tagged(tag: str) -> frozenset[str]:
-    """Return the names of the flags that are marked so."""
-    return frozenset(action.dest for action in get_parser()._actions if tag in getattr(action, "tags", ()))
-
-
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of `run_main.py`; every flag of Time-LLM's keeps its name, type and default."""
     parser = OptionParser(
@@ -138,430 +349,11 @@ def get_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-
-    basic = parser.add_argument_group("basic")
-    _flag(
-        basic,
-        "--demo",
-        RESUME_MAY_CHANGE,
-        SAME_RUN,
-        action="store_true",
-        help="made-up data and a tiny LLM, nothing to download",
-    )
-    _flag(
-        basic,
-        "--plan",
-        RESUME_MAY_CHANGE,
-        SAME_RUN,
-        COMPARE_SETS,
-        action="store_true",
-        help="print what the run needs of memory, and run nothing",
-    )
-    basic.add_argument("--task_name", choices=TASK_NAMES, default="long_term_forecast", help="names the run")
-    _flag(
-        basic,
-        "--is_training",
-        RESUME_MAY_CHANGE,
-        COMPARE_SETS,
-        type=int,
-        choices=(0, 1),
-        default=1,
-        help="1: train, then test; 0: test only",
-    )
-    basic.add_argument("--model_id", default="", help="names the run; empty: {data}_{seq_len}_{pred_len}")
-    basic.add_argument("--model_comment", default="none", help="names the run")
-    _flag(
-        basic,
-        "--model",
-        NEEDED,
-        choices=MODEL_NAMES,
-        default="TimeLLM",
-        help="the forecaster; PatchTST: a transformer over patches; DLinear: two linear maps; SeasonalNaive: the last"
-        " season again; LastValue: the last row",
-    )
-    basic.add_argument("--seed", type=int, default=2021, help="random seed of the first repetition")
-
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", choices=DATA_NAMES, help="which data set, hence its train/val/test borders; required")
-    _flag(data, "--root_path", RESUME_MAY_CHANGE, default="./dataset", help="folder of the CSV")
-    _flag(data, "--data_path", RESUME_MAY_CHANGE, default="", help="file name of the CSV; empty: {data}.csv")
-    data.add_argument(
-        "--features",
-        choices=("M", "S", "MS"),
-        default="M",
-        help="M: every channel; S: the target alone; MS: every channel, the headline metric is the target's",
-    )
-    data.add_argument("--target", default="OT", help="the column that S and MS are about")
-    data.add_argument(
-        "--series",
-        default="",
-        help="of a long CSV (unique_id, ds, y): these series alone, names or patterns such as shop-* between commas",
-    )
-    _flag(
-        data,
-        "--covariates",
-        NEEDED,
-        default="",
-        help="columns known in advance, between commas: they explain, they are not forecast",
-    )
-    data.add_argument("--loader", default="modal", help=COMPATIBILITY)
-    data.add_argument("--freq", default="h", help="step of the time marks: h, t, 15min, d, ...; TimeLLM reads none")
-    _flag(
-        data,
-        "--checkpoints",
-        RESUME_MAY_CHANGE,
-        COMPARE_SETS,
-        default="./checkpoints/",
-        help="folder that holds the run folders",
-    )
-    data.add_argument("--percent", type=int, default=100, help="share of the training rows to use (few-shot)")
-    _flag(
-        data,
-        "--num_workers",
-        RESUME_MAY_CHANGE,
-        SAME_RUN,
-        type=int,
-        default=0,
-        help="loader processes; batches are cheap, 0 is fastest",
-    )
-
-    windows = parser.add_argument_group("windows")
-    _flag(windows, "--seq_len", NEEDED, type=int, default=96, help="rows the model sees")
-    windows.add_argument(
-        "--label_len", type=int, default=48, help="past rows repeated before the target's; TimeLLM reads none"
-    )
-    _flag(windows, "--pred_len", NEEDED, type=int, default=96, help="rows to forecast")
-    windows.add_argument("--seasonal_patterns", default="Monthly", help=COMPATIBILITY)
-
-    model = parser.add_argument_group("model", "of TimeLLM and PatchTST, but where it is said")
-    for name in ("--enc_in", "--dec_in", "--c_out"):
-        model.add_argument(name, type=int, default=7, help=f"{COMPATIBILITY}: the channels are read from the CSV")
-    model.add_argument("--d_model", type=int, default=16, help="width of the patch embedding")
-    _flag(
-        model,
-        "--n_heads",
-        needed_by("PatchTST"),
-        type=int,
-        default=8,
-        help="heads of the reprogramming attention, or of PatchTST's",
-    )
-    model.add_argument("--e_layers", type=int, default=2, help="layers of PatchTST; TimeLLM: only names the run")
-    model.add_argument("--d_layers", type=int, default=1, help=f"{COMPATIBILITY}: only names the run")
-    model.add_argument(
-        "--d_ff",
-        type=int,
-        default=32,
-        help="width of a reprogramming head, and LLM columns kept; PatchTST: of a layer's inner product",
-    )
-    _flag(model, "--moving_avg", needed_by("DLinear"), type=int, default=25, help="DLinear: rows of the moving average")
-    _flag(
-        model,
-        "--season",
-        RESUME_MAY_CHANGE,
-        needed_by("SeasonalNaive"),
-        type=int,
-        default=0,
-        help="SeasonalNaive: rows of a season; 0: a day's, a week's of daily rows, a year's of longer ones",
-    )
-    model.add_argument("--factor", type=int, default=1, help=f"{COMPATIBILITY}: only names the run")
-    model.add_argument("--dropout", type=float, default=0.1, help="dropout of the trainable layers")
-    model.add_argument(
-        "--embed",
-        choices=("timeF", "fixed", "learned"),
-        default="timeF",
-        help="time marks of a batch, scaled (timeF) or calendar integers (fixed, learned); TimeLLM reads none",
-    )
-    model.add_argument("--activation", default="gelu", help=COMPATIBILITY)
-    model.add_argument("--output_attention", action="store_true", help=COMPATIBILITY)
-    of_patches = (needed_by("TimeLLM"), needed_by("PatchTST"))
-    _flag(model, "--patch_len", *of_patches, type=int, default=16, help="rows a patch")
-    _flag(model, "--stride", *of_patches, type=int, default=8, help="rows from patch to patch")
-    model.add_argument(
-        "--mapping",
-        choices=("compact", "full"),
-        default="compact",
-        help="text prototypes with llm_dim (compact) or vocab_size (full, as Time-LLM) weights each, equal in reach",
-    )
-    _flag(
-        model,
-        "--normalize_prototypes",
-        needed_by("TimeLLM"),
-        action="store_true",
-        help="TimeLLM: scale each text prototype to entries of mean square 1, so that patches differ from the start",
-    )
-    _flag(
-        model,
-        "--residual",
-        needed_by("TimeLLM"),
-        choices=("none", "linear"),
-        default="none",
-        help="TimeLLM; linear: add a linear map of the scaled window, so that the LLM learns what a line cannot say",
-    )
-
-    prompt = parser.add_argument_group("prompt", "of TimeLLM")
-    _flag(
-        prompt,
-        "--prompt_domain",
-        SAID,
-        type=int,
-        choices=(0, 1),
-        default=0,
-        help="1: describe the data set from dataset/prompt_bank; 0: Time-LLM's one sentence on ETT",
-    )
-    _flag(prompt, "--content", SAID, default="", help="the data set's description, used as it is; wins")
-    _flag(prompt, "--prompt_file", SAID, default="", help="UTF-8 file with the description, as it is; wins over 1")
-    _flag(prompt, "--prompt_decimals", SAID, type=int, default=-1, help="decimals of the statistics; -1: in full")
-    _flag(
-        prompt,
-        "--prompt_padding",
-        SAID,
-        choices=("left", "right"),
-        default="left",
-        help="left: masked, forecasts do not depend on batch-mates; right: as Time-LLM, pads are attended to",
-    )
-
-    llm = parser.add_argument_group("frozen LLM", "of TimeLLM")
-    _flag(
-        llm,
-        "--llm_model",
-        RESUME_MAY_CHANGE,
-        choices=LLM_NAMES,
-        default="LLAMA",
-        help="a known LLM, from ./base_models/ or the Hub",
-    )
-    _flag(
-        llm,
-        "--llm_model_path",
-        RESUME_MAY_CHANGE,
-        default="",
-        help="local folder or Hub id of any LLM; wins over --llm_model",
-    )
-    llm.add_argument("--llm_dim", type=int, default=0, help="hidden size; 0: read from the LLM")
-    llm.add_argument(
-        "--llm_layers",
-        type=int,
-        help="use the first N layers; default: 6 for LLAMA, GPT2 and BERT by name, all otherwise",
-    )
-    llm.add_argument("--load_in_4bit", action="store_true", help="NF4 weights with double quantisation")
-    llm.add_argument(
-        "--llm_dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="what the LLM computes in; auto: float32 on CPU, bfloat16 on a GPU that has it, else float16",
-    )
-    _flag(
-        llm,
-        "--no_prefix_cache",
-        RESUME_MAY_CHANGE,
-        action="store_true",
-        help="run prompt and patches through the LLM in one pass, as Time-LLM: slower, as exact",
-    )
-    _flag(
-        llm,
-        "--gradient_checkpointing",
-        RESUME_MAY_CHANGE,
-        SAME_RUN,
-        action="store_true",
-        help="recompute the LLM's activations in backward: much less memory, a slower step, as exact",
-    )
-    _flag(
-        llm,
-        "--ablation",
-        needed_by("TimeLLM"),
-        choices=ABLATION_NAMES,
-        default="none",
-        help="no_llm: the reprogrammed patches go straight to the head; random_llm: its weights drawn from --seed",
-    )
-
-    train = parser.add_argument_group("optimisation")
-    _flag(
-        train,
-        "--itr",
-        RESUME_MAY_CHANGE,
-        SAME_RUN,
-        COMPARE_SETS,
-        type=int,
-        default=1,
-        help="repetitions, with seeds seed, seed+1, ...",
-    )
-    _flag(train, "--train_epochs", RESUME_MAY_CHANGE, type=int, default=10, help="epochs at most")
-    train.add_argument("--align_epochs", type=int, default=10, help=COMPATIBILITY)
-    train.add_argument("--batch_size", type=int, default=32, help="windows a training batch, per process")
-    _flag(
-        train,
-        "--eval_batch_size",
-        RESUME_MAY_CHANGE,
-        SAME_RUN,
-        type=int,
-        default=0,
-        help="windows an evaluation batch; 0: batch_size",
-    )
-    _flag(
-        train,
-        "--patience",
-        RESUME_MAY_CHANGE,
-        type=int,
-        default=10,
-        help="validations without gain before an early stop",
-    )
-    train.add_argument("--learning_rate", type=float, default=1e-4, help="peak learning rate")
-    train.add_argument(
-        "--mapping_rate",
-        type=float,
-        default=1.0,
-        help="TimeLLM: learning rate of the map to the text prototypes, as a share of --learning_rate",
-    )
-    train.add_argument(
-        "--residual_rate",
-        type=float,
-        default=0.01,
-        help="TimeLLM: learning rate of the map of --residual linear, as a share of --learning_rate",
-    )
-    train.add_argument(
-        "--optimizer",
-        choices=OPTIMIZER_NAMES,
-        default="adam",
-        help="8bit: its state in 8 bits, by bitsandbytes; paged: swapped out of a GPU that is full",
-    )
-    _flag(
-        train,
-        "--auto_batch_size",
-        RESUME_MAY_CHANGE,
-        action="store_true",
-        help="if a batch does not fit into memory, halve it and raise --grad_accum, before training starts",
-    )
-    _flag(train, "--des", COMPARE_SETS, default="test", help="names the run")
-    train.add_argument("--loss", choices=("MSE", "MAE"), default="MSE", help="training loss")
-    train.add_argument("--lradj", choices=SCHEDULE_NAMES, default="type1", help="learning rate schedule")
-    train.add_argument("--pct_start", type=float, default=0.2, help="share of warm-up steps, --lradj TST only")
-    train.add_argument("--use_amp", action="store_true", help="automatic mixed precision for the trainable layers")
-    train.add_argument("--grad_accum", type=int, default=1, help="batches an optimiser step")
-    train.add_argument("--grad_clip", type=float, default=0.0, help="largest gradient norm; 0: off")
-    _flag(
-        train,
-        "--max_steps",
-        RESUME_MAY_CHANGE,
-        type=int,
-        default=0,
-        help="stop training after N optimiser steps; 0: off",
-    )
-    _flag(
-        train,
-        "--resume",
-        RESUME_MAY_CHANGE,
-        SAME_RUN,
-        COMPARE_SETS,
-        nargs="?",
-        choices=("yes", "auto"),
-        const="yes",
-        default="",
-        help="go on from the run's last state; an error if there is none, auto starts fresh then",
-    )
-    _flag(
-        train,
-        "--report_to",
-        RESUME_MAY_CHANGE,
-        SAME_RUN,
-        choices=("none", "tensorboard"),
-        default="none",
-        help="what else is told of each validation: TensorBoard, in the run folder, by accelerate's tracker",
-    )
-    _flag(
-        train,
-        "--save_steps",
-        RESUME_MAY_CHANGE,
-        SAME_RUN,
-        type=int,
-        default=0,
-        help="save the state to resume from every N steps, too; 0: every epoch",
-    )
-    train.add_argument(
-        "--deterministic", action="store_true", help="the same bits at every run on CUDA, too, where kernels allow"
-    )
-
-    evaluation = parser.add_argument_group("evaluation")
-    evaluation.add_argument("--eval_windows", type=int, default=0, help="at most N evenly spaced windows; 0: all")
-    _flag(
-        evaluation,
-        "--test_windows",
-        RESUME_MAY_CHANGE,
-        type=int,
-        default=-1,
-        help="the test at the end on at most N evenly spaced windows; 0: all; -1: as --eval_windows says",
-    )
-    evaluation.add_argument(
-        "--eval_steps", type=int, default=0, help="validate every N optimiser steps; 0: once an epoch"
-    )
-    _flag(
-        evaluation,
-        "--skip_epoch_test",
-        RESUME_MAY_CHANGE,
-        SAME_RUN,
-        action="store_true",
-        help="no test pass while training",
-    )
-    _flag(
-        evaluation,
-        "--predict",
-        RESUME_MAY_CHANGE,
-        SAME_RUN,
-        COMPARE_SETS,
-        action="store_true",
-        help="write the forecast after the last row of the CSV, as CSV and picture",
-    )
-    _flag(
-        evaluation,
-        "--level",
-        RESUME_MAY_CHANGE,
-        nargs="+",
-        type=int,
-        default=[],
-        help="prediction intervals of these levels, in per cent, calibrated on the validation windows, e.g. 80 95",
-    )
-    _flag(
-        evaluation,
-        "--save_predictions",
-        RESUME_MAY_CHANGE,
-        SAME_RUN,
-        action="store_true",
-        help="keep the test forecasts, pred.npy and true.npy, and a picture of three of them",
-    )
-    _flag(
-        evaluation,
-        "--checkpoint",
-        RESUME_MAY_CHANGE,
-        COMPARE_SETS,
-        default="",
-        help="run folder to test instead of the run's own",
-    )
+    for title, (description, flags) in TABLE.items():
+        group = parser.add_argument_group(title, description)
+        for flag in flags:
+            flag.add_to(group)
     return parser
-
-
-@cache
-def defaults() -> dict[str, object]:
-    """Return the default of every flag: what a run did from before there was this flag."""
-    return {action.dest: action.default for action in get_parser()._actions}
-
-
-def check_types(flags: Mapping[str, object]) -> None:
-    """Check values that did not come from the command line, from a file or from Python.
-
-    Raises:
-        ValueError: names the first flag whose value the command line would not have let through.
-    """
-    for action in get_parser()._actions:
-        if action.dest not in flags:
-            continue
-        value = flags[action.dest]
-        kind = bool if action.nargs == 0 else action.type or str
-        parts = value if action.nargs == "+" and isinstance(value, list) else [value]
-        # Python takes a bool for an int.
-        fits = all(type(part) in ({float, int} if kind is float else {kind}) for part in parts)
-        is_choice = action.choices is None or value in action.choices or (action.nargs == "?" and value == "")
-        is_left_out = value is None and action.default is None and action.dest != "data"
-        if not is_left_out and not (fits and is_choice):
-            choices = f": one of {', '.join(map(str, action.choices))}" if action.choices else ""
-            raise ValueError(f"--{action.dest} cannot be {value!r}{choices}")
 
 
 def has_llm(args: argparse.Namespace) -> bool:
@@ -575,16 +367,16 @@ def has_patches(args: argparse.Namespace) -> bool:
 
 
 def flags_of_repetition(args: argparse.Namespace, repetition: int) -> argparse.Namespace:
-    """Return the flags with which repetition 0, 1, ... could be run by itself: with its own seed."""
+    """Return the flags that run repetition 0, 1, ... by itself: those of all, with its own seed."""
     return argparse.Namespace(**{**vars(args), "seed": args.seed + repetition})
 
 
 def flags_of_final_test(args: argparse.Namespace) -> argparse.Namespace:
-    """Return the flags whose --eval_windows says how many windows the test at the end takes."""
+    """Return the flags of the test at the end: its --eval_windows is --test_windows, if that is given."""
     windows = args.eval_windows if args.test_windows < 0 else args.test_windows
     return argparse.Namespace(**{**vars(args), "eval_windows": windows})
 
 
 def headline_target(args: argparse.Namespace) -> str | None:
-    """Return the channel that the headline metric is of, None for all."""
+    """Return the channel of the headline metric, None for all channels."""
     return args.target if args.features == "MS" else None

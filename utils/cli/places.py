@@ -9,7 +9,7 @@ from utils.cli.options import DEMO_DEFAULTS
 BASE_MODELS = "base_models"
 
 
-def demo_makes(args: argparse.Namespace, name: str) -> bool:
+def is_demo_default(args: argparse.Namespace, name: str) -> bool:
     """Return whether --demo makes what this flag points to, if it is not there."""
     return args.demo and getattr(args, name) == DEMO_DEFAULTS[name]
 

@@ -54,7 +54,7 @@ class LLMIdentity:
         model_type, hidden_size, vocab_size, layers: of the config; the layers are those in use.
         quantization: nf4 or none.
         config_hash: of the fields that give the network its shape.
-        words_hash: of the signs of the first token embeddings, which no precision changes.
+        embedding_hash: of the signs of the first token embeddings, which no precision changes.
         tokenizer_hash: of the vocabulary, and of how a sample text is split.
     """
 
@@ -64,7 +64,7 @@ class LLMIdentity:
     layers: int
     quantization: str
     config_hash: str
-    words_hash: str
+    embedding_hash: str
     tokenizer_hash: str = ""
 
 
@@ -94,7 +94,7 @@ def identify(
         layers=config.num_hidden_layers,
         quantization="nf4" if in_4bit else "none",
         config_hash=_hash_shape(config),
-        words_hash=_hash_signs(embeddings),
+        embedding_hash=_hash_signs(embeddings),
         tokenizer_hash=_hash_tokenizer(tokenizer),
     )
 

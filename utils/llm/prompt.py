@@ -47,8 +47,8 @@ def window_statistics(windows: torch.Tensor) -> list[WindowStatistics]:
     rows = windows.double().numpy()
     means, variances = np.array([mean_and_variance(row) for row in rows]).T[..., None]  # (B, 1) each
     centred = rows - means
-    in_order = np.sort(centred)[:, [0, -1, (rows.shape[1] - 1) // 2]]
-    numbers = in_order / np.sqrt(variances + EPS) + 0.0  # + 0.0: there is but one zero then, that without a sign
+    ordered = np.sort(centred)[:, [0, -1, (rows.shape[1] - 1) // 2]]
+    numbers = ordered / np.sqrt(variances + EPS) + 0.0  # + 0.0: there is but one zero then, that without a sign
     return [
         WindowStatistics(*told, is_upward=upward, lags=lags)
         for told, upward, lags in zip(

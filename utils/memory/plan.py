@@ -7,10 +7,11 @@ import torch
 from accelerate import PartialState
 
 from utils.cli.options import has_llm
-from utils.errors import UserError
-from utils.llm.loading import LLMChoice, LLMFlags, choose_llm, share_keys_on_cpu
-from utils.memory.trial_step import ModelBuilder, Step, layers_to_try, try_step
-from utils.system.gpu import free_bytes, is_gpu, most_reserved, total_bytes
+from utils.errors import UserError, first_line
+from utils.llm.choice import LLMChoice, LLMFlags, choose_llm
+from utils.llm.loading import share_keys_on_cpu
+from utils.memory.trial_step import Step, layers_to_try, try_step
+from utils.system.gpu import free_bytes, is_gpu, peak_reserved, total_bytes
 
 # Bytes of optimiser state for each trainable parameter.
 STATE_BYTES = {"adam": 8, "adamw": 8, "adamw8bit": 2 + 8 / 256, "paged_adamw8bit": 2 + 8 / 256}
@@ -74,12 +75,11 @@ class NoPlan(Exception):  # noqa: N818 - the run may go well without
     """The step of this LLM cannot be run on meta tensors."""
 
 
-def plan_memory(args: argparse.Namespace, build: ModelBuilder) -> MemoryPlan:
+def plan_memory(args: argparse.Namespace) -> MemoryPlan:
     """Return what the run that the flags describe will need.
 
     Args:
         args: the parsed flags.
-        build: makes the model, here around an LLM of meta tensors.
 
     Raises:
         UserError: if the LLM's config is not there or does not fit the flags.
@@ -87,7 +87,7 @@ def plan_memory(args: argparse.Namespace, build: ModelBuilder) -> MemoryPlan:
     """
     device = PartialState().device
     choice = choose_llm(LLMFlags.of(args))
-    few, more = _try_steps(args, build, choice, device)
+    few, more = _try_steps(args, choice, device)
     further = choice.text_config.num_hidden_layers - few.layers
     step = {name: getattr(few, name) + (getattr(more, name) - getattr(few, name)) * further for name in Step.EXTENSIVE}
     in_host = few.embedding if args.mapping == "compact" and device.type != "cpu" else 0
@@ -114,19 +114,16 @@ def plan_memory(args: argparse.Namespace, build: ModelBuilder) -> MemoryPlan:
     )
 
 
-def _try_steps(
-    args: argparse.Namespace, build: ModelBuilder, choice: LLMChoice, device: torch.device
-) -> tuple[Step, Step]:
+def _try_steps(args: argparse.Namespace, choice: LLMChoice, device: torch.device) -> tuple[Step, Step]:
     """Return a step with few of the LLM's layers and one with more, or the same where it has so few."""
     share_keys_on_cpu(device)
     try:
         with torch.random.fork_rng(devices=[]):  # the weights to come must not depend on what is planned
-            steps = [try_step(build, args, choice, device, layers) for layers in layers_to_try(choice)]
+            steps = [try_step(args, choice, device, layers) for layers in layers_to_try(choice)]
     except UserError:
         raise
     except Exception as problem:  # of whatever kind: it is the LLM's code that runs
-        reason = str(problem).strip().splitlines() or [type(problem).__name__]
-        raise NoPlan(f"{choice.config.model_type}: {reason[0]}") from problem
+        raise NoPlan(f"{choice.config.model_type}: {first_line(problem)}") from problem
     return steps[0], steps[-1]
 
 
@@ -138,19 +135,19 @@ def describe_plan(plan: MemoryPlan) -> str:
     return f"Memory: about {_gib(plan.total)} GiB of {_gib(plan.free)} free on {plan.device} ({named}; see --plan)"
 
 
-def memory_in_short(args: argparse.Namespace, build: ModelBuilder) -> str:
+def memory_in_short(args: argparse.Namespace) -> str:
     """Return what the run needs in one line, and one more if that is not there."""
     try:
-        plan = plan_memory(args, build)
+        plan = plan_memory(args)
         if plan.fits:
             return describe_plan(plan)
-        what_helps = advice(args, plan, build)
+        what_helps = advice(args, plan)
         return f"{describe_plan(plan)}\nWarning: with {MARGIN:.0%} to spare that may be too much: {what_helps}"
     except NoPlan as problem:
         return f"Memory: no plan for this LLM ({problem})"
 
 
-def full_report(args: argparse.Namespace, build: ModelBuilder) -> str:
+def full_report(args: argparse.Namespace) -> str:
     """Return what the run would need of memory as a table and, if that is not there, what to change.
 
     Raises:
@@ -159,10 +156,10 @@ def full_report(args: argparse.Namespace, build: ModelBuilder) -> str:
     if not has_llm(args):
         return f"{args.model} has no LLM: it fits wherever the data fit."
     try:
-        plan = plan_memory(args, build)
+        plan = plan_memory(args)
     except NoPlan as problem:
         raise UserError(f"there is no plan for this LLM ({problem}): run without --plan") from problem
-    verdict = "It fits." if plan.fits else f"It does not fit: {advice(args, plan, build)}"
+    verdict = "It fits." if plan.fits else f"It does not fit: {advice(args, plan)}"
     return f"{plan_table(plan)}\n{verdict}"
 
 
@@ -189,13 +186,12 @@ def plan_table(plan: MemoryPlan) -> str:
     return "\n".join(lines)
 
 
-def savings(args: argparse.Namespace, plan: MemoryPlan, build: ModelBuilder) -> list[tuple[str, int]]:
+def savings(args: argparse.Namespace, plan: MemoryPlan) -> list[tuple[str, int]]:
     """Return what would make a run smaller, with the bytes that each change alone saves, the largest first.
 
     Args:
         args: the run's flags.
         plan: what it needs with them.
-        build: makes the model.
     """
     layers = choose_llm(LLMFlags.of(args)).text_config.num_hidden_layers
     changes = {
@@ -209,26 +205,26 @@ def savings(args: argparse.Namespace, plan: MemoryPlan, build: ModelBuilder) -> 
         half, twice = args.batch_size // 2, 2 * args.grad_accum
         changes[f"--batch_size {half} --grad_accum {twice}"] = {"batch_size": half, "grad_accum": twice}
     saved = [
-        (flags, plan.total - plan_memory(argparse.Namespace(**{**vars(args), **change}), build).total)
+        (flags, plan.total - plan_memory(argparse.Namespace(**{**vars(args), **change})).total)
         for flags, change in changes.items()
     ]
     worthwhile = [(flags, size) for flags, size in saved if size > plan.total / 100]
     return sorted(worthwhile, key=lambda change: -change[1])
 
 
-def advice(args: argparse.Namespace, plan: MemoryPlan, build: ModelBuilder) -> str:
+def advice(args: argparse.Namespace, plan: MemoryPlan) -> str:
     """Return what to change for a smaller run, in part of a sentence."""
-    changes = [f"{flags} (saves {_gib(size)} GiB)" for flags, size in savings(args, plan, build)]
+    changes = [f"{flags} (saves {_gib(size)} GiB)" for flags, size in savings(args, plan)]
     return "try " + ", ".join(changes) if changes else "take a smaller LLM"
 
 
-def memory_error(args: argparse.Namespace, build: ModelBuilder) -> UserError:
+def memory_error(args: argparse.Namespace) -> UserError:
     """Return the one line for a device that is full."""
     if not has_llm(args):
         return UserError("out of memory: give a smaller --batch_size or --eval_batch_size")
     try:
-        plan = plan_memory(args, build)
-        what_helps = advice(args, plan, build)
+        plan = plan_memory(args)
+        what_helps = advice(args, plan)
     except NoPlan:
         return UserError("out of memory: try --gradient_checkpointing, --load_in_4bit, --llm_layers or --batch_size 1")
     return UserError(
@@ -241,7 +237,7 @@ def nearly_full(device: torch.device) -> str:
     """Return a warning if this process has used a GPU to its last 5%, else nothing."""
     if not is_gpu(device):
         return ""
-    used, there = most_reserved(device), total_bytes(device)
+    used, there = peak_reserved(device), total_bytes(device)
     if used < 0.95 * there:
         return ""
     return (

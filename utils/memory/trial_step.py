@@ -4,29 +4,21 @@ It is the model's own code that runs, so the count follows it by itself, for any
 """
 
 import argparse
-import copy
-import re
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoModel
-from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 
-from utils.llm.identity import LLMIdentity, LLMTraces
-from utils.llm.loading import LLMChoice, LoadedLLM, choose_dtype
+from models import build
+from utils.llm.choice import LLMChoice, choose_dtype
+from utils.llm.meta import llm_without_weights
 
 # Of NF4 with double quantisation: half a byte, a byte a block of 64, four bytes a block of 256 such blocks.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-
-# From the parsed flags and an LLM to the model.
-ModelBuilder = Callable[[argparse.Namespace, LoadedLLM], nn.Module]
 
 # Layers that the step is tried with; what each further layer adds is the difference.
 _FEW, _MORE = 2, 3
@@ -61,13 +53,10 @@ def layers_to_try(choice: LLMChoice) -> tuple[int, ...]:
     return (_FEW, _MORE) if there > _MORE else (there,)
 
 
-def try_step(
-    build: ModelBuilder, args: argparse.Namespace, choice: LLMChoice, device: torch.device, layers: int
-) -> Step:
+def try_step(args: argparse.Namespace, choice: LLMChoice, device: torch.device, layers: int) -> Step:
     """Run a training step of the model that the flags describe, with so many layers of its LLM.
 
     Args:
-        build: makes the model.
         args: the parsed flags.
         choice: their LLM.
         device: that the step is planned for.
@@ -150,66 +139,3 @@ class _LiveBytes(TorchDispatchMode):
     def _forget(self, address: int, size: int) -> None:
         self._counted.discard(address)
         self.now -= size
-
-
-class _KernelAttention(torch.autograd.Function):
-    """An attention that keeps what the fused kernels keep: queries, keys, values, their result, a sum a query."""
-
-    @staticmethod
-    def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        result = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, result, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return result
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
-
-
-def _plan_attention(module: nn.Module, query, key, value, attention_mask, **_kwargs) -> tuple[torch.Tensor, None]:
-    """Stand for transformers' sdpa attention: (B, heads, n, width) -> (B, n, heads, width)."""
-    if hasattr(module, "num_key_value_groups") and not use_gqa_in_sdpa(attention_mask, key, value):
-        key, value = (repeat_kv(tensor, module.num_key_value_groups) for tensor in (key, value))
-    return _KernelAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("memory_plan", _plan_attention)
-
-
-class _TokenCounter:
-    """Stands for a tokenizer: a token a digit, a mark, a word. Its ids mean nothing, only their number counts."""
-
-    def __call__(self, texts: list[str], **_kwargs) -> SimpleNamespace:
-        words = [re.findall(r"\d|[^\W\d]+|[^\w\s]", text) for text in texts]
-        return SimpleNamespace(input_ids=[[hash(word) % 97 for word in row] for row in words])
-
-    def num_special_tokens_to_add(self) -> int:
-        return 0
-
-
-def llm_without_weights(choice: LLMChoice, layers: int, dtype: torch.dtype) -> LoadedLLM:
-    """Return an LLM of so many layers, of meta tensors."""
-    config = copy.deepcopy(choice.config)
-    text_config = config.get_text_config()
-    text_config.num_hidden_layers = layers
-    if getattr(text_config, "layer_types", None):
-        text_config.layer_types = text_config.layer_types[:layers]
-    if choice.is_quantized:
-        del config.quantization_config
-    with torch.device("meta"):
-        backbone = AutoModel.from_config(
-            config, dtype=dtype, attn_implementation="memory_plan", trust_remote_code=False
-        )
-    identity = LLMIdentity(config.model_type, text_config.hidden_size, text_config.vocab_size, layers, "none", "", "")
-    return LoadedLLM(
-        backbone=backbone.requires_grad_(False).eval(),
-        tokenizer=_TokenCounter(),
-        pad_id=0,
-        device=torch.device("meta"),
-        source=choice.source,
-        folder=None,
-        layers_there=choice.layers_there,
-        context=None,
-        identity=identity,
-        traces=LLMTraces({}, torch.empty(0)),
-    )

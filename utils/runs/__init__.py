@@ -1,11 +1,10 @@
 """What a run leaves: checkpoints, records, pictures; and the way back from a run folder to forecasts."""
 
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from models.trained import TrainedRun
+    from utils.runs.trained import TrainedRun
 
 
 def load_run(folder: str | Path, device: str | None = None, **changes: object) -> "TrainedRun":
@@ -17,16 +16,17 @@ def load_run(folder: str | Path, device: str | None = None, **changes: object) -
         forecast = run.predict(frame)                    # a DataFrame, as forecast.csv has it
         forecast = run.predict(frame, level=[80, 95])    # with intervals, if the run was tested with --level
 
-    `frame` is like the run's CSV: a column `date`, or dates for its index, and the run's channels. The LLM is loaded
-    once and stays; the figures are those of `--predict`, to the last digit.
+    `frame` is like the run's CSV: a column `date`, or dates as index, and the run's channels. The LLM is loaded once
+    and stays; the figures are those of `--predict`, to the last digit.
 
     Args:
         folder: the run folder, with a checkpoint.
         device: such as "cpu" or "cuda:1"; None for the first GPU if there is one.
-        changes: flags that are not as they were, such as `llm_model_path` if the LLM's folder was moved.
+        changes: flags that are different now, such as `llm_model_path` if the LLM's folder was moved.
 
     Raises:
         UserError: if there is no checkpoint, or the LLM is not the run's.
     """
-    # A name that users rely on stands here; what it takes, forecasters and data, belongs to the rooms above.
-    return import_module("models.trained").TrainedRun(Path(folder), device, **changes)
+    from utils.runs.trained import TrainedRun  # torch takes seconds to import: `utils.runs.finished` does without
+
+    return TrainedRun.load(Path(folder), device, **changes)

@@ -3,16 +3,17 @@
 import hashlib
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from utils.errors import UserError
-from utils.llm.loading import llm_of
+from data_provider.facts import DataFacts
+from models.forecaster import Forecaster
+from utils.errors import UserError, first_line
 from utils.runs.contents import check_contents, check_progress, check_training
-from utils.runs.files import write_whole
+from utils.system.files import atomic_write
 
 FORMAT = 1
 
@@ -31,31 +32,6 @@ _OF_EARLIER_VERSIONS = {
     "llm_probe": None,
     "description": None,
 }
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """What a checkpoint says of its data.
-
-    Attributes:
-        channels: their names.
-        mean, deviation: of the scaler, a number a channel.
-        is_long: whether the channels are the series of a long CSV.
-        explainer: what covariates explain of them, in plain values; None if there are none.
-        training_hashes, validation_hashes: of each channel's rows.
-        trained_rows: fingerprints of some of the rows trained on, see `data_provider.fingerprints`.
-        one_in: of how many dates those of one are kept.
-    """
-
-    channels: list[str]
-    mean: list[float]
-    deviation: list[float]
-    is_long: bool = False
-    explainer: dict | None = None
-    training_hashes: list[str] = field(default_factory=list)
-    validation_hashes: list[str] = field(default_factory=list)
-    trained_rows: list[int] = field(default_factory=list)
-    one_in: int = 1
 
 
 @dataclass(frozen=True)
@@ -86,13 +62,18 @@ class Checkpoint:
         """The flags of its run."""
         return self.contents["flags"]
 
+    @cached_property
+    def data(self) -> DataFacts:
+        """The facts about its data."""
+        return DataFacts.of(self.contents)
+
     @property
     def basis(self) -> torch.Tensor | None:
         """The basis of TimeLLM's compact map; None if it has no such map."""
         return self.contents["weights"].get("mapping_layer.basis")
 
 
-def save_checkpoint(run: Run, model: nn.Module, progress: dict) -> None:
+def save_checkpoint(run: Run, model: Forecaster, progress: dict) -> None:
     """Write the best weights so far and what a later load must check, as `checkpoint`.
 
     Args:
@@ -106,13 +87,13 @@ def save_checkpoint(run: Run, model: nn.Module, progress: dict) -> None:
     _save(run.folder / "checkpoint", {**_contents(run, model), "progress": progress})
 
 
-def save_last(run: Run, model: nn.Module, training: dict) -> None:
+def save_last(run: Run, model: Forecaster, training: dict) -> None:
     """Write the state to resume from, as `last`: what `save_checkpoint` writes, and all of the trainer's own state."""
     _save(run.folder / "last", {**_contents(run, model), "training": training})
 
 
-def _contents(run: Run, model: nn.Module) -> dict:
-    llm = llm_of(model)
+def _contents(run: Run, model: Forecaster) -> dict:
+    llm = model.llm_info
     return {
         "format": FORMAT,
         "weights": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
@@ -120,14 +101,14 @@ def _contents(run: Run, model: nn.Module) -> dict:
         "llm_config": llm.traces.config if llm else None,
         "llm_embeddings": llm.traces.embeddings if llm else None,
         "llm_probe": llm.traces.probe if llm else None,
-        "description": getattr(model, "description", None),
+        "description": model.description,
         "flags": run.flags,
         **asdict(run.data),
     }
 
 
 def _save(path: Path, contents: dict) -> None:
-    write_whole(path, lambda file: torch.save(contents, file))
+    atomic_write(path, lambda file: torch.save(contents, file))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -192,6 +173,10 @@ def _read(path: Path) -> Checkpoint:
     if not isinstance(contents, dict) or contents.get("format") != FORMAT or not contents.keys() >= _ALWAYS:
         raise UserError(f"{path} is not a checkpoint of this program: name another --checkpoint")
     contents = {**_OF_EARLIER_VERSIONS, **contents}
+    llm = contents["llm"]
+    if isinstance(llm, dict) and "words_hash" in llm:  # its name in earlier versions
+        contents["llm"] = {**llm, "embedding_hash": llm["words_hash"]}
+        del contents["llm"]["words_hash"]
     _refuse_damage(path, lambda: check_contents(contents))
     return Checkpoint(path, sha256, contents)
 
@@ -205,5 +190,6 @@ def _refuse_damage(path: Path, check: Callable[[], None]) -> None:
 
 
 def _damaged(path: Path, problem: Exception) -> UserError:
-    reason = str(problem).strip().splitlines() or [type(problem).__name__]
-    return UserError(f"{path} is damaged or no checkpoint ({reason[0]}): train again, or name another --checkpoint")
+    return UserError(
+        f"{path} is damaged or no checkpoint ({first_line(problem)}): train again, or name another --checkpoint"
+    )

@@ -2,46 +2,52 @@
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from torch import nn
 
+from data_provider.facts import DataFacts
+from models.forecaster import Forecaster
 from utils.cli.options import (
-    NEEDED,
+    DEFAULTS,
+    MUST_MATCH_CHECKPOINT,
     RESUME_MAY_CHANGE,
-    SAID,
+    WARN_IF_CHANGED,
     check_types,
-    defaults,
     flags_tagged,
     get_parser,
     has_llm,
-    needed_by,
+    must_match_for,
 )
 from utils.errors import UserError
 from utils.llm.identity import LLMTraces, check_same_llm
-from utils.llm.loading import llm_of
-from utils.runs.checkpoint import Checkpoint, DataFacts, Run, read_checkpoint
-
-# What of the data is compared, as messages call it.
-_FACTS = {
-    "channels": "channels",
-    "is_long": "shape",
-    "mean": "mean",
-    "deviation": "deviation",
-    "explainer": "explainer",
-    "training_hashes": "training rows",
-    "validation_hashes": "validation rows",
-}
-
-# A file of an earlier version has no hashes of its rows.
-_MAY_BE_MISSING = ("training_hashes", "validation_hashes")
+from utils.runs.checkpoint import Checkpoint, Run, read_checkpoint
 
 
-def load_checkpoint(saved: Checkpoint, model: nn.Module, flags: dict, data: DataFacts | None) -> None:
+def check_flags(saved: Checkpoint, flags: Mapping[str, object]) -> None:
+    """Refuse flags with which a checkpoint cannot be used.
+
+    Raises:
+        UserError: names the first one.
+    """
+    needed = flags_tagged(MUST_MATCH_CHECKPOINT) | flags_tagged(must_match_for(flags["model"]))
+    for name, before in _changed_flags(saved, flags, needed):
+        raise UserError(f"{saved.path} was trained with --{name} {before}, not {flags[name]}: give it that")
+
+
+def _changed_flags(
+    saved: Checkpoint, flags: Mapping[str, object], names: frozenset[str]
+) -> Iterator[tuple[str, object]]:
+    """Yield those of these flags that were different in training, with their values then."""
+    for name in sorted(names):
+        before = saved.flags.get(name, DEFAULTS.get(name))
+        if before != flags[name]:
+            yield name, before
+
+
+def load_checkpoint(saved: Checkpoint, model: Forecaster, flags: dict, data: DataFacts | None) -> None:
     """Load the trained tensors into `model`.
 
     Args:
@@ -54,27 +60,27 @@ def load_checkpoint(saved: Checkpoint, model: nn.Module, flags: dict, data: Data
     Raises:
         UserError: if it is of another model or another LLM.
     """
-    _compare_flags(saved, flags)
+    check_flags(saved, flags)
+    for name, before in _changed_flags(saved, flags, flags_tagged(WARN_IF_CHANGED)):
+        PartialState().print(f"Note: {saved.path} was trained with --{name} {before}, not {flags[name]}")
     if _description_changed(saved, model):
         PartialState().print(f"Note: {saved.path} was trained with another description of the data in its prompts")
     if data and not flags["checkpoint"]:
         # Fewer series are no other data.
-        compared = saved.contents
-        if data.is_long and compared["is_long"]:
-            compared = _of_series(compared, data.channels)
-        if names := differing(compared, data):
+        before = saved.data.of_series(data.channels) if data.is_long and saved.data.is_long else saved.data
+        if names := before.changed_fields(data):
             PartialState().print(f"Note: {saved.path} was trained on other data: the {_listed(names)} differ")
     _load_weights(saved, model)
 
 
-def load_last(last: Checkpoint, run: Run, model: nn.Module) -> dict:
+def load_last(last: Checkpoint, run: Run, model: Forecaster) -> dict:
     """Load the tensors of the state to resume from into `model`, unwrapped; return its `training`.
 
     Raises:
         UserError: if a flag, the LLM or the data is not what it was, or the best weights so far are not there.
     """
     for name, now in run.flags.items():
-        before = last.flags.get(name, defaults().get(name))
+        before = last.flags.get(name, DEFAULTS.get(name))
         if name not in flags_tagged(RESUME_MAY_CHANGE) and before != now:
             raise UserError(
                 f"{last.path} is of a run with --{name} {before}, not {now}: resume with the flags of the run"
@@ -84,7 +90,7 @@ def load_last(last: Checkpoint, run: Run, model: nn.Module) -> dict:
             f"{last.path} is of a run with another description of the data in its prompts: resume with that, or leave"
             " out --resume to train anew"
         )
-    if names := differing(last.contents, run.data):
+    if names := last.data.changed_fields(run.data):
         raise UserError(
             f"{last.path} is of a run on other data (the {_listed(names)} differ): leave out --resume to train anew"
         )
@@ -102,22 +108,20 @@ def _check_best(last: Checkpoint, best: Path) -> None:
     read_checkpoint(best)
 
 
-def check_channels(contents: dict, channels: Sequence[str], is_long: bool, csv: Path) -> None:
+def check_channels(facts: DataFacts, channels: Sequence[str], is_long: bool, csv: Path) -> None:
     """Refuse data of other channels than a checkpoint was trained on; of a long CSV, it forecasts any series.
 
     Raises:
         UserError: if they differ.
     """
-    if is_long != contents["is_long"]:
-        trained, here = ("long", "wide") if contents["is_long"] else ("wide", "long")
+    if is_long != facts.is_long:
+        trained, here = ("long", "wide") if facts.is_long else ("wide", "long")
         raise UserError(f"{csv} is a {here} CSV, the checkpoint was trained on a {trained} one: give it such a CSV")
     if is_long:
-        if unseen := len(set(channels) - set(contents["channels"])):
+        if unseen := len(set(channels) - set(facts.channels)):
             PartialState().print(f"Note: {unseen} of {len(channels)} series of {csv} were not there in training")
-    elif list(channels) != contents["channels"]:
-        raise UserError(
-            f"{csv} has the channels {list(channels)}, the checkpoint was trained on {contents['channels']}"
-        )
+    elif list(channels) != facts.channels:
+        raise UserError(f"{csv} has the channels {list(channels)}, the checkpoint was trained on {facts.channels}")
 
 
 def check_shapes(saved: Checkpoint, shapes: Mapping[str, torch.Size]) -> None:
@@ -156,7 +160,7 @@ def flags_to_test(saved: Checkpoint, changes: Mapping[str, object]) -> argparse.
     Raises:
         UserError: if a change is no flag or no value of it.
     """
-    if unknown := sorted(changes.keys() - defaults().keys()):
+    if unknown := sorted(changes.keys() - DEFAULTS.keys()):
         raise UserError(f"{', '.join(unknown)} is no flag of run_main.py: load_run takes those of the run")
     try:
         check_types(changes)
@@ -183,58 +187,17 @@ def _keep_local_llm(saved: Checkpoint, args: argparse.Namespace) -> None:
         args.llm_layers = llm["layers"]  # by name, fewer may be the default
 
 
-def differing(contents: dict, data: DataFacts) -> list[str]:
-    """Return what of the data is not as it was, as messages call it."""
-    now = asdict(data)
-    return [
-        words
-        for name, words in _FACTS.items()
-        if not (name in _MAY_BE_MISSING and not contents[name]) and not _same(contents[name], now[name])
-    ]
-
-
 def _listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def _description_changed(saved: Checkpoint, model: nn.Module) -> bool:
-    before, now = saved.contents["description"], getattr(model, "description", None)
+def _description_changed(saved: Checkpoint, model: Forecaster) -> bool:
+    before, now = saved.contents["description"], model.description
     return before is not None and now is not None and before != now
 
 
-def _of_series(contents: dict, names: Sequence[str]) -> dict:
-    """Return a checkpoint's contents with what it says of these series alone, as far as it knows them."""
-    number_of = {name: number for number, name in enumerate(contents["channels"])}
-    numbers = [number_of[name] for name in names if name in number_of]
-
-    def chosen(facts: dict, *lists: str) -> dict:
-        return {**facts, **{name: [facts[name][number] for number in numbers] for name in lists if facts[name]}}
-
-    explainer = contents["explainer"]
-    if explainer:
-        explainer = chosen(explainer, "channels", "coefficients", "shares")
-    facts = chosen(contents, "channels", "mean", "deviation", "training_hashes", "validation_hashes")
-    return {**facts, "explainer": explainer}
-
-
-def _same(before: object, now: object, abs_tol: float = 0.0) -> bool:
-    """Compare names, or numbers but for the rounding of another machine, wherever they stand."""
-    if isinstance(before, float) and isinstance(now, float):
-        return math.isclose(before, now, rel_tol=1e-9, abs_tol=abs_tol)
-    if isinstance(before, dict) and isinstance(now, dict):
-        return before.keys() == now.keys() and all(
-            _same(before[name], now[name], 1e-9)  # coefficients near 0 are rounding alone
-            for name in before
-        )
-    if isinstance(before, list) and isinstance(now, list):
-        return len(before) == len(now) and all(
-            _same(one, other, abs_tol) for one, other in zip(before, now, strict=True)
-        )
-    return before == now
-
-
-def _load_weights(saved: Checkpoint, model: nn.Module) -> None:
-    path, contents, llm = saved.path, saved.contents, llm_of(model)
+def _load_weights(saved: Checkpoint, model: Forecaster) -> None:
+    path, contents, llm = saved.path, saved.contents, model.llm_info
     if bool(llm) != bool(contents["llm"]):
         raise UserError(f"{path} was trained {'without' if llm else 'with'} an LLM: give it the --model of its run")
     if llm:
@@ -251,15 +214,3 @@ def _load_weights(saved: Checkpoint, model: nn.Module) -> None:
         raise UserError(f"{path} does not fit ({first}): give it the flags of its run") from problem
     if any(tensor.shape != present[name].shape for name, tensor in contents["weights"].items()):
         PartialState().print("The full map of the checkpoint was converted to the compact one (exactly)")
-
-
-def _compare_flags(saved: Checkpoint, present: dict) -> None:
-    path = saved.path
-    for name in sorted(flags_tagged(NEEDED) | flags_tagged(needed_by(present["model"]))):
-        before = saved.flags.get(name, defaults().get(name))
-        if before != present[name]:
-            raise UserError(f"{path} was trained with --{name} {before}, not {present[name]}: give it that")
-    for name in sorted(flags_tagged(SAID)):
-        before = saved.flags.get(name, defaults().get(name))
-        if before != present[name]:
-            PartialState().print(f"Note: {path} was trained with --{name} {before}, not {present[name]}")

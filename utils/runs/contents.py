@@ -10,7 +10,7 @@ import torch
 
 from utils.cli.options import check_types
 
-_LLM_TEXTS = ("model_type", "quantization", "config_hash", "words_hash", "dtype", "source")
+_LLM_TEXTS = ("model_type", "quantization", "config_hash", "embedding_hash", "dtype", "source")
 _FLAGS_IN_USE = ("data", "model", "batch_size", "grad_accum", "max_steps", "train_epochs", "patience")
 _LLM_SIZES = ("hidden_size", "vocab_size", "layers")
 

@@ -1,12 +1,11 @@
 """Whether a run is done already. Nothing here imports torch."""
 
 import argparse
-import hashlib
 from pathlib import Path
 
-from utils.cli.options import SAME_RUN, defaults, flags_of_final_test, flags_tagged
+from utils.cli.options import DEFAULTS, NOT_RUN_IDENTITY, flags_of_final_test, flags_tagged
 from utils.cli.places import csv_path
-from utils.runs.files import read_json
+from utils.system.files import hash_of, read_json
 
 # What a test's own flags may say otherwise than its run's, without another score.
 _OF_A_TEST = {"is_training", "checkpoint"}
@@ -62,13 +61,5 @@ def _same_flags(before: dict, args: argparse.Namespace, but_for: set[str] = froz
     windows = sizes[0] * sizes[1] if all(type(size) is int for size in sizes) else 0
     if found and windows != args.batch_size * args.grad_accum:
         return False
-    names = vars(args).keys() - flags_tagged(SAME_RUN) - found - but_for
-    return all(before.get(name, defaults().get(name)) == vars(args)[name] for name in names)
-
-
-def hash_of(path: Path) -> str:
-    """Return a file's SHA-256, an empty text if it is not there yet."""
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    names = vars(args).keys() - flags_tagged(NOT_RUN_IDENTITY) - found - but_for
+    return all(before.get(name, DEFAULTS.get(name)) == vars(args)[name] for name in names)

@@ -8,8 +8,8 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.runs.checkpoint import Checkpoint
-from utils.runs.files import write_whole
-from utils.runs.watchers import Batch
+from utils.runs.metrics import Forecasts, Metric
+from utils.system.files import atomic_write
 
 # In per cent; a calibration holds the quantiles of all.
 LEVELS = range(1, 100)
@@ -48,14 +48,14 @@ class Calibration:
     def save(self, folder: Path) -> None:
         """Write `calibration.npz`, whole or not at all."""
         contents = {name: np.array(value) for name, value in vars(self).items()}
-        write_whole(folder / FILE, lambda file: np.savez(file, **contents))
+        atomic_write(folder / FILE, lambda file: np.savez(file, **contents))
 
 
 FILE = "calibration.npz"
 
 
-class Residuals:
-    """Watches the forecasts of validation windows, to calibrate by.
+class Residuals(Metric):
+    """Distances of validation targets from their forecasts, to calibrate by.
 
     They come a channel after the other: of one that is over, its quantiles alone are kept. A target that is not known
     does not count.
@@ -70,7 +70,7 @@ class Residuals:
         self._distances: dict[int, list[np.ndarray]] = {}  # of the channels in hand
         self._quantiles: dict[int, np.ndarray] = {}
 
-    def watch(self, batch: Batch) -> None:
+    def update(self, batch: Forecasts) -> None:
         """Keep the distances of a batch's targets from their forecasts, in units of the windows' deviations."""
         distances = np.abs(batch.target - batch.forecast) / batch.deviation[:, None]
         channels = np.zeros_like(batch.channels) if self._pooled else batch.channels
@@ -89,7 +89,7 @@ class Residuals:
         self._quantiles[channel] = quantiles
 
     def calibration(self, channels: Sequence[str], checkpoint: str) -> Calibration:
-        """Return the quantiles of what was watched, of each of these channels.
+        """Return the calibration of these channels.
 
         Args:
             channels: names, by number.
@@ -177,8 +177,8 @@ def _check_quantiles(quantiles: np.ndarray, shape: tuple[int, ...]) -> None:
         raise ValueError("quantiles that are negative, out of order or no numbers")
 
 
-class IntervalScores:
-    """Watches test windows: how many targets their intervals hold, and how wide those are.
+class IntervalScores(Metric):
+    """The share of test targets inside their intervals, and the width of those.
 
     Args:
         calibration: the widths; None if there are no levels.
@@ -194,7 +194,7 @@ class IntervalScores:
         self._known: np.ndarray | int = 0  # targets, by step
         self.windows = 0
 
-    def watch(self, batch: Batch) -> None:
+    def update(self, batch: Forecasts) -> None:
         """Add a batch to the sums."""
         counted = slice(None) if self._headline is None else batch.channels == self._headline
         channels, deviations = batch.channels[counted], batch.deviation[counted]
@@ -210,8 +210,8 @@ class IntervalScores:
         self._known = self._known + is_known.sum(axis=0)
         self.windows += int(is_known.any(axis=1).sum())
 
-    def figures(self) -> list[dict]:
-        """Return what metrics.json says of intervals, one dictionary a level; widths and scores are scaled."""
+    def compute(self) -> list[dict]:
+        """Return the intervals of metrics.json, a dictionary for each level; widths and scores are scaled."""
         found = []
         for level, sums in self._sums.items():
             means = sums / np.maximum(self._known, 1)  # (3, pred_len)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from utils.errors import UserError
-from utils.runs.files import write_whole
+from utils.system.files import atomic_write
 
 try:
     from matplotlib.axes import Axes
@@ -254,4 +254,4 @@ def save_picture(figure: Figure, path: Path) -> None:
     for text in figure.findobj(Text):
         text.set_fontfamily(_fonts())
     figure.savefig(picture, format="png", dpi=110)
-    write_whole(path, lambda file: file.write(picture.getbuffer()))
+    atomic_write(path, lambda file: file.write(picture.getbuffer()))

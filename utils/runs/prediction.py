@@ -3,20 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
+from data_provider.facts import DataFacts
+from data_provider.horizon import LastWindow
 from layers.StandardNorm import Normalize
+from models.forecaster import Forecaster
 from utils.errors import UserError
 from utils.exact import FARTHEST
-from utils.runs.files import write_text
 from utils.runs.intervals import Calibration
+from utils.runs.metrics import SERIES_FILE
 from utils.runs.pictures import DrawnForecast, draw_forecasts
-from utils.runs.watchers import SERIES_FILE
+from utils.system.files import write_text
 
 # A picture of more channels could not be read; of the series of a long CSV, these many stand for all.
 MOST_CHANNELS = 12
@@ -26,37 +27,18 @@ SERIES_SHOWN = 6
 FAR = 1000
 
 
-class Context(Protocol):
-    """What a forecast is made from: the last rows of each channel, (seq_len, channels), in the CSV's units.
-
-    `dates` are those of the rows, `dates_to_come` those of the rows to forecast, a channel each.
-    """
-
-    def scaled(self, mean: np.ndarray, deviation: np.ndarray, explainer: dict | None) -> np.ndarray:
-        """Return the rows as a model sees them: scaled, less what the covariates explain; (seq_len, channels)."""
-
-    def explained_to_come(self, explainer: dict | None) -> np.ndarray:
-        """Return what the covariates explain of the scaled rows to forecast, (pred_len, channels)."""
-
-    values: np.ndarray
-    channels: tuple[str, ...]
-    dates: tuple[pd.DatetimeIndex, ...]
-    dates_to_come: tuple[pd.DatetimeIndex, ...]
-    is_long: bool
-
-
 @dataclass(frozen=True)
 class Forecast:
     """A forecast in the CSV's units.
 
     Attributes:
-        context: what it was made from.
+        window: what it was made from.
         values: (pred_len, channels).
         half_widths: of the intervals, (pred_len, channels) each, by level in per cent, the lowest first.
         warnings: what the user should know of it, a line each.
     """
 
-    context: Context
+    window: LastWindow
     values: np.ndarray
     half_widths: dict[int, np.ndarray]
     warnings: tuple[str, ...] = ()
@@ -66,8 +48,8 @@ class Forecast:
 
         Or, as of a long CSV, a row a series and date: `unique_id`, `ds`, `y` and its bounds.
         """
-        names, dates = self.context.channels, self.context.dates_to_come
-        if not self.context.is_long:
+        names, dates = self.window.channels, self.window.future_dates
+        if not self.window.is_long:
             columns = {"date": dates[0]}
             for number, name in enumerate(names):
                 half_widths = {level: half[:, number] for level, half in self.half_widths.items()}
@@ -102,10 +84,10 @@ def _with_bounds(name: str, values: np.ndarray, half_widths: dict[int, np.ndarra
 
 
 @torch.inference_mode()
-def forecast_beyond(
-    model: nn.Module,
-    context: Context,
-    contents: dict,
+def forecast_window(
+    model: Forecaster,
+    window: LastWindow,
+    facts: DataFacts,
     batch_size: int,
     calibration: Calibration | None = None,
     levels: Sequence[int] = (),
@@ -113,45 +95,42 @@ def forecast_beyond(
     """Forecast what follows the last window of each channel.
 
     The channels are scaled as they were in training, so that the rows before the window do not matter; a series that
-    training has not seen, as its window says.
+    was not there in training is scaled by its window.
 
     Args:
         model: with the checkpoint's weights; left in evaluation mode.
-        context: the windows.
-        contents: of the checkpoint, for its channels and scaler.
-        batch_size: channels at one time.
-        calibration: of the intervals; None if no levels are asked for.
-        levels: of the intervals, in per cent, the lowest first.
+        window: the last rows.
+        facts: of the checkpoint's data.
+        batch_size: channels at a time.
+        calibration: of the intervals; None without levels.
+        levels: of the intervals, in per cent, in ascending order.
 
     Raises:
         UserError: if a value of a window is no reading, or the forecast is not finite.
     """
-    mean, deviation = _scale_of(context, contents)
-    explainer = contents["explainer"]
-    scaled = context.scaled(mean, deviation, explainer)
-    warnings = _check_window(context, scaled, mean, deviation)
-    scaled = scaled.astype(np.float32)
-    windows = torch.from_numpy(scaled.T.copy())[..., None]  # (channels, seq_len, 1)
+    scaled = window.scaled(facts)
+    mean, deviation = facts.scale_of(window.channels, window.values)
+    warnings = _check_window(window, scaled, mean, deviation)
+    contexts = torch.from_numpy(scaled.astype(np.float32).T.copy())[..., None]  # (channels, seq_len, 1)
     model.eval()
-    parts = [model(batch).float().cpu() for batch in windows.split(batch_size)]
-    left = torch.cat(parts)[..., 0].T.double().numpy()
-    values = (left + context.explained_to_come(explainer)) * deviation + mean
+    parts = [model(batch).float().cpu() for batch in contexts.split(batch_size)]
+    values = window.restore(torch.cat(parts)[..., 0].T.double().numpy(), facts)
     if not np.isfinite(values).all():
-        channel = context.channels[int(np.isfinite(values).all(axis=0).argmin())]
+        channel = window.channels[int(np.isfinite(values).all(axis=0).argmin())]
         raise UserError(
             f"the forecast of {channel!r} is not finite: look at its last rows, or give --llm_dtype float32 or bfloat16"
         )
-    shown = Normalize()(windows[..., 0])[1].deviation[:, 0].numpy()
+    shown = Normalize()(contexts[..., 0])[1].deviation[:, 0].numpy()
     numbers = np.arange(len(shown))
     half_widths = {level: calibration.half_widths(level, numbers, shown).T * deviation for level in levels}
-    return Forecast(context, values, half_widths, warnings)
+    return Forecast(window, values, half_widths, warnings)
 
 
-def _check_window(context: Context, scaled: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> tuple[str, ...]:
+def _check_window(window: LastWindow, scaled: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> tuple[str, ...]:
     """Refuse values that training would refuse, too; return a warning of those that it has seen nothing like.
 
     Args:
-        context: the windows.
+        window: the last rows.
         scaled: their values as the model sees them, (seq_len, channels).
         mean, deviation: that they were scaled by, (channels,) each.
     """
@@ -161,7 +140,7 @@ def _check_window(context: Context, scaled: np.ndarray, mean: np.ndarray, deviat
         distance = abs(scaled[row, channel])
         if distance <= FAR:
             continue
-        where = f"{context.channels[channel]!r}, {context.dates[channel][row]}: {context.values[row, channel]:g} is"
+        where = f"{window.channels[channel]!r}, {window.dates[channel][row]}: {window.values[row, channel]:g} is"
         if distance > FARTHEST:
             raise UserError(
                 f"{where} too far from the training rows' mean {mean[channel]:g} and deviation {deviation[channel]:g}"
@@ -174,17 +153,6 @@ def _check_window(context: Context, scaled: np.ndarray, mean: np.ndarray, deviat
     return (*warnings[:8], *([f"and so are values of {len(warnings) - 8} more channels"] if len(warnings) > 8 else []))
 
 
-def _scale_of(context: Context, contents: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and deviation that each channel is to be scaled by."""
-    known = dict(zip(contents["channels"], zip(contents["mean"], contents["deviation"], strict=True), strict=True))
-    unseen = [
-        (column.mean(), column.std() or 1.0) if name not in known else known[name]
-        for name, column in zip(context.channels, context.values.T, strict=True)
-    ]
-    mean, deviation = np.array(unseen).T
-    return mean, deviation
-
-
 def written_out(dates: pd.DatetimeIndex) -> list[str]:
     """Return dates as text, all with as many digits of a second as any needs, and with their offset from UTC if any."""
     precisions = (("s", "seconds"), ("ms", "milliseconds"), ("us", "microseconds"), ("ns", "nanoseconds"))
@@ -195,34 +163,34 @@ def written_out(dates: pd.DatetimeIndex) -> list[str]:
 def write_forecast(folder: Path, forecast: Forecast) -> None:
     """Write forecast.csv and forecast.png, the forecast behind its window."""
     frame = forecast.as_frame()
-    dates = "ds" if forecast.context.is_long else "date"
+    dates = "ds" if forecast.window.is_long else "date"
     frame[dates] = written_out(pd.DatetimeIndex(frame[dates]))
     write_text(folder / "forecast.csv", frame.to_csv(index=False, lineterminator="\n"))
     _draw(folder, forecast)
 
 
 def _draw(folder: Path, forecast: Forecast) -> None:
-    context = forecast.context
-    count, steps = len(context.channels), len(forecast.values)
-    if context.is_long:
-        numbers = _series_to_show(folder / SERIES_FILE, context.channels)
+    window = forecast.window
+    count, steps = len(window.channels), len(forecast.values)
+    if window.is_long:
+        numbers = _series_to_show(folder / SERIES_FILE, window.channels)
         title = f"{steps} steps after the end of each series ({len(numbers)} of {count}, by test error)"
     else:
         numbers = list(range(min(count, MOST_CHANNELS)))
         left_out = f" (the first {len(numbers)} of {count} channels)" if len(numbers) < count else ""
-        title = f"{steps} steps after {context.dates[0][-1]}{left_out}"
+        title = f"{steps} steps after {window.dates[0][-1]}{left_out}"
     drawn = [
         DrawnForecast(
-            context.channels[number],
-            context.dates[number],
-            context.values[:, number],
-            context.dates_to_come[number],
+            window.channels[number],
+            window.dates[number],
+            window.values[:, number],
+            window.future_dates[number],
             forecast.values[:, number],
             {level: half[:, number] for level, half in forecast.half_widths.items()},
         )
         for number in numbers
     ]
-    draw_forecasts(folder / "forecast.png", title, drawn, share_dates=not context.is_long)
+    draw_forecasts(folder / "forecast.png", title, drawn, share_dates=not window.is_long)
 
 
 def _series_to_show(scores: Path, names: Sequence[str]) -> list[int]:

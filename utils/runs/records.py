@@ -16,17 +16,16 @@ import psutil
 import torch
 from torch import nn
 
+from data_provider.windows import WindowDataset
 from layers.StandardNorm import Normalize
 from utils.errors import UserError
 from utils.llm.loading import LoadedLLM
 from utils.runs.checkpoint import Checkpoint
-from utils.runs.files import UNFINISHED, keep_earlier, write_text, write_whole
-from utils.runs.finished import hash_of
 from utils.runs.intervals import Calibration
+from utils.runs.metrics import SERIES_FILE, KeptForecasts, Scores
 from utils.runs.pictures import DrawnWindow, draw_history, draw_windows
-from utils.runs.scores import ChannelWindows, Scores
-from utils.runs.watchers import SERIES_FILE, KeptForecasts
-from utils.system.gpu import is_gpu, most_allocated
+from utils.system.files import UNFINISHED, atomic_write, back_up, hash_of, write_text
+from utils.system.gpu import is_gpu, peak_allocated
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "numpy", "pandas", "scikit-learn", "tqdm")
 
@@ -103,7 +102,7 @@ def _keep_earlier_files(folder: Path) -> None:
     present = [folder / name for name in _FILES if (folder / name).exists()]
     if not any(_holds_results(file) for file in present):
         return  # a run that was stopped before its first step
-    keep_earlier(present)
+    back_up(present)
 
 
 def _holds_results(file: Path) -> bool:
@@ -191,7 +190,7 @@ def cost_of(model: nn.Module, device: torch.device, seconds_per_step: float | No
     return {
         "trainable_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seconds_per_step": seconds_per_step,
-        "peak_memory": most_allocated(device) if is_gpu(device) else _peak_of_process(),
+        "peak_memory": peak_allocated(device) if is_gpu(device) else _peak_of_process(),
     }
 
 
@@ -206,7 +205,7 @@ def _peak_of_process() -> int:
 def write_predictions(
     folder: Path,
     kept: KeptForecasts,
-    windows: ChannelWindows,
+    windows: WindowDataset,
     calibration: Calibration | None,
     levels: Sequence[int],
 ) -> None:
@@ -221,7 +220,7 @@ def write_predictions(
     """
     forecast, target = kept.forecast, kept.target
     for name, values in (("pred.npy", forecast), ("true.npy", target)):
-        write_whole(folder / name, lambda file, values=values: np.save(file, values))
+        atomic_write(folder / name, lambda file, values=values: np.save(file, values))
     is_scored = ~np.isnan(target).all(axis=-1)
     errors = np.full(len(target), np.inf)
     errors[is_scored] = np.nanmean(np.square(forecast - target)[is_scored], axis=-1)
@@ -230,13 +229,11 @@ def write_predictions(
     for title, place in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
         number = int(kept.numbers[place])
         context = windows.__getitems__([number])[0][0, :, 0]
-        explained = windows.explained_of([number])
-        seen = context.numpy() + (0 if explained is None else explained[0, : len(context)])
         channel = windows.channel_of([number])
         name = f"{title} of {len(errors)}: window {number}, {windows.channels[channel[0]]}, MSE {errors[place]:.4f}"
         shown = Normalize()(context)[1].deviation.numpy()
         half_widths = {level: calibration.half_widths(level, channel, shown)[0] for level in levels}
-        drawn.append(DrawnWindow(name, seen, target[place], forecast[place], half_widths))
+        drawn.append(DrawnWindow(name, windows.whole_context(number), target[place], forecast[place], half_widths))
     draw_windows(folder / "test.png", drawn)
 
 

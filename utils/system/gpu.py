@@ -37,12 +37,12 @@ def total_bytes(device: torch.device) -> int:
     return _module_of(device).get_device_properties(device).total_memory
 
 
-def most_allocated(device: torch.device) -> int:
+def peak_allocated(device: torch.device) -> int:
     """Return the bytes of tensors on a GPU at the worst moment so far."""
     return _module_of(device).max_memory_allocated(device)
 
 
-def forget_most(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Let a GPU's worst moment so far be now."""
     _module_of(device).reset_peak_memory_stats(device)
 
@@ -53,13 +53,13 @@ def wait_until_done(device: torch.device) -> None:
         torch.get_device_module(device).synchronize()
 
 
-def most_reserved(device: torch.device) -> int:
+def peak_reserved(device: torch.device) -> int:
     """Return the bytes that this process had taken of a GPU at the worst moment so far."""
     return _module_of(device).max_memory_reserved(device)
 
 
 @contextlib.contextmanager
-def no_spilling(device: torch.device) -> Iterator[None]:
+def forbid_host_fallback(device: torch.device) -> Iterator[None]:
     """Let a GPU that is full raise an error: under Windows its driver would move tensors to host memory instead."""
     gpu = _module_of(device)
     if gpu is None:
@@ -88,14 +88,11 @@ def restore_random(states: dict[str, torch.Tensor], device: torch.device) -> Non
         gpu.set_rng_state(states[device.type], device)
 
 
-@contextlib.contextmanager
-def random_kept(device: torch.device) -> Iterator[None]:
-    """Leave the generators behind as they were."""
-    before = random_states(device)
-    try:
-        yield
-    finally:
-        restore_random(before, device)
+def fork_random(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Return a context that leaves the random generators of the CPU and of a GPU as they were."""
+    if _module_of(device):
+        return torch.random.fork_rng([device], device_type=device.type)
+    return torch.random.fork_rng([])
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -2,12 +2,10 @@
 
 import contextlib
 import os
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -20,8 +18,13 @@ from accelerate.utils import (
 )
 
 from utils.cli.environment import overruled_variables
-from utils.errors import UserError
+from utils.cli.signals import Interrupts
+from utils.errors import UserError, first_line
 from utils.system.gpu import has_bfloat16, is_gpu, of_this_machine
+
+# Several processes agree on stopping about once a second, but at least every so many steps: each poll is a blocking
+# collective.
+AGREE_EVERY = 10
 
 
 def start_processes(
@@ -89,10 +92,9 @@ def refused_environment() -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, ImportError) as problem:
-        reason = str(problem).strip().splitlines() or [type(problem).__name__]
         raise UserError(
-            f"the environment does not let accelerate start ({reason[0]}): unset its variables (ACCELERATE_*, RANK,"
-            " MASTER_ADDR), or start with accelerate launch"
+            f"the environment does not let accelerate start ({first_line(problem)}): unset its variables"
+            " (ACCELERATE_*, RANK, MASTER_ADDR), or start with accelerate launch"
         ) from problem
 
 
@@ -137,61 +139,32 @@ def _half_precision(device: torch.device) -> str:
     return "fp16" if is_gpu(device) and not has_bfloat16(device) else "bf16"
 
 
-@contextlib.contextmanager
-def spawn_missing_ranks(script: Path, argv: Sequence[str]) -> Iterator[None]:
-    """Start the processes that `accelerate launch --cpu --num_processes N` promises and does not start.
-
-    It starts one, and tells it where the others would meet. This process becomes the first of the N; the others
-    run the same command line and end with it.
+class StopVote:
+    """Tells when to stop; all processes get the same answer, if all ask equally often.
 
     Args:
-        script: that was launched.
-        argv: its command line.
+        interrupts: of this process.
+        accelerator: of the run.
     """
-    count = _promised_processes()
-    if count == 1:
-        yield
-        return
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), **ranks[0]}
-    command = [sys.executable, str(script), *argv]
-    others = [subprocess.Popen(command, env={**os.environ, **rank}) for rank in ranks[1:]]
-    try:
-        yield
-    except BaseException:
-        for other in others:
-            other.terminate()
-        raise
-    finally:
-        for other in others:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                # One that waits for this process in torch's own code does not hear a signal.
-                other.wait(None if sys.exception() is None else 10)
-            other.kill()
-            other.wait()
 
+    def __init__(self, interrupts: Interrupts, accelerator: Accelerator):
+        self._interrupts = interrupts
+        self._accelerator = accelerator
+        self._polls = 0
+        self._next = 1
+        self._agreed = (0, time.monotonic())  # when the processes last agreed, by polls and by the clock
 
-def _promised_processes() -> int:
-    """Return how many processes `accelerate launch` was told to start, 1 if it has started them or is not there."""
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    if not on_cpu or "MASTER_ADDR" not in os.environ or "WORLD_SIZE" in os.environ:
-        return 1
-    from accelerate.commands.launch import launch_command_parser
-
-    words = _what_started_us()
-    # `accelerate launch`, `accelerate-launch`, `python -m accelerate.commands.launch`
-    launcher = next((place for place, word in enumerate(words) if word.endswith(("launch", "launch.py"))), None)
-    if launcher is None:
-        return 1
-    told, _ = launch_command_parser().parse_known_args(words[launcher + 1 :])
-    return told.num_processes or 1
-
-
-def _what_started_us() -> list[str]:
-    """Return the command line of the process that started this one.
-
-    Under Windows the python.exe of a virtual environment stands between: it starts the real one with the same words.
-    """
-    this = psutil.Process()
-    words = this.cmdline()[1:]
-    return next((theirs for parent in this.parents() if (theirs := parent.cmdline())[1:] != words), [])
+    def poll(self) -> bool:
+        """Return whether to stop."""
+        if self._accelerator.num_processes == 1:
+            return self._interrupts.is_requested
+        self._polls += 1
+        if self._polls < self._next:
+            return False
+        before, since = self._agreed
+        seconds = (time.monotonic() - since) / max(self._polls - before, 1)
+        votes = torch.tensor([float(self._interrupts.is_requested), seconds], device=self._accelerator.device)
+        requests, seconds_each = self._accelerator.reduce(votes, "mean").tolist()
+        self._next = self._polls + min(max(round(1 / max(seconds_each, 1e-3)), 1), AGREE_EVERY)
+        self._agreed = (self._polls, time.monotonic())
+        return requests > 0

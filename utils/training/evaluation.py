@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
+from data_provider.data_factory import window_numbers
+from data_provider.windows import WindowDataset
 from layers.StandardNorm import Normalize
-from utils.runs.scores import ChannelWindows, Scores
-from utils.runs.watchers import Batch, Watcher
+from utils.runs.metrics import Forecasts, Metric, Scores
 from utils.training.progress import show_loss, windows_bar
 
 
@@ -19,12 +20,12 @@ from utils.training.progress import show_loss, windows_bar
 class Split:
     """The windows of a split, and a prepared loader over all or some of them."""
 
-    windows: ChannelWindows
+    windows: WindowDataset
     loader: DataLoader
 
 
-def share_out(accelerator: Accelerator, windows: ChannelWindows, loader: DataLoader) -> Split:
-    """Return a split whose batches are shared out to the processes.
+def prepare_split(accelerator: Accelerator, windows: WindowDataset, loader: DataLoader) -> Split:
+    """Prepare a split whose batches are distributed over the processes.
 
     They stay on the CPU: there a model writes the prompts, without waiting for the device.
     """
@@ -39,7 +40,7 @@ def evaluate(
     target: str | None = None,
     title: str = "",
     before_batch: Callable[[], None] = lambda: None,
-    watchers: Sequence[Watcher] = (),
+    metrics: Sequence[Metric] = (),
 ) -> Scores:
     """Forecast the windows of a split's loader and score them.
 
@@ -50,7 +51,7 @@ def evaluate(
         target: the channel of the headline, None for all channels.
         title: of the progress bar.
         before_batch: called before each batch; what it raises ends the evaluation.
-        watchers: what else is to look at each batch's forecasts; for them they are read back from the device.
+        metrics: to compute, too; for them the forecasts are read back from the device.
     """
     was_training = model.training
     model.eval()
@@ -65,11 +66,11 @@ def evaluate(
         # Windows that fill up the last batch of some process are cut off again here.
         parts.append(accelerator.gather_for_metrics(errors))
         show_loss(bar, number, parts[-1][:, 0])
-        if watchers:
-            batch = _gathered(accelerator, seq_x, forecast, target_rows, numbers[seen:], split)
+        if metrics:
+            batch = _gathered(accelerator, seq_x, forecast, target_rows, numbers[seen:], split.windows)
             seen += len(batch.numbers)
-            for watcher in watchers:
-                watcher.watch(batch)
+            for metric in metrics:
+                metric.update(batch)
     model.train(was_training)
     errors = torch.cat(parts).T.double().cpu().numpy()
     windows = split.windows
@@ -77,7 +78,7 @@ def evaluate(
 
 
 def _errors(forecast: torch.Tensor, target: torch.Tensor, has_gaps: bool) -> torch.Tensor:
-    """Return squared and absolute error of each window, (B, 2); with gaps how many targets are known, too, (B, 3)."""
+    """Return squared and absolute error of each window, (B, 2); with gaps the number of known targets, too, (B, 3)."""
     error = forecast - target
     if not has_gaps:
         return torch.stack([error.square().mean((1, 2)), error.abs().mean((1, 2))], dim=1)
@@ -92,29 +93,21 @@ def _gathered(
     seq_x: torch.Tensor,
     forecast: torch.Tensor,
     target: torch.Tensor,
-    numbers_to_come: np.ndarray,
-    split: Split,
-) -> Batch:
-    """Gather what watchers look at from all processes."""
+    numbers: np.ndarray,
+    windows: WindowDataset,
+) -> Forecasts:
+    """Gather a batch from all processes for the metrics; `numbers` are those of this batch's windows and the next."""
     _, statistics = Normalize()(seq_x[..., 0].to(forecast.device))
     rows = torch.cat([forecast[..., 0], target[..., 0], statistics.deviation], dim=1).float()
     rows = accelerator.gather_for_metrics(rows).cpu().numpy()
-    numbers, steps = numbers_to_come[: len(rows)], forecast.shape[1]
-    explained = split.windows.explained_of(numbers)
-    back = 0 if explained is None else explained[:, -steps:]
-    return Batch(
+    numbers, steps = numbers[: len(rows)], forecast.shape[1]
+    return Forecasts(
         numbers=numbers,
-        channels=split.windows.channel_of(numbers),
-        forecast=rows[:, :steps] + back,
-        target=rows[:, steps:-1] + back,
+        channels=windows.channel_of(numbers),
+        forecast=windows.with_covariate_effect(numbers, rows[:, :steps]),
+        target=windows.with_covariate_effect(numbers, rows[:, steps:-1]),
         deviation=rows[:, -1],
     )
-
-
-def window_numbers(loader: DataLoader) -> np.ndarray:
-    """Return which windows of its dataset a loader shows, in order."""
-    shown = loader.dataset
-    return np.asarray(shown.indices) if isinstance(shown, Subset) else np.arange(len(shown))
 
 
 def _score(errors: np.ndarray, channel_of: np.ndarray, channels: tuple[str, ...], target: str | None) -> Scores:
@@ -134,7 +127,7 @@ def _score(errors: np.ndarray, channel_of: np.ndarray, channels: tuple[str, ...]
 
 
 def _means(errors: np.ndarray) -> dict[str, float]:
-    """Return mse, mae and the number of windows, and of known targets if that is told."""
+    """Return mse, mae and the number of windows; with gaps, the number of known targets, too."""
     if len(errors) == 2:
         mse, mae = errors.mean(axis=1)
         return {"mse": float(mse), "mae": float(mae), "windows": errors.shape[1]}

@@ -1,10 +1,9 @@
 """Optimisers by name."""
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
-from torch import nn
 
 from utils.errors import UserError
 from utils.system.gpu import has_fused_8bit_optimizers
@@ -24,27 +23,6 @@ def check_optimizer(name: str, device: torch.device) -> None:
         raise UserError(f"--optimizer {name} needs the package bitsandbytes: pip install bitsandbytes")
 
 
-def parameter_groups(model: nn.Module, learning_rate: float, shares: Mapping[str, float]) -> list[dict]:
-    """Return the parameters of a model with the rates of the first step; some layers may have their own.
-
-    One step of Adam changes all weights of a layer at once: those of all tokens of the vocabulary in a prototype, or
-    of all values of a window in a value to forecast.
-
-    Args:
-        model: possibly wrapped by accelerate.
-        learning_rate: of all other parameters, and of the first group.
-        shares: of that rate, by the layer's name in the model; with 1 a layer stays in the first group.
-    """
-    # An optimiser and its schedule want something to hold, also of a model without parameters.
-    others = dict(model.named_parameters()) or {"nothing": torch.zeros(1, requires_grad=True)}
-    own_groups = []
-    for layer, share in shares.items():
-        names = [name for name in others if share != 1 and f"{layer}." in name]
-        if names:
-            own_groups.append({"params": [others.pop(name) for name in names], "lr": learning_rate * share})
-    return [{"params": list(others.values()), "lr": learning_rate}, *own_groups]
-
-
 def build_optimizer(
     name: str, parameters: Iterable[torch.nn.Parameter] | list[dict], learning_rate: float
 ) -> torch.optim.Optimizer:
@@ -59,6 +37,6 @@ def build_optimizer(
         kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
         # Fused: one pass over the weights instead of a dozen; of the full map's many that is felt.
         return kind(parameters, lr=learning_rate, fused=True)
-    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit  # only where a GPU has them
 
     return (AdamW8bit if name == "adamw8bit" else PagedAdamW8bit)(parameters, lr=learning_rate)

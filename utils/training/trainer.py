@@ -7,44 +7,41 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import nn
 
 from utils.cli.options import FlagGroup
 from utils.cli.signals import Interrupts
 from utils.errors import UserError
 from utils.memory.plan import nearly_full
-from utils.runs.checkpoint import Run, save_checkpoint, save_last
+from utils.runs.checkpoint import Run, save_checkpoint
+from utils.runs.metrics import Scores
 from utils.runs.records import History
-from utils.runs.scores import Scores
-from utils.system.gpu import random_kept, random_states, restore_random
-from utils.system.interrupts import StopVote
+from utils.system.gpu import fork_random
+from utils.system.processes import StopVote
 from utils.training.early_stopping import EarlyStopping
 from utils.training.evaluation import Split, evaluate
-from utils.training.optimizers import build_optimizer, parameter_groups
+from utils.training.optimizers import build_optimizer
 from utils.training.progress import show_loss, windows_bar
 from utils.training.schedules import Schedule
+from utils.training.state import TrainState
 
 LOSSES = {"MSE": nn.functional.mse_loss, "MAE": nn.functional.l1_loss}
 
-# Batches from one progress line to the next; between two lines nothing is read back from the device.
+# Batches from one progress line to the next; in between nothing is read back from the device.
 REPORT_EVERY = 100
 
-# Validation windows that the state of the map to the prototypes is taken on.
-_WATCHED_WINDOWS = 16
+# Validation windows that the diagnostics are computed on.
+_DIAGNOSED_WINDOWS = 16
 
 
 @dataclass(frozen=True)
-class Recipe(FlagGroup):
-    """How to train."""
+class TrainConfig(FlagGroup):
+    """The flags of training."""
 
     model: str
     loss: str
     optimizer: str
     learning_rate: float
-    mapping_rate: float
-    residual: str
-    residual_rate: float
     lradj: str
     pct_start: float
     train_epochs: int
@@ -61,58 +58,51 @@ class Trainer:
     """Train a model and keep its best weights in the run folder.
 
     Args:
-        recipe: how.
+        config: the flags.
         accelerator: device, precision and processes; it has prepared the model and the loaders.
         model: (B, seq_len, 1) -> (B, pred_len, 1).
         splits: windows and loader of train, val and test.
         target: the channel of the headline metric, None for all channels.
         run: where to keep the weights.
-        interrupts: says when to stop early.
-        state: what `compatibility.load_last` returned, to go on from there; the model has its weights already.
+        interrupts: tells when to stop early.
+        training: the trainer's own state in `last`, to continue from there; the model has its weights already.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
+        config: TrainConfig,
         accelerator: Accelerator,
         model: nn.Module,
         splits: dict[str, Split],
         target: str | None,
         run: Run,
         interrupts: Interrupts,
-        state: dict | None = None,
+        training: dict | None = None,
     ):
-        self.recipe = recipe
+        self.config = config
         self.accelerator = accelerator
         self.model = model
+        self.forecaster = accelerator.unwrap_model(model)
         self.splits = splits
         self.target = target
         self.run = run
         self.interrupts = interrupts
         self.stop_vote = StopVote(interrupts, accelerator)
-        self.loss = LOSSES[recipe.loss]
+        self.loss = LOSSES[config.loss]
         self.has_nothing_to_train = not list(model.parameters())
-        shares = {"mapping_layer": recipe.mapping_rate, "residual": recipe.residual_rate}
-        groups = parameter_groups(model, recipe.learning_rate, shares)
-        optimizer = build_optimizer(recipe.optimizer, groups, recipe.learning_rate)
-        self.schedule = Schedule(optimizer, recipe.lradj, self._total_steps(), recipe.pct_start)
-        self.optimizer = accelerator.prepare(optimizer)
-        self.stopping = EarlyStopping(recipe.patience, accelerator.print)
-        self.epoch = 1  # in hand
-        self.batch = 0  # of the epoch, the last one trained on
-        self.steps = 0  # of the optimiser
-        self.validated_at = 0
+        groups = self.forecaster.parameter_groups(config.learning_rate)
+        optimizer = build_optimizer(config.optimizer, groups, config.learning_rate)
+        schedule = Schedule(optimizer, config.lradj, self._total_steps(), config.pct_start)
+        stopping = EarlyStopping(config.patience, accelerator.print)
+        self.state = TrainState(accelerator, accelerator.prepare(optimizer), schedule, stopping)
         self.memory_is_watched = True
-        self.started = time.perf_counter()
-        self.learning_seconds = self.validating_seconds = self.step_started = 0.0
-        self._forget_losses()
-        self._random_to_restore: dict | None = None
-        rows = self._load_state(state) if state else []
+        self.validating_seconds = self.step_started = 0.0
+        rows = self.state.load(training, run) if training else []
         self.was_scored = bool(rows)
         self.history = History(run.folder / "history.csv", rows) if accelerator.is_main_process else None
 
     def fit(self) -> None:
-        """Train until the epochs, the steps or the patience are at their end.
+        """Train until the epochs, the steps or the patience are used up.
 
         Raises:
             UserError: if the loss is no longer finite; the best checkpoint so far stays.
@@ -124,33 +114,38 @@ class Trainer:
             finally:
                 if self.history:
                     self.history.finish()
-        if self.stopping.should_stop:
+        if self.state.stopping.should_stop:
             self.accelerator.print("Early stopping")
 
     def _fit(self) -> None:
+        state = self.state
         if self.has_nothing_to_train:
             self._score_untrained()
-        elif self.recipe.residual == "linear" and not self.steps and not self.was_scored:
-            self._restore_random()  # if this was interrupted
-            self._validate()  # the line alone: weights that are worse are not kept
-        # A run that was interrupted in an epoch's validation has that before it, even if it is its last.
-        while not self._is_finished() or (self.batch and self.validated_at < self.steps):
+        elif self.forecaster.starts_fitted and not state.steps and not self.was_scored:
+            state.restore_random()  # if this was interrupted
+            self._validate()  # the fitted line: weights that are worse are not kept
+        # A run that was interrupted in an epoch's validation resumes with that, even if it is its last.
+        while not self._is_finished() or (state.batch and state.validated_at < state.steps):
             self._train_epoch()
 
     def _score_untrained(self) -> None:
         """Leave the files of a trained model, so that testing, forecasting and resuming need not know."""
-        self.accelerator.print(f"{self.recipe.model} has nothing to train")
-        if not self.was_scored:  # as all processes know, not the one that keeps the history alone
+        self.accelerator.print(f"{self.config.model} has nothing to train")
+        if not self.was_scored:  # known to all processes, unlike the history
             self._validate()
-        self._save_state(self._random_states())
+        self._save_state()
 
     def _learning_clock(self) -> float:
         """Return seconds that stand still during a validation."""
         return time.perf_counter() - self.validating_seconds
 
     def _train_epoch(self) -> None:
+        state = self.state
         started = since = self.step_started = self._learning_clock()
         for number, batch in self._batches():
+            self._finish_resuming()
+            if self._is_finished():
+                break
             loss = self._train_batch(batch, number)
             show_loss(self.bar, number, loss)
             if number % REPORT_EVERY == 0:
@@ -159,73 +154,75 @@ class Trainer:
             if not self.accelerator.sync_gradients:
                 continue
             self._after_step(number)
-            if self._validation_is_due():
-                self._validate()
+            self._validate_if_due()
             if self._is_finished():
                 break
             self._save_or_stop()
-        self.accelerator.print(f"Epoch: {self.epoch} cost time: {self._learning_clock() - started:.2f}")
-        is_last = self.epoch >= self.recipe.train_epochs or self._is_finished()
-        if self.validated_at < self.steps and (is_last or not self.recipe.eval_steps):
+        else:
+            self._finish_resuming()  # after the epoch's last batch
+        self.accelerator.print(f"Epoch: {state.epoch} cost time: {self._learning_clock() - started:.2f}")
+        is_last = state.epoch >= self.config.train_epochs or self._is_finished()
+        if state.validated_at < state.steps and (is_last or not self.config.eval_steps):
             self._validate()
         # Else --max_steps or patience ended it, and more may be given.
-        if self.batch >= len(self.splits["train"].loader):
-            self.schedule.after_epoch()
-            self.epoch += 1
-            self.batch = 0
-        self._save_state(self._random_states())
+        if state.batch >= len(self.splits["train"].loader):
+            state.schedule.after_epoch()
+            state.epoch += 1
+            state.batch = 0
+        self._save_state()
         self._stop_if_requested()
 
     def _batches(self) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
-        """Yield the epoch's batches with their numbers, 1, 2, ...; those that were trained on are left out."""
+        """Return the epoch's batches with their numbers, 1, 2, ...; those that were trained on are left out."""
         loader = self.splits["train"].loader
-        loader.set_epoch(self.epoch - 1)
-        if self.batch == 0:
-            self._restore_random()  # saved between two epochs
+        loader.set_epoch(self.state.epoch - 1)
+        if self.state.batch == 0:
+            self.state.restore_random()  # saved between two epochs
         else:
-            loader = self.accelerator.skip_first_batches(loader, self.batch)
-        self.bar = windows_bar(loader, f"Epoch {self.epoch}", whole=self.splits["train"].loader)
-        for number, batch in enumerate(self.bar, start=self.batch + 1):
-            self._restore_random()  # saved within an epoch: its loader had drawn its numbers before
-            if self._validation_is_due():
-                self._validate()
-            if self._is_finished():
-                return
-            yield number, batch
-        self._restore_random()
-        if self._validation_is_due():  # of the epoch's last batch, and was interrupted
-            self._validate()
+            loader = self.accelerator.skip_first_batches(loader, self.state.batch)
+        self.bar = windows_bar(loader, f"Epoch {self.state.epoch}", whole=self.splits["train"].loader)
+        return enumerate(self.bar, start=self.state.batch + 1)
+
+    def _finish_resuming(self) -> None:
+        """Do what a stop within an epoch has left undone, once the epoch's loader has drawn its random numbers."""
+        self.state.restore_random()
+        self._validate_if_due()
 
     def _after_step(self, number: int) -> None:
-        """Count an optimiser step, which the epoch's batch of this number has completed."""
-        self.batch = number
-        self.steps += 1
+        """Count an optimiser step, completed by the epoch's batch of this number."""
+        self.state.batch = number
+        self.state.steps += 1
         now = self._learning_clock()
-        self.learning_seconds += now - self.step_started
+        self.state.learning_seconds += now - self.step_started
         self.step_started = now
-        self.schedule.after_step()
-        if self.steps == 1:
+        self.state.schedule.after_step()
+        if self.state.steps == 1:
             self._watch_memory()
 
-    def _validation_is_due(self) -> bool:
-        every = self.recipe.eval_steps
-        return bool(every) and self.steps % every == 0 and self.validated_at < self.steps
+    def _validate_if_due(self) -> None:
+        every = self.config.eval_steps
+        if every and self.state.steps % every == 0 and self.state.validated_at < self.state.steps:
+            self._validate()
 
     def _save_or_stop(self) -> None:
         """Save the state to resume from when it is time, or when this is to be the last step."""
-        if self.recipe.save_steps and self.steps % self.recipe.save_steps == 0:
-            self._save_state(self._random_states())
+        if self.config.save_steps and self.state.steps % self.config.save_steps == 0:
+            self._save_state()
         self._stop_if_requested()
 
     def _stop_if_requested(self) -> None:
         if self.stop_vote.poll():
-            self._save_state(self._random_states())
+            self._save_state()
             raise KeyboardInterrupt
 
+    def _save_state(self, random: dict[str, torch.Tensor] | None = None) -> None:
+        """Write `last`; `random` are states of the generators other than the present ones."""
+        self.state.save(self.run, self.model, self.history.rows if self.history else [], random)
+
     def _train_batch(self, batch: tuple[torch.Tensor, ...], number: int) -> torch.Tensor:
-        """Run one micro-batch, the epoch's 1st, 2nd, ...; return its loss, left on the device."""
+        """Train on one micro-batch, the epoch's 1st, 2nd, ...; return its loss, left on the device."""
         seq_x, seq_y, *_ = batch
-        accumulated = self.recipe.grad_accum
+        accumulated = self.config.grad_accum
         first_of_group = (number - 1) // accumulated * accumulated
         # accelerate divides by grad_accum; an epoch's last group may have fewer batches.
         scale = accumulated / min(accumulated, len(self.splits["train"].loader) - first_of_group)
@@ -234,61 +231,54 @@ class Trainer:
             target = seq_y[:, -forecast.shape[1] :].to(forecast.device, non_blocking=True)
             loss = self._loss(forecast, target)
             self.accelerator.backward(loss * scale)
-            if self.recipe.grad_clip and self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        self.loss_sum += loss.detach()
-        self.loss_count += 1
+            if self.config.grad_clip and self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+            self.state.optimizer.step()
+            self.state.optimizer.zero_grad()
+        self.state.add_loss(loss.detach())
         return loss.detach()
 
     def _loss(self, forecast: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Return the mean loss of the targets that are known."""
+        """Return the mean loss over the known targets."""
         if not self.splits["train"].windows.has_gaps:
             return self.loss(forecast, target)
         is_known = ~target.isnan()
-        target = torch.where(is_known, target, forecast.detach())  # where it has no error, nor a gradient
+        target = torch.where(is_known, target, forecast.detach())  # where it has no error and no gradient
         return self.loss(forecast, target, reduction="sum") / is_known.sum().clamp(min=1)
 
     def _validate(self) -> None:
         """Score, report, and keep the weights if they are the best so far."""
-        train_loss = None
-        if self.loss_count:
-            train_loss = self.accelerator.reduce(self.loss_sum / self.loss_count, "mean").item()
+        state, train_loss = self.state, None
+        if state.loss_count:
+            train_loss = self.accelerator.reduce(state.loss_sum / state.loss_count, "mean").item()
             self._check_finite(train_loss, "training")
         started = time.perf_counter()
-        before = self._random_states()
+        before = state.random()
         try:
             vali = self._scores("val")
             self._check_finite(vali.mse, "validation")
-            with random_kept(self.accelerator.device):  # a loader draws a seed
-                test = None if self.recipe.skip_epoch_test else self._scores("test")
+            with fork_random(self.accelerator.device):  # a loader draws a seed
+                test = None if self.config.skip_epoch_test else self._scores("test")
         except KeyboardInterrupt:
             self._save_state(before)  # it is validated again, from the start
             raise
         self._report(train_loss, vali, test)
-        if self.stopping.update(vali.mse) and self.accelerator.is_main_process:
+        if state.stopping.update(vali.mse) and self.accelerator.is_main_process:
             self._save_best(vali)
         self._record(train_loss, vali, test)  # after the weights: it is only a record
-        self.validated_at = self.steps
+        state.validated_at = state.steps
         self.validating_seconds += time.perf_counter() - started
-        self._forget_losses()
+        state.forget_losses()
         self._watch_memory()
 
-    @property
-    def seconds_per_step(self) -> float | None:
-        """The seconds that a step of the run has taken, None before the first."""
-        return self.learning_seconds / self.steps if self.steps else None
-
     def _save_best(self, vali: Scores) -> None:
-        model = self.accelerator.unwrap_model(self.model)
         progress = {
-            "epoch": self.epoch,
-            "steps": self.steps,
+            "epoch": self.state.epoch,
+            "steps": self.state.steps,
             "vali_loss": vali.mse,
-            "seconds_per_step": self.seconds_per_step,
+            "seconds_per_step": self.state.seconds_per_step,
         }
-        save_checkpoint(self.run, model, progress)
+        save_checkpoint(self.run, self.forecaster, progress)
 
     def _watch_memory(self) -> None:
         """Warn, once, if the device is nearly full."""
@@ -308,154 +298,59 @@ class Trainer:
         """Print the lines in the middle of an epoch; `seconds` are those of one batch."""
         loss = self.accelerator.reduce(batch_loss, "mean").item()  # of all processes: they stop together
         self._check_finite(loss, "training")
-        left = (self.recipe.train_epochs - self.epoch + 1) * len(self.splits["train"].loader) - batches
-        if self.recipe.max_steps:
-            left = min(left, (self.recipe.max_steps - self.steps) * self.recipe.grad_accum)
+        left = (self.config.train_epochs - self.state.epoch + 1) * len(self.splits["train"].loader) - batches
+        if self.config.max_steps:
+            left = min(left, (self.config.max_steps - self.state.steps) * self.config.grad_accum)
         self.accelerator.print(
-            f"\titers: {batches}, epoch: {self.epoch} | loss: {loss:.7f}\n"
+            f"\titers: {batches}, epoch: {self.state.epoch} | loss: {loss:.7f}\n"
             f"\tspeed: {seconds:.4f}s/iter; left time: {seconds * left:.4f}s"
         )
 
     def _report(self, train_loss: float | None, vali: Scores, test: Scores | None) -> None:
-        step = f", step: {self.steps}" if self.recipe.eval_steps else ""
+        step = f", step: {self.state.steps}" if self.config.eval_steps else ""
         trained = "" if train_loss is None else f"Train Loss: {train_loss:.7f} "
         tested = f" Test Loss: {test.mse:.7f} MAE Loss: {test.mae:.7f}" if test else ""
-        self.accelerator.print(f"Epoch: {self.epoch}{step} | {trained}Vali Loss: {vali.mse:.7f}{tested}")
+        self.accelerator.print(f"Epoch: {self.state.epoch}{step} | {trained}Vali Loss: {vali.mse:.7f}{tested}")
 
     def _record(self, train_loss: float | None, vali: Scores, test: Scores | None) -> None:
         if not self.accelerator.is_main_process:
             return
+        windows = self.splits["val"].windows
+        spread = range(0, len(windows), math.ceil(len(windows) / _DIAGNOSED_WINDOWS))
         row = {
-            "epoch": self.epoch,
-            "steps": self.steps,
-            "lr": self.schedule.rate,
+            "epoch": self.state.epoch,
+            "steps": self.state.steps,
+            "lr": self.state.schedule.rate,
             "train_loss": train_loss,
             "vali_loss": vali.mse,
             "vali_mae": vali.mae,
             "test_loss": test.mse if test else None,
             "test_mae": test.mae if test else None,
-            "seconds": round(time.perf_counter() - self.started, 3),
-            **self._map_state(),
+            "seconds": round(self.state.seconds, 3),
+            **self.forecaster.diagnostics(windows.__getitems__(spread)[0]),
         }
         self.history.add(**row)
-        self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=self.steps)
-
-    def _map_state(self) -> dict[str, float]:
-        """Return `map_state` of some validation windows, always the same, for a model that has it."""
-        model, windows = self.accelerator.unwrap_model(self.model), self.splits["val"].windows
-        if not hasattr(model, "map_state"):
-            return {}
-        spread = range(0, len(windows), math.ceil(len(windows) / _WATCHED_WINDOWS))
-        context, *_ = windows.__getitems__(spread)
-        return model.map_state(context)
+        self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=self.state.steps)
 
     def _check_finite(self, loss: float, which: str) -> None:
         """Stop the run if a loss is infinite or not a number."""
         if not math.isfinite(loss):
             kept = (
                 "the best checkpoint is kept"
-                if math.isfinite(self.stopping.lowest)
+                if math.isfinite(self.state.stopping.lowest)
                 else "there is no checkpoint of this run yet"
             )
             raise UserError(
-                f"the {which} loss is {loss} after {self.steps} steps ({kept}): lower --learning_rate, give"
+                f"the {which} loss is {loss} after {self.state.steps} steps ({kept}): lower --learning_rate, give"
                 " --grad_clip 1, or --llm_dtype bfloat16 or float32"
             )
 
     def _total_steps(self) -> int:
-        steps = self.recipe.train_epochs * math.ceil(len(self.splits["train"].loader) / self.recipe.grad_accum)
-        return min(steps, self.recipe.max_steps) if self.recipe.max_steps else steps
+        steps = self.config.train_epochs * math.ceil(len(self.splits["train"].loader) / self.config.grad_accum)
+        return min(steps, self.config.max_steps) if self.config.max_steps else steps
 
     def _is_finished(self) -> bool:
-        reached = bool(self.recipe.max_steps) and self.steps >= self.recipe.max_steps
-        is_over = reached or self.stopping.should_stop or self.epoch > self.recipe.train_epochs
+        state, config = self.state, self.config
+        reached = bool(config.max_steps) and state.steps >= config.max_steps
+        is_over = reached or state.stopping.should_stop or state.epoch > config.train_epochs
         return is_over or self.has_nothing_to_train
-
-    def _forget_losses(self) -> None:
-        self.loss_sum = torch.zeros((), device=self.accelerator.device)
-        self.loss_count = 0
-
-    def _random_states(self) -> dict[str, torch.Tensor]:
-        """Return the states of torch's generators; training draws from no others."""
-        return random_states(self.accelerator.device)
-
-    def _restore_random(self) -> None:
-        """Put the generators where the saved state had them; once."""
-        if self._random_to_restore is None:
-            return
-        restore_random(self._random_to_restore, self.accelerator.device)
-        self._random_to_restore = None
-
-    def _save_state(self, random_states: dict[str, torch.Tensor]) -> None:
-        """Write `last`: all that `_load_state` needs."""
-        random_of_processes = gather_object([random_states])
-        if not self.accelerator.is_main_process:
-            return
-        scaler = self.accelerator.scaler
-        training = {
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "steps": self.steps,
-            "validated_at": self.validated_at,
-            "loss_sum": self.loss_sum.cpu(),
-            "loss_count": self.loss_count,
-            "seconds": time.perf_counter() - self.started,
-            "learning_seconds": self.learning_seconds,
-            "stopping": self.stopping.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": scaler.state_dict() if scaler else None,
-            "random": random_of_processes,
-            "history": self.history.rows,
-        }
-        model = self.accelerator.unwrap_model(self.model)
-        save_last(self.run, model, training)
-
-    def _load_state(self, state: dict) -> list[list[str]]:
-        """Take over a saved state; return the rows of its history.
-
-        Raises:
-            UserError: if it is of another schedule or other processes, or damaged.
-        """
-        for name in ("epoch", "batch", "steps", "validated_at", "loss_count"):
-            setattr(self, name, state[name])
-        self.learning_seconds = state.get("learning_seconds", 0.0)
-        self.loss_sum = state["loss_sum"].to(self.accelerator.device)
-        self.started -= state["seconds"]
-        self.stopping.load_state_dict(state["stopping"])
-        if self.schedule.total_steps != state["schedule"].get("total_steps"):
-            raise UserError(
-                f"--lradj {self.recipe.lradj} lays its rates out over all steps: resume with the --train_epochs and"
-                " --max_steps of the run"
-            )
-        last = self.run.folder / "last"
-        if len(state["random"]) != self.accelerator.num_processes:
-            raise UserError(
-                f"{last} is of {len(state['random'])} processes, here are {self.accelerator.num_processes}: resume"
-                " with as many"
-            )
-        try:
-            self._load_optimizer(state)
-        except Exception as problem:  # what a stranger has put there may make torch raise anything
-            raise UserError(
-                f"{last} is damaged (its optimiser is another): leave out --resume to train anew"
-            ) from problem
-        self._random_to_restore = state["random"][self.accelerator.process_index]
-        return state["history"]
-
-    def _load_optimizer(self, state: dict) -> None:
-        """Take over the states of optimiser, schedule and loss scaling.
-
-        Raises:
-            Exception: of whatever kind, if they are not such states as ours.
-        """
-        self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, own in self.optimizer.optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                if name in own and own[name].shape != parameter.shape:
-                    raise ValueError(f"{name} of shape {own[name].shape}, not {parameter.shape}")
-        if state["schedule"].keys() != self.schedule.state_dict().keys():
-            raise ValueError("a schedule of another kind")
-        self.schedule.load_state_dict(state["schedule"])
-        if state["scaler"] and self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(state["scaler"])

@@ -13,7 +13,8 @@ from tests.conftest import largest_difference
 from utils.cli.options import get_parser
 from utils.errors import UserError
 from utils.llm import loading as llm_module
-from utils.llm.loading import KNOWN_LLMS, LLMFlags, choose_dtype, choose_source, load_llm
+from utils.llm.choice import KNOWN_LLMS, LLMFlags, choose_dtype, choose_source
+from utils.llm.loading import load_llm
 
 
 def options(*argv):

@@ -13,11 +13,10 @@ import utils.memory.plan
 import utils.training.batch_size
 from base_models.make_tiny_llm import make_tiny_llm
 from layers.FrozenLLM import FrozenLLM
-from models import build_around
 from tests.conftest import SHARED, largest_difference, needs_shared
 from utils.cli.options import get_parser
 from utils.memory.plan import nearly_full, plan_memory, savings
-from utils.system.gpu import no_spilling
+from utils.system.gpu import forbid_host_fallback
 from utils.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -29,7 +28,7 @@ USERS_COMMAND = [
 
 
 def plan(*argv):
-    return plan_memory(get_parser().parse_args([str(word) for word in argv]), build_around)
+    return plan_memory(get_parser().parse_args([str(word) for word in argv]))
 
 
 def test_the_plan_needs_the_config_alone(run, flags, tiny_llm, tmp_path):
@@ -90,8 +89,8 @@ def test_the_plan_of_the_users_command_agrees_with_arithmetic():
 @needs_shared("qwen2.5-3b")
 def test_what_is_advised_is_what_it_saves():
     args = get_parser().parse_args([*USERS_COMMAND, "--mapping", "full"])
-    before = plan_memory(args, build_around)
-    saved = dict(savings(args, before, build_around))
+    before = plan_memory(args)
+    saved = dict(savings(args, before))
     assert list(saved.values()) == sorted(saved.values(), reverse=True)
     assert {"--mapping compact", "--llm_layers 18", "--batch_size 4 --grad_accum 2"} < set(saved)
     after = plan(*USERS_COMMAND, "--mapping", "full", "--gradient_checkpointing")
@@ -130,7 +129,7 @@ from utils.memory.plan import plan_memory
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
 
-planned = plan_memory(run_main.get_parser().parse_args(sys.argv[1:]), models.build_around).total
+planned = plan_memory(run_main.get_parser().parse_args(sys.argv[1:])).total
 before = resident()
 code = run_main.main(sys.argv[1:])
 print(json.dumps([code, planned, 1024 * (getrusage(RUSAGE_SELF).ru_maxrss - before)]))
@@ -251,8 +250,8 @@ def test_where_nothing_fits_into_one_process_all_give_up(flags, monkeypatch):
             utils.training.batch_size.fit_batch_size(args, processes, None)
         assert processes.gathered == [here], "else the other waits for ever"
     monkeypatch.setattr(utils.training.batch_size, "_largest_fitting", lambda *_: 16)
-    utils.training.batch_size.fit_batch_size(args, Processes(4), None)
-    assert (args.batch_size, args.grad_accum) == (4, 4)
+    fitted = utils.training.batch_size.fit_batch_size(args, Processes(4), None)
+    assert (fitted.batch_size, fitted.grad_accum) == (4, 4)
 
 
 def test_the_trial_may_not_spill_into_host_memory(monkeypatch):
@@ -264,7 +263,7 @@ def test_the_trial_may_not_spill_into_host_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 100))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
-    with pytest.raises(ValueError, match="stop"), no_spilling(torch.device("cuda")):
+    with pytest.raises(ValueError, match="stop"), forbid_host_fallback(torch.device("cuda")):
         assert shares == [0.8]
         raise ValueError("stop")
     assert shares == [0.8, 1.0]

@@ -6,7 +6,7 @@ import torch
 
 from base_models.make_tiny_llm import make_tiny_llm
 from data_provider.series import load_series
-from models import build_model
+from models import build
 from utils.cli.options import get_parser
 from utils.errors import UserError
 from utils.runs.checkpoint import Run, read_checkpoint, save_checkpoint
@@ -15,14 +15,14 @@ from utils.runs.compatibility import load_checkpoint
 
 def save(model, args, folder, name="run"):
     (folder / name).mkdir()
-    run = Run(folder / name, vars(args), load_series(args).facts(100))
+    run = Run(folder / name, vars(args), load_series(args).facts())
     save_checkpoint(run, model, {"epoch": 1, "steps": 3, "vali_loss": 0.5})
     return folder / name / "checkpoint"
 
 
 def load(path, model, args):
     saved = read_checkpoint(path)
-    load_checkpoint(saved, model, vars(args), load_series(args).facts(100))
+    load_checkpoint(saved, model, vars(args), load_series(args).facts())
     return saved.contents
 
 
@@ -30,7 +30,7 @@ def load(path, model, args):
 def saved(flags, tmp_path):
     """A model, its flags and the file it is saved in."""
     args = get_parser().parse_args(flags)
-    model = build_model(args)
+    model = build(args)
     return model, args, save(model, args, tmp_path)
 
 
@@ -50,7 +50,7 @@ def test_a_checkpoint_holds_no_weight_of_the_llm_and_opens_without_pickle(saved)
 def test_loading_brings_the_weights_back(saved):
     model, args, path = saved
     torch.manual_seed(99)
-    other = build_model(args)
+    other = build(args)
     assert not torch.equal(other.mapping_layer.weight, model.mapping_layer.weight)
     assert load(path, other, args)["progress"] == {
         "epoch": 1,
@@ -76,15 +76,15 @@ def test_a_checkpoint_of_another_model_is_refused(saved, flags, more, words):
     _, _, path = saved
     args = get_parser().parse_args([*flags, *more])
     with pytest.raises(UserError, match=words):
-        load(path, build_model(args), args)
+        load(path, build(args), args)
 
 
 def test_a_checkpoint_of_another_llm_of_the_same_shape_is_refused(saved, flags, tmp_path):
     _, _, path = saved
     other = make_tiny_llm("qwen2", tmp_path / "other", seed=1)
     args = get_parser().parse_args([*flags, "--llm_model_path", str(other)])
-    with pytest.raises(UserError, match="words_hash"):
-        load(path, build_model(args), args)
+    with pytest.raises(UserError, match="embedding_hash"):
+        load(path, build(args), args)
 
 
 def with_other_layers(folder, to):
@@ -102,11 +102,11 @@ def with_other_layers(folder, to):
 @pytest.mark.parametrize("more", [[], ["--llm_dtype", "bfloat16"], ["--load_in_4bit"]], ids=" ".join)
 def test_an_llm_that_keeps_its_words_and_does_something_else_is_refused(flags, tiny_llm, tmp_path, more):
     args = get_parser().parse_args([*flags, *more])
-    path = save(build_model(args), args, tmp_path)
+    path = save(build(args), args, tmp_path)
     other = with_other_layers(tiny_llm("qwen2"), tmp_path / "other")
     args = get_parser().parse_args([*flags, *more, "--llm_model_path", other])
     with pytest.raises(UserError, match=r"another LLM \(its hidden states differ by"):
-        load(path, build_model(args), args)
+        load(path, build(args), args)
 
 
 @pytest.mark.parametrize("quantization", [[], ["--load_in_4bit"]], ids=" ".join)
@@ -115,10 +115,10 @@ def test_the_same_llm_in_another_precision_is_not(flags, tiny_llm, tmp_path, fam
     flags = [*flags, "--llm_model_path", tiny_llm(family), *quantization]
     for number, dtype in enumerate(("float32", "bfloat16", "float16")):
         args = get_parser().parse_args([*flags, "--llm_dtype", dtype])
-        path = save(build_model(args), args, tmp_path, f"run{number}")
+        path = save(build(args), args, tmp_path, f"run{number}")
         for other in ("float32", "bfloat16", "float16"):
             args = get_parser().parse_args([*flags, "--llm_dtype", other])
-            load(path, build_model(args), args)
+            load(path, build(args), args)
 
 
 def test_a_checkpoint_of_an_earlier_version_loads(saved):
@@ -131,7 +131,7 @@ def test_a_checkpoint_of_an_earlier_version_loads(saved):
     del contents["trained_rows"]
     torch.save(contents, path)
     torch.manual_seed(99)
-    other = build_model(args)
+    other = build(args)
     load(path, other, args)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
@@ -167,7 +167,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_whole(saved, monkeypatch):
 
     monkeypatch.setattr(torch, "save", cut_off)
     with pytest.raises(UserError, match=r"cannot write .*checkpoint: disk full"):
-        save_checkpoint(Run(path.parent, vars(args), load_series(args).facts(100)), model, {})
+        save_checkpoint(Run(path.parent, vars(args), load_series(args).facts()), model, {})
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["checkpoint"]
 

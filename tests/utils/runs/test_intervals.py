@@ -9,14 +9,14 @@ import pytest
 from dataset.demo import write_demo_csv
 from utils.errors import UserError
 from utils.runs.intervals import Calibration, IntervalScores, Residuals, check_windows, windows_needed
-from utils.runs.watchers import Batch
+from utils.runs.metrics import Forecasts
 
 
 def batch_of(errors, deviation=None, channels=None, forecast=10.0):
     """Windows whose targets are off by `errors`, (windows, steps)."""
     errors = np.asarray(errors, np.float32)
     count = len(errors)
-    return Batch(
+    return Forecasts(
         numbers=np.arange(count),
         channels=np.zeros(count, int) if channels is None else np.asarray(channels),
         forecast=np.full(errors.shape, forecast, np.float32),
@@ -28,7 +28,7 @@ def batch_of(errors, deviation=None, channels=None, forecast=10.0):
 def calibrated(*batches, channels=("a",), checkpoint="gone"):
     residuals = Residuals()
     for batch in batches:
-        residuals.watch(batch)
+        residuals.update(batch)
     return residuals.calibration(channels, Path(checkpoint))
 
 
@@ -73,8 +73,8 @@ def test_coverage_width_and_score_are_counted_out():
     # Half widths of 2 and 4; the second window's second step is 5 off, 1 beyond. The third is another channel's.
     errors = [[1.9, -2.0], [-4.0, 5.0], [100, 100]]
     for one in range(3):
-        scores.watch(batch_of(errors[one : one + 1], [[1.0], [2.0], [1.0]][one], [[0], [0], [1]][one]))
-    first, second = scores.figures()
+        scores.update(batch_of(errors[one : one + 1], [[1.0], [2.0], [1.0]][one], [[0], [0], [1]][one]))
+    first, second = scores.compute()
     assert scores.windows == 2 and (first["level"], second["level"]) == (80, 90)
     assert first["coverage"] == 0.75 and first["coverage_by_step"] == [1.0, 0.5]
     assert first["width"] == 6.0 and first["width_by_step"] == [6.0, 6.0]
@@ -92,8 +92,8 @@ def test_where_the_series_is_wild_now_and_then_scaled_intervals_score_better():
     for name, deviation in (("scaled", seen), ("unscaled", np.ones(4000))):
         calibration = calibrated(batch_of(errors[:2000], deviation[:2000]))
         scores = IntervalScores(calibration, [90], None)
-        scores.watch(batch_of(errors[2000:], deviation[2000:]))
-        (figures,) = scores.figures()
+        scores.update(batch_of(errors[2000:], deviation[2000:]))
+        (figures,) = scores.compute()
         assert abs(figures["coverage"] - 0.9) < 0.03
         score[name] = figures["score"]
     assert score["scaled"] < 0.8 * score["unscaled"]

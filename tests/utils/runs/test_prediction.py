@@ -2,8 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from data_provider.horizon import continue_dates, step_of
 from data_provider.reading import read_table
-from data_provider.to_come import continue_dates, step_of
 from dataset.demo import demo_frame
 from utils.cli.options import get_parser
 from utils.errors import UserError

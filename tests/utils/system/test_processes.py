@@ -4,13 +4,11 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import run_main
-from utils.system import processes
 from utils.system.processes import start_processes
 
 ROOT = Path(run_main.__file__).parent
@@ -22,11 +20,12 @@ def free_port():
         return one.getsockname()[1]
 
 
-def launch(argv, folder, *launcher):
+def launch(argv, folder):
+    """Run the command line on two processes, on the CPU."""
     # A port of its own: tests run side by side.
-    launcher = ("--main_process_port", free_port(), *launcher)
-    words = [sys.executable, "-m", "accelerate.commands.launch", *launcher, ROOT / "run_main.py", *argv]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = ("--nproc_per_node", 2, "--master_port", free_port())
+    words = [sys.executable, "-m", "torch.distributed.run", *launcher, ROOT / "run_main.py", *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     return subprocess.run(
         [str(word) for word in words], cwd=folder, env=environment, capture_output=True, encoding="utf-8", check=False
     )
@@ -41,7 +40,7 @@ def test_two_processes_do_what_one_does(run, flags, tmp_path):
     # 41 windows: they do not divide by two processes, nor by the batch. Dropout draws by process: off.
     shared = [*flags, "--dropout", "0", "--max_steps", "6", "--eval_steps", "3", "--eval_windows", "41"]
     shared += ["--level", "50"]
-    done = launch([*shared, "--batch_size", "4"], tmp_path, "--num_processes", "2", "--cpu")
+    done = launch([*shared, "--batch_size", "4"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Test | MSE") == 1
     (two,) = (tmp_path / "checkpoints").iterdir()
@@ -85,7 +84,7 @@ def test_two_processes_with_dropout_go_on_where_they_stopped(flags, tmp_path):
         (tmp_path / folder).mkdir()
         for number in epochs:
             words = [*argv, "--lradj", "constant", "--train_epochs", number, "--resume", "auto"]
-            done = launch(words, tmp_path / folder, "--num_processes", "2", "--cpu")
+            done = launch(words, tmp_path / folder)
             assert done.returncode == 0, done.stderr
     whole, parts = (next((tmp_path / folder / "checkpoints").iterdir()) for folder in ("whole", "parts"))
     assert losses(whole) == losses(parts)
@@ -95,7 +94,7 @@ def test_two_processes_with_dropout_go_on_where_they_stopped(flags, tmp_path):
 @pytest.mark.parametrize("model", ["SeasonalNaive", "DLinear"])
 def test_a_baseline_scores_every_window_once_on_two_processes(run, flags, tmp_path, model):
     shared = [*flags, "--model", model, "--eval_windows", "41"]
-    done = launch([*shared, "--batch_size", "4"], tmp_path, "--num_processes", "2", "--cpu")
+    done = launch([*shared, "--batch_size", "4"], tmp_path)
     assert done.returncode == 0, done.stderr
     (two,) = (tmp_path / "checkpoints").iterdir()
     run(*shared, "--batch_size", "8", "--des", "one")
@@ -103,7 +102,7 @@ def test_a_baseline_scores_every_window_once_on_two_processes(run, flags, tmp_pa
     ours, theirs = (json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in (two, one))
     assert ours["windows"] == theirs["windows"] == 41
     assert ours["mse"] == pytest.approx(theirs["mse"], rel=1e-5)
-    resumed = launch([*shared, "--batch_size", "4", "--resume"], tmp_path, "--num_processes", "2", "--cpu")
+    resumed = launch([*shared, "--batch_size", "4", "--resume"], tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads((two / "metrics.json").read_text(encoding="utf-8"))["mse"] == ours["mse"]
 
@@ -112,7 +111,7 @@ def test_a_baseline_scores_every_window_once_on_two_processes(run, flags, tmp_pa
 def test_two_processes_test_with_the_statistics_that_are_kept(run, flags, tmp_path):
     """PatchTST's means of its batches: each process sees batches of its own."""
     words = [*flags, "--model", "PatchTST", "--eval_windows", "41"]
-    done = launch(words, tmp_path, "--num_processes", "2", "--cpu")
+    done = launch(words, tmp_path)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "checkpoints").iterdir()
     two = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["mse"]
@@ -121,24 +120,15 @@ def test_two_processes_test_with_the_statistics_that_are_kept(run, flags, tmp_pa
 
 @pytest.mark.slow
 def test_wrong_input_is_said_once(flags, tmp_path):
-    done = launch([*flags, "--llm_layers", "9"], tmp_path, "--num_processes", "2", "--cpu")
+    done = launch([*flags, "--llm_layers", "9"], tmp_path)
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         next(line for line in done.stderr.splitlines() if "--llm_layers 9" in line)
     ]
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("stubs", [0, 1, 2])
-def test_the_launcher_is_found_behind_the_python_of_an_environment(monkeypatch, stubs):
-    """Under Windows that is a process of its own, with our words."""
-    ours = ["python.exe", "run_main.py", "--data", "ETTh1"]
-    launcher = ["python.exe", "C:/venv/Scripts/accelerate.exe", "launch", "--cpu", "--num_processes", "3", *ours[1:]]
-    above = [SimpleNamespace(cmdline=lambda words=words: words) for words in [*[ours] * stubs, launcher, ["cmd.exe"]]]
-    this = SimpleNamespace(cmdline=lambda: ["C:/python/python.exe", *ours[1:]], parents=lambda: above)
-    monkeypatch.setattr(processes.psutil, "Process", lambda: this)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+def test_a_launcher_that_starts_one_process_of_several_is_told(assert_refused, flags, monkeypatch):
+    for name, value in (("ACCELERATE_USE_CPU", "true"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert processes._promised_processes() == 3
-    above[-2].cmdline = lambda: ["pythonw.exe", "other.py"]
-    assert processes._promised_processes() == 1
+    assert_refused(flags, "accelerate launch --cpu starts one process", "torchrun")

@@ -1,13 +1,12 @@
-"""What is taken down of forecasts beside their mean errors, batch by batch of an evaluation."""
+"""Errors of forecasts: mean errors, and metrics that are updated batch by batch of an evaluation."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from utils.runs.scores import Scores
+from data_provider.facts import DataFacts
 
 # The errors of each series of a long CSV; metrics.json has those of the worst.
 SERIES_FILE = "series.csv"
@@ -15,8 +14,24 @@ WORST_SHOWN = 10
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Windows that were forecast, of all processes, in the order of their split.
+class Scores:
+    """Mean errors of the scaled series over windows; where targets are unknown, over the known ones.
+
+    Attributes:
+        mse, mae: the headline: over all windows, or over the target's.
+        windows: how many windows the headline is the mean of.
+        per_channel: mse, mae and windows of each channel; and `known`, the number of targets, where some are unknown.
+    """
+
+    mse: float
+    mae: float
+    windows: int
+    per_channel: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Forecasts:
+    """Forecast windows of one batch, from all processes, in the order of their split.
 
     Attributes:
         numbers: of the windows in their split, (B,).
@@ -32,20 +47,21 @@ class Batch:
     deviation: np.ndarray
 
 
-class Watcher(Protocol):
-    """Takes down what it wants to know of each batch."""
+class Metric:
+    """Base class of what is computed from the forecasts of an evaluation."""
 
-    def watch(self, batch: Batch) -> None:
-        """Look at the next batch."""
+    def update(self, batch: Forecasts) -> None:
+        """Take in the next batch."""
+        raise NotImplementedError
 
 
-class KeptForecasts:
+class KeptForecasts(Metric):
     """Every forecast and target, as they come."""
 
     def __init__(self):
-        self._batches: list[Batch] = []
+        self._batches: list[Forecasts] = []
 
-    def watch(self, batch: Batch) -> None:
+    def update(self, batch: Forecasts) -> None:
         """Keep a batch."""
         self._batches.append(batch)
 
@@ -65,55 +81,27 @@ class KeptForecasts:
         return np.concatenate([batch.target for batch in self._batches])
 
 
-@dataclass(frozen=True)
-class Units:
-    """What errors of scaled channels are in the data's own units.
-
-    Attributes:
-        channels: their names.
-        mean, deviation: of their scaler.
-        naive_errors: the seasonal-naive forecast's mean absolute error on the scaled training rows, by channel; some
-            channels may have none.
-    """
-
-    channels: Sequence[str]
-    mean: Sequence[float]
-    deviation: Sequence[float]
-    naive_errors: Mapping[str, float]
-
-
-class Data(Protocol):
-    """What is known of the data: as a checkpoint keeps it."""
-
-    channels: Sequence[str]
-    mean: Sequence[float]
-    deviation: Sequence[float]
-
-
-def units_of(data: Data, naive_errors: Mapping[str, float]) -> Units:
-    """Return the units of data with these seasonal-naive errors."""
-    return Units(data.channels, data.mean, data.deviation, naive_errors)
-
-
-class UnitErrors:
-    """Errors by step, and those in the data's own units.
+class UnitErrors(Metric):
+    """Errors by step, and errors in the data's own units.
 
     Args:
-        units: of the data.
-        target: the channel that overall figures are of, None for all.
+        facts: of the data.
+        naive_errors: the seasonal-naive forecast's mean absolute error on the scaled training rows, by channel; some
+            channels may have none.
+        target: the channel of the overall figures, None for all channels.
     """
 
-    def __init__(self, units: Units, target: str | None = None):
-        self.units = units
+    def __init__(self, facts: DataFacts, naive_errors: Mapping[str, float], target: str | None = None):
+        self.naive_errors = naive_errors
         self.target = target
-        self._number_of = {name: number for number, name in enumerate(units.channels)}
+        self._number_of = {name: number for number, name in enumerate(facts.channels)}
         self._headline = None if target is None else self._number_of[target]
-        self._mean, self._deviation = np.asarray(units.mean), np.asarray(units.deviation)
+        self._mean, self._deviation = np.asarray(facts.mean), np.asarray(facts.deviation)
         self._squares: np.ndarray | float = 0.0  # by step, of the headline's windows, scaled
         self._known: np.ndarray | int = 0  # targets, by step, of the headline's windows
-        self._smape = np.zeros((2, len(units.channels)))  # sums over windows, by channel: of errors, of their weights
+        self._smape = np.zeros((2, len(facts.channels)))  # sums over windows, by channel: of errors, of their weights
 
-    def watch(self, batch: Batch) -> None:
+    def update(self, batch: Forecasts) -> None:
         """Add a batch to the sums."""
         forecast, target = batch.forecast.astype(np.float64), batch.target.astype(np.float64)
         counted = slice(None) if self._headline is None else batch.channels == self._headline
@@ -127,8 +115,8 @@ class UnitErrors:
         np.add.at(self._smape[0], batch.channels, weights * symmetric_error(*own))
         np.add.at(self._smape[1], batch.channels, weights)
 
-    def figures(self, scores: Scores) -> dict:
-        """Return what metrics.json says of errors.
+    def compute(self, scores: Scores) -> dict:
+        """Return the errors of metrics.json.
 
         Beside the scaled mse and mae, overall and a channel each: rmse, the root of the mean squared error in the
         data's units; mase, the mean absolute error in units of the seasonal-naive forecast's on the training rows
@@ -158,17 +146,17 @@ class UnitErrors:
 
     def _of_channel(self, name: str, errors: dict[str, float]) -> dict[str, float | None]:
         number = self._number_of[name]
-        naive = self.units.naive_errors.get(name)
+        naive = self.naive_errors.get(name)
         return {
             **errors,
-            "rmse": math.sqrt(errors["mse"]) * self.units.deviation[number],
+            "rmse": math.sqrt(errors["mse"]) * float(self._deviation[number]),
             "mase": errors["mae"] / naive if naive else None,
             "smape": float(self._smape[0, number] / self._smape[1, number]),
         }
 
 
 def summary_of_series(per_channel: Mapping[str, dict]) -> dict:
-    """Return what metrics.json says of many series instead of each one's errors: their spread, and the worst.
+    """Summarise the errors of many series for metrics.json: their spread, and the worst.
 
     Args:
         per_channel: the errors of each series.

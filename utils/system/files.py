@@ -1,6 +1,7 @@
-"""Files that are never half-written."""
+"""Files that are never half-written, and their hashes."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ UNFINISHED = ".unfinished"
 _PAUSES = (0.1, 0.3, 1, 3) if os.name == "nt" else ()
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file under another name, make sure that it is on the disk, then give it its name.
 
     Whatever happens on the way, a power cut too, `path` holds either what it held before or all of the new.
@@ -48,7 +49,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file as UTF-8, whole or not at all."""
-    write_whole(path, lambda file: file.write(text.encode()))
+    atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def unfinished_name(path: Path) -> Path:
@@ -71,6 +72,14 @@ def read_json(path: Path) -> dict:
     return contents
 
 
+def hash_of(path: Path) -> str:
+    """Return the SHA-256 of a file, an empty text if it is not there."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def rename(unfinished: Path, path: Path) -> None:
     """Give a file or a folder its name; under Windows, wait for a virus scanner or a viewer that has it open.
 
@@ -86,7 +95,7 @@ def rename(unfinished: Path, path: Path) -> None:
     unfinished.replace(path)
 
 
-def keep_earlier(files: Sequence[Path]) -> None:
+def back_up(files: Sequence[Path]) -> None:
     """Rename files of one folder that are there to *.old, or, if there are such, to *.old2 and so on, all alike.
 
     Raises:
