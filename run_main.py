@@ -49,10 +49,9 @@ def execute(args: argparse.Namespace, argv: Sequence[str], interrupts: Interrupt
     check_options(args)
     check_paths(args)
     # torch and transformers take seconds to import: only now, so that --help and a wrong flag are answered at once.
-    from utils.training.experiment import prepare_demo, print_plan, run_experiment
+    from utils.training.experiment import prepare, print_plan, run_experiment
 
-    if args.demo:
-        prepare_demo(args)
+    prepare(args)
     if args.plan:
         print_plan(args)
         return

@@ -33,7 +33,6 @@ class DataFacts:
         explainer: how the covariates explain the channels, see `Explainer.as_dict`; None if there are none.
         training_hashes, validation_hashes: of each channel's rows.
         trained_rows: fingerprints of some of the rows trained on, see `data_provider.fingerprints`.
-        one_in: one date in so many has its fingerprints kept.
     """
 
     channels: list[str]
@@ -44,7 +43,6 @@ class DataFacts:
     training_hashes: list[str] = field(default_factory=list)
     validation_hashes: list[str] = field(default_factory=list)
     trained_rows: list[int] = field(default_factory=list)
-    one_in: int = 1
 
     @classmethod
     def of(cls, contents: Mapping[str, object]) -> Self:
@@ -66,9 +64,15 @@ class DataFacts:
         mean, deviation = np.array(scales).T
         return mean, deviation
 
-    def changed_fields(self, now: "DataFacts") -> list[str]:
-        """Return the names of the facts that are different now, as messages call them."""
-        before, after = asdict(self), asdict(now)
+    def changed_fields(self, now: "DataFacts", may_be_subset: bool = False) -> list[str]:
+        """Return the names of the facts that are different now, as messages call them.
+
+        Args:
+            now: the present facts.
+            may_be_subset: whether fewer series of a long CSV count as the same data.
+        """
+        compared = self.of_series(now.channels) if may_be_subset and self.is_long and now.is_long else self
+        before, after = asdict(compared), asdict(now)
         return [
             words
             for name, words in _COMPARED.items()

@@ -34,30 +34,33 @@ def _as_bytes(values: pd.Series) -> np.ndarray:
     return np.array([hashlib.sha256(text.encode()).digest()[:8] for text in values.astype(str)], "S8")
 
 
-def keep_rows(table: Table, rows: np.ndarray) -> tuple[list[int], int]:
-    """Return fingerprints of some of the first `rows` of each channel, and of how many dates those of one are kept."""
-    one_in = 1 << max(int(np.ceil(np.log2(max(rows.sum() / MOST_KEPT, 1)))), 0)
-    kept = _fingerprints(table, np.zeros_like(rows), rows, one_in)
-    return kept[:MOST_KEPT].view(np.int64).tolist(), one_in
+def keep_rows(table: Table, rows: np.ndarray) -> list[int]:
+    """Return fingerprints of some of the first `rows` of each channel: the smallest ones, which is a random choice."""
+    found = _fingerprints(table, np.zeros_like(rows), rows)
+    if len(found) > MOST_KEPT:
+        found = np.partition(found, MOST_KEPT - 1)[:MOST_KEPT]
+    return found.view(np.int64).tolist()
 
 
-def share_kept(table: Table, begin: np.ndarray, end: np.ndarray, kept: Sequence[int], one_in: int) -> float:
-    """Return which share of rows `begin` to `end` of each channel was among those that `keep_rows` was shown.
+def share_kept(table: Table, begin: np.ndarray, end: np.ndarray, kept: Sequence[int]) -> float:
+    """Estimate the share of rows `begin` to `end` of each channel that is among the rows that `keep_rows` was given.
 
     Args:
         table: of the rows.
         begin, end: (channels,) each.
-        kept, one_in: what `keep_rows` returned.
+        kept: the fingerprints that `keep_rows` returned.
     """
-    found = _fingerprints(table, begin, end, one_in).view(np.int64)
-    return float(np.isin(found, np.array(kept, np.int64)).mean()) if len(found) and len(kept) else 0.0
+    known = np.array(kept, np.int64).view(np.uint64)
+    found = _fingerprints(table, begin, end)
+    if len(known) >= MOST_KEPT:  # larger fingerprints were not kept
+        found = found[found <= known.max()]
+    return float(np.isin(found, known).mean()) if len(found) and len(known) else 0.0
 
 
-def _fingerprints(table: Table, begin: np.ndarray, end: np.ndarray, one_in: int) -> np.ndarray:
+def _fingerprints(table: Table, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
     """Return fingerprints of rows, of their channel, date and value, uint64.
 
-    A date is taken or not by itself, so that two tables take the same ones. Of a value that is the one above it, or
-    that is not known, there is none: other data have such rows, too.
+    A value that is unknown, or equal to the one above it, has none: other data have such rows, too.
     """
     dates = _mixed(table.dates.as_unit("us").asi8.view(np.uint64))
     changes = np.concatenate([[True], np.diff(table.raw) != 0]) & ~np.isnan(table.raw)
@@ -65,11 +68,10 @@ def _fingerprints(table: Table, begin: np.ndarray, end: np.ndarray, one_in: int)
     for name, first, date, start, stop in zip(
         table.channels, table.spans.first, table.spans.dates, begin, end, strict=True
     ):
-        own = dates[date + start : date + stop]
-        taken = (own % np.uint64(one_in) == 0) & changes[first + start : first + stop]
+        taken = changes[first + start : first + stop]
         values = (table.raw[first + start : first + stop][taken] + 0.0).view(np.uint64)
         salt = np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], np.uint64)[0]
-        found.append(_mixed(own[taken] ^ _mixed(values ^ salt)))
+        found.append(_mixed(dates[date + start : date + stop][taken] ^ _mixed(values ^ salt)))
     return np.concatenate(found)
 
 

@@ -72,7 +72,7 @@ class Series:
     def facts(self) -> DataFacts:
         """Return the facts that a checkpoint keeps."""
         training, validation = self.ends[:, 0], self.ends[:, 1]
-        trained_rows, one_in = keep_rows(self.table, training * self.percent // 100)
+        _, trained = self._borders("train")
         return DataFacts(
             channels=list(self.channels),
             mean=self.scaler.mean_.tolist(),
@@ -81,13 +81,12 @@ class Series:
             explainer=self.explainer.as_dict() if self.explainer else None,
             training_hashes=hash_rows(self.table, np.zeros_like(training), training),
             validation_hashes=hash_rows(self.table, training, validation),
-            trained_rows=trained_rows,
-            one_in=one_in,
+            trained_rows=keep_rows(self.table, np.clip(trained, 0, training)),
         )
 
     def share_trained_on(self, facts: DataFacts) -> float:
         """Return the share of the test rows that a run with these facts was trained on."""
-        return share_kept(self.table, self.ends[:, 1], self.ends[:, 2], facts.trained_rows, facts.one_in)
+        return share_kept(self.table, self.ends[:, 1], self.ends[:, 2], facts.trained_rows)
 
     def seasonal_errors(self, season: int) -> dict[str, float]:
         """Return the mean absolute error of the seasonal-naive forecast on each channel's training rows, scaled.

@@ -1,19 +1,20 @@
-"""Time a training step and an evaluation, Time-LLM's way and ours, side by side.
+"""Time a training step and an evaluation: the original Time-LLM's computation and ours, side by side.
 
     python scripts/benchmark.py --llm_model_path base_models/SmolLM2-135M --seq_len 512 --batch_size 8
 
-All variants run in one process, in turn, on the same LLM, weights and windows; the times are medians over the rounds,
-the ratios medians of each round's ratio. What else the machine does can only add time, and not to all variants alike:
-where the quickest step is much below the median, run it again on an idle machine. Takes the flags of run_main.py;
-without --data, windows of the demo series.
+All variants run alternately in one process, with the same LLM, weights and windows. The times are medians over the
+rounds; the ratios are medians of each round's ratio. Other load on the machine adds time, and not to all variants
+equally: if the quickest step is much faster than the median, repeat the benchmark on an idle machine. Accepts the flags
+of run_main.py; without --data, it uses windows of the demo data.
 
-The first variant is Time-LLM's own: pads, its end of text, that are attended to, prompt and patches in one pass, the
-map over the whole vocabulary, attention maps and hidden states requested (transformers then takes its eager attention),
-torch's own products, plain Adam.
+The first variant is the original Time-LLM's computation: pad tokens (its end-of-text token) without an attention mask,
+prompt and patches in one forward pass, the mapping layer over the whole vocabulary, all attention maps and hidden
+states requested (transformers then uses eager attention), torch's own CPU kernels, and unfused Adam.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import statistics
 import sys
@@ -44,9 +45,10 @@ from utils.system.gpu import is_gpu, peak_allocated, reset_peak_memory, wait_unt
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant of how the model is run: its name and the flags that make it.
+    """One configuration of the model's computation.
 
-    `attention_maps`: whether they are asked for. `onednn`: whether float32 products on a CPU are oneDNN's.
+    `attention_maps`: whether the LLM returns attention maps and hidden states. `onednn`: whether oneDNN computes the
+    float32 matrix products on a CPU.
     """
 
     name: str
@@ -58,7 +60,7 @@ class Variant:
 
     @property
     def flags(self) -> dict[str, object]:
-        """The flags of run_main.py."""
+        """The variant's flags of run_main.py."""
         return {"prompt_padding": self.padding, "no_prefix_cache": self.one_pass, "mapping": self.mapping}
 
 
@@ -75,7 +77,7 @@ VARIANTS = (
 
 @dataclass
 class Result:
-    """What was measured of one variant; seconds and bytes."""
+    """The measurements of one variant, in seconds and bytes."""
 
     variant: str
     step_seconds: float = 0.0
@@ -94,67 +96,66 @@ class Result:
 
 
 class Runner:
-    """A variant of the model, on windows that stay the same."""
+    """The model of one variant with a fixed batch of windows."""
 
     def __init__(
         self, variant: Variant, args: argparse.Namespace, llm: LoadedLLM, windows: tuple[torch.Tensor, torch.Tensor]
     ):
         self.variant = variant
         self.model = build(argparse.Namespace(**{**vars(args), **variant.flags}), llm)
-        # Fused as in our training; Time-LLM's is not.
-        fused = not variant.attention_maps
+        fused = not variant.attention_maps  # as in our training; the original Time-LLM's Adam is not fused
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.learning_rate, fused=fused)
         self.context, self.target = windows[0], windows[1].to(self.model.device)
 
     @contextlib.contextmanager
     def as_configured(self) -> Iterator[None]:
-        """Let the LLM give attention maps and all hidden states, or not, and compute them as it must."""
+        """Apply the variant's settings of the shared LLM and of oneDNN, and restore the defaults afterwards."""
         backbone = self.model.llm.backbone
-        wanted = {"output_attentions": self.variant.attention_maps, "output_hidden_states": self.variant.attention_maps}
+        outputs = ("output_attentions", "output_hidden_states")
         before = backbone.config._attn_implementation
-        # In half precision torch itself calls oneDNN, in every variant.
+        # Our oneDNN products are for float32; in half precision torch itself calls oneDNN, in every variant.
         torch.backends.mkldnn.enabled = self.variant.onednn or backbone.dtype != torch.float32
         if self.variant.attention_maps:
-            backbone.set_attn_implementation("eager")  # the only implementation that has the maps
-        for name, value in wanted.items():
-            setattr(backbone.config, name, value)
+            backbone.set_attn_implementation("eager")  # the only implementation that returns attention maps
+        for name in outputs:
+            setattr(backbone.config, name, self.variant.attention_maps)
         try:
             yield
         finally:
             torch.backends.mkldnn.enabled = True
             backbone.set_attn_implementation(before)
-            for name in wanted:
+            for name in outputs:
                 setattr(backbone.config, name, False)
 
     def step(self) -> None:
-        """Train on the batch."""
+        """Take one optimizer step on the batch."""
         self.model.train()
         nn.functional.mse_loss(self.model(self.context), self.target).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def evaluate(self) -> None:
-        """Forecast the batch; Time-LLM's variant computes the prototypes anew for every batch."""
+        """Forecast the batch; the original Time-LLM recomputes the prototypes for every batch."""
         self.model.eval()
         with torch.inference_mode():
             if self.variant.attention_maps:
-                self.model.mapping_layer.bias.add_(0)
+                self.model.mapping_layer.bias.add_(0)  # an in-place change invalidates the cached prototypes
             self.model(self.context)
 
     def forecast_and_gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the forecasts and the gradient that comes back to the patches."""
-        kept = []
-        handle = self.model.reprogramming_layer.register_forward_hook(lambda *call: kept.append(call[-1]))
+        """Return the forecasts and the loss's gradient with respect to the reprogrammed patches."""
+        outputs = []
+        handle = self.model.reprogramming_layer.register_forward_hook(lambda *call: outputs.append(call[-1]))
         self.model.eval()
         forecast = self.model(self.context)
-        kept[0].retain_grad()
+        outputs[0].retain_grad()
         nn.functional.mse_loss(forecast, self.target).backward()
         self.optimizer.zero_grad()
         handle.remove()
-        return forecast.detach(), kept[0].grad
+        return forecast.detach(), outputs[0].grad
 
     def tokens(self) -> tuple[int, int]:
-        """Return the positions a batch sends through the LLM without and with gradient."""
+        """Count the tokens that pass through the LLM for one batch, without and with gradient."""
         lengths = [len(prompt) for prompt in self.model.tokenize(self.context[..., 0])]
         patches = self.model.prompts.patches * len(lengths)
         if not self.model.llm.uses_prefix:
@@ -163,7 +164,7 @@ class Runner:
 
 
 def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
-    """Return the most memory that is allocated during `run` above what was before."""
+    """Measure the peak memory allocated during `run`, minus the memory allocated before, in bytes."""
     if is_gpu(device):
         wait_until_done(device)
         reset_peak_memory(device)
@@ -173,15 +174,12 @@ def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    peak = held = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes, initial=0))
 
 
 def seconds(run: Callable[[], None], device: torch.device) -> float:
-    """Return the wall time of `run`, until the device is done."""
+    """Measure the wall time of `run`, including the device's queued work."""
     started = time.perf_counter()
     run()
     wait_until_done(device)
@@ -189,38 +187,37 @@ def seconds(run: Callable[[], None], device: torch.device) -> float:
 
 
 def floor_seconds(runner: Runner) -> dict[str, float]:
-    """Return what a training step cannot avoid: its matrix products over the rate at which this machine makes them.
+    """Estimate the lower bound of a training step: its matrix products at this machine's measured rate.
 
-    Counted are the LLM's linear layers over the tokens of `runner`'s variant (forward; backward to the inputs for
-    those with gradient) and the map to the prototypes (forward, backward to its weights).
+    Counts the LLM's linear layers for the variant's tokens (the forward pass, and the backward pass to the inputs for
+    tokens with gradient) and the mapping layer (the forward pass and the backward pass to its weights).
     """
     model, backbone = runner.model, runner.model.llm.backbone
     config = backbone.config.get_text_config()
-    embedded = backbone.get_input_embeddings().weight.numel()
-    in_layers = backbone.num_parameters() - embedded
-    without, with_gradient = runner.tokens()
-    prototypes = model.mapping_layer.weight.numel() * config.hidden_size
-    operations = 2 * in_layers * (without * (1 - 1 / config.num_hidden_layers) + 2 * with_gradient) + 4 * prototypes
     dtype, width = model.llm.token_embeddings.dtype, config.hidden_size
+    weights = backbone.num_parameters() - backbone.get_input_embeddings().weight.numel()
+    without_gradient, with_gradient = runner.tokens()
+    mapped = model.mapping_layer.weight.numel() * width
+    passes = without_gradient * (1 - 1 / config.num_hidden_layers) + 2 * with_gradient
+    operations = 2 * weights * passes + 4 * mapped
     left = torch.randn(max(with_gradient, 1), width, device=model.device, dtype=dtype)
     right = torch.randn(4 * width, width, device=model.device, dtype=dtype)
-    once = [seconds(lambda: frozen_product(left, right), model.device) for _ in range(20)]
-    rate = 2 * left.shape[0] * width * 4 * width / statistics.median(once)
+    times = [seconds(lambda: frozen_product(left, right), model.device) for _ in range(20)]
+    rate = 2 * left.shape[0] * width * 4 * width / statistics.median(times)
     return {"operations": operations, "operations_per_second": rate, "seconds": operations / rate}
 
 
 def measure(runners: list[Runner], rounds: int) -> list[Result]:
-    """Measure all variants in turn, round by round."""
+    """Measure all variants alternately, for a number of rounds."""
     device = runners[0].model.device
     results = [Result(runner.variant.name) for runner in runners]
     references = {}
     for runner, result in zip(runners, results, strict=True):
         with runner.as_configured():
             forecast, gradient = runner.forecast_and_gradient()
-            # Pads that are seen are another model than pads that are masked: each is held to its own one pass.
+            # Unmasked pad tokens change the model: compare each kind of padding with its own first variant.
             reference = references.setdefault(runner.variant.padding, (forecast, gradient))
-            result.forecast_difference = _difference(forecast, reference[0])
-            result.gradient_difference = _difference(gradient, reference[1])
+            result.forecast_difference, result.gradient_difference = map(_difference, (forecast, gradient), reference)
             result.tokens_without_gradient, result.tokens_with_gradient = runner.tokens()
             result.peak_bytes = peak_bytes(runner.step, device)
             runner.evaluate()
@@ -228,7 +225,7 @@ def measure(runners: list[Runner], rounds: int) -> list[Result]:
         for runner, result in zip(runners, results, strict=True):
             with runner.as_configured():
                 result.steps.append(seconds(runner.step, device))
-                runner.evaluate()  # the first after a step computes the prototypes, as an evaluation does once
+                runner.evaluate()  # the first evaluation after a step computes the prototypes: do not time it
                 result.evaluations.append(seconds(runner.evaluate, device))
     windows = len(runners[0].context)
     for result in results:
@@ -241,16 +238,18 @@ def measure(runners: list[Runner], rounds: int) -> list[Result]:
     return results
 
 
-def _ratio(reference: list[float], own: list[float]) -> float:
-    return statistics.median(theirs / ours for theirs, ours in zip(reference, own, strict=True))
+def _ratio(reference: list[float], times: list[float]) -> float:
+    """Compute the median speedup over a reference."""
+    return statistics.median(before / after for before, after in zip(reference, times, strict=True))
 
 
-def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    return ((one - other).abs().max() / other.abs().max()).item()
+def _difference(values: torch.Tensor, reference: torch.Tensor) -> float:
+    """Compute the largest absolute difference, relative to the reference's largest value."""
+    return ((values - reference).abs().max() / reference.abs().max()).item()
 
 
 def table(results: list[Result], floor: dict[str, float]) -> str:
-    """Return the results as a Markdown table."""
+    """Format the results as a Markdown table."""
     lines = [
         "| variant | step, s | quickest | faster | eval, windows/s | faster | tokens no grad + grad | peak, MB |"
         " share | forecasts differ | gradients differ |",
@@ -264,14 +263,14 @@ def table(results: list[Result], floor: dict[str, float]) -> str:
         for r in results
     ]
     lines.append(
-        f"\nFloor of a step with the compact map: {floor['seconds']:.3f} s ({floor['operations'] / 1e9:.0f} G"
-        f" operations at {floor['operations_per_second'] / 1e9:.0f} G a second)"
+        f"\nLower bound of a step with the compact map: {floor['seconds']:.3f} s ({floor['operations'] / 1e9:.0f} GFLOP"
+        f" at {floor['operations_per_second'] / 1e9:.0f} GFLOP/s)"
     )
     return "\n".join(lines)
 
 
 def load_windows(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a batch of evenly spaced training windows and their targets."""
+    """Load a batch of evenly spaced training windows: contexts and targets."""
     if args.demo:
         table = demo_frame(rows=4 * (args.seq_len + args.pred_len)).iloc[:, 1:].to_numpy("float32")
         values = table.T.ravel()
@@ -285,16 +284,16 @@ def load_windows(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def benchmark(argv: list[str]) -> None:
-    """Measure what the command line asks for, and print it."""
+    """Run the benchmark that the command line describes and print the results."""
     parser = get_parser()
     parser.prog, parser.description = "benchmark.py", __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--rounds", type=int, default=5, help="alternations; more are steadier")
-    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    parser.add_argument("--rounds", type=int, default=5, help="number of repetitions; more give steadier medians")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args(argv if "--data" in argv else ["--demo", *argv])
     check_options(args)
     torch.manual_seed(args.seed)
-    # As the first variant needs it, the others can use it: with Time-LLM's pads, its embeddings beside the full map.
+    # Load the LLM as the first variant needs it, with its pad token and all embeddings on the device; this suits all.
     llm = load_llm(replace(LLMFlags.of(args), prompt_padding="right", mapping="full"))
     windows = load_windows(args)
     runners = [Runner(variant, args, llm, windows) for variant in VARIANTS]
@@ -310,9 +309,8 @@ def benchmark(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0 done, 2 with one line if the input is wrong, 130 interrupted."""
-    argv = sys.argv[1:] if argv is None else argv
-    return exit_code_of(lambda: benchmark(argv), "nothing was written")
+    """Run the command line; exit code 0 success, 2 invalid input (one line), 130 interrupted."""
+    return exit_code_of(lambda: benchmark(sys.argv[1:] if argv is None else argv), "nothing was written")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Check on a CUDA device that the LLM of 3 billion weights trains on a card of 6 GB.
+"""Check on a CUDA device that Time-LLM with an LLM of 3 billion weights trains in 6 GB of GPU memory.
 
     python scripts/check_6gb.py --llm_model_path base_models/Qwen2.5-3B --root_path dataset
 
-Runs the README's command (NF4, batch 8, 512 -> 96, ETTm1) under a limit of 5 GiB, then with recomputed activations
-under 3 GiB: 50 training steps and an evaluation each. Then Time-LLM's way with as much memory as it wants. Prints,
-for each, the peak, the plan's estimate and the steps a second. Other flags of run_main.py may be added; without
---llm_model_path, an LLM of that size with random weights is made.
+Runs the README's command (NF4, batch size 8, 512 -> 96, ETTm1) under a limit of 5 GiB, then with gradient checkpointing
+under 3 GiB, then the original Time-LLM's computation without a limit: 50 training steps and an evaluation each. Prints
+the peak memory, the planned memory and the steps per second of each case. Accepts flags of run_main.py; without
+--llm_model_path, it creates an LLM of that size with random weights.
 """
 
 import argparse
@@ -40,7 +40,7 @@ USERS_FLAGS = [
     *("--batch_size", "8", "--load_in_4bit"),
 ]
 GIB = 2**30
-# name, flags, the limit in GiB
+# Each case: name, flags, limit in GiB.
 CASES = (
     ("ours", [], 5.0),
     ("ours, recomputed", ["--gradient_checkpointing"], 3.0),
@@ -51,7 +51,7 @@ STEPS, EVALUATED = 50, 40
 
 @dataclass
 class Outcome:
-    """What one way of training took, GiB and seconds; `loading` is the peak before the first step."""
+    """The memory (GiB) and speed of one case; `loading` is the peak before the first training step."""
 
     name: str
     limit: float | None
@@ -65,26 +65,25 @@ class Outcome:
 
 
 def check(name: str, args: argparse.Namespace, limit: float | None) -> Outcome:
-    """Train `STEPS` steps and evaluate `EVALUATED` batches with at most `limit` GiB.
+    """Train for `STEPS` steps and evaluate `EVALUATED` batches with at most `limit` GiB.
 
     Raises:
         torch.OutOfMemoryError: if the limit is too low.
     """
-    gc.collect()  # the case before
+    gc.collect()  # free the previous case's model
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    there = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(limit * GIB / there, 1.0) if limit else 1.0)
-    planned = plan_memory(args).total
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(limit * GIB / total, 1.0) if limit else 1.0)
+    planned = plan_memory(args).total / GIB
     model = Model(args)
     loading = torch.cuda.max_memory_allocated() / GIB
     torch.cuda.reset_peak_memory_stats()
     model.train()
     optimizer = build_optimizer(args.optimizer, model.parameters(), args.learning_rate)
     batches = iter(data_provider(args, "train")[1])
-    loss = torch.zeros(())
     for step in range(STEPS):
-        if step == 5:  # the first steps warm up
+        if step == 5:  # do not time the warm-up
             torch.cuda.synchronize()
             started = time.perf_counter()
         context, target, *_ = next(batches)
@@ -97,7 +96,7 @@ def check(name: str, args: argparse.Namespace, limit: float | None) -> Outcome:
     return Outcome(
         name=name,
         limit=limit,
-        planned=planned / GIB,
+        planned=planned,
         loading=loading,
         evaluation_windows_per_second=_evaluate(model, args),
         peak=torch.cuda.max_memory_allocated() / GIB,
@@ -109,7 +108,7 @@ def check(name: str, args: argparse.Namespace, limit: float | None) -> Outcome:
 
 @torch.inference_mode()
 def _evaluate(model: Model, args: argparse.Namespace) -> float:
-    """Return the windows a second of an evaluation."""
+    """Evaluate `EVALUATED` batches and return the windows per second."""
     model.eval()
     batches = iter(data_provider(args, "val")[1])
     started = time.perf_counter()
@@ -120,16 +119,10 @@ def _evaluate(model: Model, args: argparse.Namespace) -> float:
 
 
 def make_random_llm(folder: Path) -> None:
-    """Write an LLM of Qwen2.5-3B's shape with random weights and a small tokenizer."""
-    config = Qwen2Config(
-        hidden_size=2048,
-        intermediate_size=11008,
-        num_hidden_layers=36,
-        num_attention_heads=16,
-        num_key_value_heads=2,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-    )
+    """Write an LLM with Qwen2.5-3B's architecture, random weights and a small tokenizer."""
+    layers = {"num_hidden_layers": 36, "hidden_size": 2048, "intermediate_size": 11008}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 2}
+    config = Qwen2Config(**layers, **heads, vocab_size=151936, tie_word_embeddings=True)
     model = AutoModel.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)  # on the CPU: it needs 6 GB
     model.save_pretrained(folder)
     tokenizer = make_tiny_llm("qwen2", folder / "tokenizer")
@@ -137,17 +130,17 @@ def make_random_llm(folder: Path) -> None:
 
 
 def check_all(argv: list[str] | None) -> int:
-    """Run all cases and return 0 if they kept their limits, else 1.
+    """Run all cases and return 0 if they stayed within their limits, else 1.
 
     Raises:
-        UserError: if there is no GPU or the input is wrong.
+        UserError: if there is no CUDA device or the input is invalid.
     """
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     own, rest = parser.parse_known_args(argv)
     if not torch.cuda.is_available():
-        raise UserError("there is no CUDA device: this check is about one")
-    outcomes, kept = [], True
+        raise UserError("there is no CUDA device: this check needs one")
+    outcomes, within_limits = [], True
     with tempfile.TemporaryDirectory() as folder:
         if "--llm_model_path" not in rest:
             make_random_llm(Path(folder))
@@ -156,20 +149,20 @@ def check_all(argv: list[str] | None) -> int:
             args = get_parser().parse_args([*USERS_FLAGS, *rest, *flags])
             check_options(args)
             if not csv_path(args).is_file():
-                raise UserError(f"no CSV at {csv_path(args)}: check --root_path")
+                raise UserError(f"no CSV file {csv_path(args)}: check --root_path")
             try:
                 outcomes.append(asdict(check(name, args, limit)))
             except torch.OutOfMemoryError as problem:
-                kept = kept and limit is None  # the last way may need more than the card has
+                within_limits = within_limits and limit is None  # the last case may need more than the device has
                 outcomes.append({"name": name, "limit": limit, "out_of_memory": str(problem)})
             print(json.dumps(outcomes[-1]), flush=True)
     if own.json:
         own.json.write_text(json.dumps(outcomes, indent=1) + "\n", encoding="utf-8")
-    return 0 if kept else 1
+    return 0 if within_limits else 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0 if all cases kept their limits, 1 if not, 2 wrong input, 130 interrupted."""
+    """Run the command line; exit code 0 all cases within limits, 1 over a limit, 2 invalid input, 130 interrupted."""
     return exit_code_of(lambda: check_all(argv), "nothing was written")
 
 

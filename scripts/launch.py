@@ -1,26 +1,27 @@
-"""What the launch scripts share: they run run_main.py for one horizon after the other.
+"""Run run_main.py for one horizon after another; the .bat and .sh scripts call this file.
 
     python scripts/launch.py ETTh1                       horizons 96, 192, 336 and 720
-    python scripts/launch.py ETTh1 96 192 --seed 1       these; flags of run_main.py come behind them, and win
+    python scripts/launch.py ETTh1 96 192 --seed 1       these horizons; later flags go to run_main.py and take priority
     python scripts/launch.py ETTh1 --model DLinear       a forecaster without an LLM
-    python scripts/launch.py smoke                       made-up data and a tiny LLM: train, test, forecast, in seconds
+    python scripts/launch.py smoke                       synthetic data and a tiny LLM: train, test, forecast in seconds
 
-ETTh1.bat and ETTh1.sh are the first line, smoke.bat and smoke.sh the last, and so on.
+ETTh1.bat and ETTh1.sh run the first line, smoke.bat and smoke.sh the last, and so on.
 
-    --again      run the horizons, too, that are done; else they are skipped
-    --dry_run    print the command lines, run nothing
+    --again      also run horizons that are done; by default they are skipped
+    --dry_run    print the command lines without running them
 
-The first run that fails ends the script, with its exit code. After Ctrl-C, --resume auto goes on.
+The first run that fails ends the script, with its exit code. After Ctrl-C, the same command with --resume auto resumes.
 
 The LLM is that of --llm_model_path or --llm_model, else the folder or Hub id in the environment variable
-TIME_LLM_PATH, else Qwen2.5-3B in 4 bits. Beside an LLM of your own, add --load_in_4bit if you want that.
+TIME_LLM_PATH, else Qwen2.5-3B in 4 bits. To load another LLM in 4 bits, add --load_in_4bit.
 
-Relative paths count from the repository's folder. The recipe is that of docs/results.md, 64 windows an optimiser step;
-while training, 2000 evenly spaced validation windows are scored, and at the end all windows of the test.
+Relative paths start at the repository's folder. The recipe is that of docs/results.md, with 64 windows per optimizer
+step. During training, 2000 evenly spaced validation windows are scored; the final test scores all test windows.
 """
 
 import argparse
 import contextlib
+import itertools
 import os
 import re
 import sys
@@ -35,26 +36,26 @@ from utils.cli.command import command_line, exit_code_of, run_child
 from utils.cli.options import flags_of_repetition, get_parser, has_llm
 from utils.cli.places import run_folder
 from utils.cli.signals import leave
-from utils.errors import UserError
+from utils.errors import UserError, listed
 from utils.runs.finished import is_finished
 
 ROOT = Path(__file__).resolve().parents[1]
 HORIZONS = ("96", "192", "336", "720")
 LLM_VARIABLE = "TIME_LLM_PATH"
 
-# What did best on validation windows (docs/results.md), in batches for a GPU of 6 GB and an LLM of 3 billion weights.
+# The best settings on validation windows (docs/results.md); the batch size fits an LLM of 3 billion weights in 6 GB.
 FLAGS = (
     *("--seq_len", "336", "--d_model", "32", "--batch_size", "8", "--grad_accum", "8"),
     *("--lradj", "TST", "--grad_clip", "1", "--mapping_rate", "0.003", "--prompt_domain", "1"),
     *("--eval_windows", "2000", "--test_windows", "0", "--skip_epoch_test"),
 )
-# Where there is little to learn beyond the fitted line: fewer weights, more dropout, fewer and smaller steps; longer
-# patches, of a day if rows are hours.
+# For data with little to learn beyond a linear forecast: fewer weights, more dropout, fewer optimizer steps, a lower
+# learning rate and longer patches, which cover a day of hourly rows.
 SMALL_RECIPE = (
     *("--patch_len", "24", "--stride", "24", "--n_heads", "4", "--d_ff", "32", "--dropout", "0.3"),
     *("--learning_rate", "0.0003", "--prompt_decimals", "0", "--max_steps", "400", "--eval_steps", "100"),
 )
-# ETTm1 has more to give.
+# For data with more to learn, such as ETTm1.
 LARGE_RECIPE = (
     *("--stride", "16", "--d_ff", "64", "--learning_rate", "0.0005", "--prompt_decimals", "1"),
     *("--max_steps", "1200", "--eval_steps", "200"),
@@ -65,7 +66,7 @@ SMOKE_FLAGS = ("--demo", "--model_id", "smoke", "--max_steps", "3", "--eval_wind
 
 
 class Run(NamedTuple):
-    """One run of run_main.py: what messages call it, its flags, and what they parse to."""
+    """One run of run_main.py: its name in messages, its flags, and the parsed flags."""
 
     name: str
     flags: list[str]
@@ -73,49 +74,45 @@ class Run(NamedTuple):
 
 
 def plan_runs(name: str, words: Sequence[str]) -> list[Run]:
-    """Return the runs that a script stands for.
-
-    Args:
-        name: of a data set, or smoke.
-        words: horizons, then flags of run_main.py.
+    """Plan the runs for a data set or "smoke" and check their flags; `words` are horizons, then flags of run_main.py.
 
     Raises:
-        UserError: if a horizon or the value of a flag makes no sense.
-        SystemExit: if run_main.py would not know a flag.
+        UserError: if a horizon or the value of a flag is invalid.
+        SystemExit: if run_main.py does not know a flag.
     """
-    count = next((place for place, word in enumerate(words) if word.startswith("--")), len(words))
-    horizons, further = words[:count], words[count:]
+    horizons = list(itertools.takewhile(lambda word: not word.startswith("--"), words))
+    user_flags = words[len(horizons) :]
     for word in horizons:
         if name == "smoke" or not re.fullmatch("[0-9]+", word):
-            raise UserError(f"{word} is no horizon of {name}: first come whole numbers, then flags with --")
+            raise UserError(f"{word} is not a horizon of {name}: whole numbers come first, then flags with --")
     if name == "smoke":
-        lines = {name: [*SMOKE_FLAGS, *further]}
+        flags_by_name = {name: [*SMOKE_FLAGS, *user_flags]}
     else:
-        for flag in {word.partition("=")[0] for word in further} & {"--data", "--pred_len"}:
-            raise UserError(f"{flag} is what this script sets: leave it out, horizons come first and without a flag")
-        of_data = LARGE_RECIPE if name in LARGE_DATA else SMALL_RECIPE
-        chosen = [*FLAGS, *of_data, *_timellm_flags(name, further), *further]
-        lines = {
-            f"{name} {horizon}": ["--data", name, "--pred_len", horizon, *chosen] for horizon in horizons or HORIZONS
+        for flag in {word.partition("=")[0] for word in user_flags} & {"--data", "--pred_len"}:
+            raise UserError(f"this script sets {flag}: leave it out; horizons come first, without a flag")
+        recipe = LARGE_RECIPE if name in LARGE_DATA else SMALL_RECIPE
+        shared = [*FLAGS, *recipe, *_timellm_flags(name, user_flags), *user_flags]
+        flags_by_name = {
+            f"{name} {horizon}": ["--data", name, "--pred_len", horizon, *shared] for horizon in horizons or HORIZONS
         }
-    runs = [Run(label, flags, get_parser().parse_args(flags)) for label, flags in lines.items()]
+    runs = [Run(label, flags, get_parser().parse_args(flags)) for label, flags in flags_by_name.items()]
     for run in runs:
         check_options(run.args)
     return runs
 
 
-def _timellm_flags(data: str, further: Sequence[str]) -> list[str]:
-    """Return flags of Time-LLM alone: its recipe's; an LLM, unless `further` names one; a name for the run folder."""
+def _timellm_flags(data: str, user_flags: Sequence[str]) -> list[str]:
+    """List the flags for Time-LLM only: its recipe, an LLM unless the user names one, a name for the run folder."""
     parser = get_parser()
-    parser.set_defaults(llm_model="")  # its default cannot be told from the same name given
-    asked = parser.parse_args(["--data", data, *further])
-    if not has_llm(asked):
+    parser.set_defaults(llm_model="")  # to distinguish an explicit --llm_model from the default
+    given = parser.parse_args(["--data", data, *user_flags])
+    if not has_llm(given):
         return []
     flags = [*FLAGS_OF_TIMELLM]
-    if not asked.llm_model_path and not asked.llm_model:
+    if not given.llm_model_path and not given.llm_model:
         path = os.environ.get(LLM_VARIABLE)
         flags += ["--llm_model_path", path] if path else ["--llm_model", "QWEN", "--load_in_4bit"]
-    llm = parser.parse_args(["--data", data, *flags, *further])
+    llm = parser.parse_args(["--data", data, *flags, *user_flags])
     parts = [
         Path(llm.llm_model_path or llm.llm_model).name,
         f"{llm.llm_layers}layers" if llm.llm_layers else "",
@@ -127,12 +124,12 @@ def _timellm_flags(data: str, further: Sequence[str]) -> list[str]:
 
 
 def is_done(args: argparse.Namespace) -> bool:
-    """Return whether every repetition of a training run has ended and has its scores, of these flags and data."""
+    """Return whether every repetition of a training run has finished with these flags and data."""
     if args.plan or not args.is_training:
         return False
     with contextlib.chdir(ROOT):
         return all(
-            # access() says no to a name that is too long, too: run_main.py tells the user.
+            # access() also returns False for a path that is too long; run_main.py then reports the error.
             os.access(run_folder(args, repetition) / "metrics.json", os.F_OK)
             and is_finished(run_folder(args, repetition), flags_of_repetition(args, repetition))
             for repetition in range(args.itr)
@@ -140,33 +137,27 @@ def is_done(args: argparse.Namespace) -> bool:
 
 
 def launch(runs: Sequence[Run], again: bool, dry_run: bool) -> int:
-    """Run one after the other until one fails, and return the last exit code.
-
-    Args:
-        runs: what to run.
-        again: also those that are done.
-        dry_run: only print the command lines.
-    """
+    """Start the runs in turn until one fails, and return the last exit code; `again` repeats finished runs."""
     for place, run in enumerate(runs):
         if not again and is_done(run.args):
-            done = f"{run.name}: skipped, it is done in {run_folder(run.args, 0)}"
-            print(f"{done} (--again runs it anew, --des NAME in a folder of its own)", file=sys.stderr)
+            done = f"{run.name}: skipped, already done in {run_folder(run.args, 0)}"
+            print(f"{done} (--again repeats it, --des NAME runs it in another folder)", file=sys.stderr)
             continue
         words = ["run_main.py", *run.flags]
         print(command_line(["python", *words]), flush=True)
         code = 0 if dry_run else run_child([sys.executable, *words], ROOT)
         if code == 130:
-            print(f"interrupted: at {run.name}; the same command with --resume auto goes on", file=sys.stderr)
-            return code
+            print(f"interrupted: at {run.name}; add --resume auto to the same command to resume", file=sys.stderr)
+        elif code:
+            remaining = listed([later.name for later in runs[place + 1 :]]) or "none"
+            print(f"error: {run.name} failed with exit code {code}; not started: {remaining}", file=sys.stderr)
         if code:
-            left = ", ".join(later.name for later in runs[place + 1 :])
-            print(f"error: {run.name} failed with exit code {code}; not started: {left or 'none'}", file=sys.stderr)
             return code
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 done, 2 wrong input, 130 interrupted, else what the run that failed returned."""
+    """Run the command line; exit code 0 success, 2 invalid input, 130 interrupted, else that of the failed run."""
     words = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words):
         print(__doc__)

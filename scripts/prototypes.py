@@ -1,15 +1,16 @@
-"""Show what the text prototypes of a trained run are made of, and which patches of a window look at which.
+"""Show the text prototypes that a trained run attends to: their tokens, and each patch's attention to them.
 
     python scripts/prototypes.py checkpoints/RUN
     python scripts/prototypes.py checkpoints/RUN --channel HUFL --row 5000 --prototypes 20
 
-Prints the prototypes that a window's patches attend to most, each with its highest-weighted tokens, and
-draws the attention of every patch to them: prototypes.png in the run folder.
+Prints the prototypes with the most attention from the patches of one window, each with its highest-weighted tokens, and
+draws the attention of every patch to them as prototypes.png in the run folder.
 
-Apart from its bias, a prototype is a sum of token embeddings with weights W; of all W that make the same prototype the
-least is taken, for both kinds of --mapping, since the rest of a full map's W cancels out and says nothing. The number
-before a token is its weight times the length of its embedding: how far it pulls (+) or pushes (-) the prototype. A map
-that was trained for a few steps still has almost the random weights it started with, and the tokens look like it.
+Except for its bias, a prototype is a sum of token embeddings with weights W. Many W give the same prototype; this
+script uses the W with the smallest norm, for both kinds of --mapping, because the rest of a full mapping layer's W
+cancels out. The number before a token is its weight times the norm of its embedding: how strongly it pulls the
+prototype towards (+) or pushes it away from (-) the token. After only a few training steps, the weights are close to
+their random initialization, and the tokens look random.
 """
 
 import argparse
@@ -22,8 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -37,16 +36,17 @@ from utils.cli.signals import leave
 from utils.errors import UserError
 from utils.runs.checkpoint import read_checkpoint
 from utils.runs.compatibility import flags_to_test
-from utils.runs.pictures import save_picture
+from utils.runs.pictures import Axes, Figure, save_picture
 from utils.runs.trained import build_trained
+from utils.system.plotting import check_backend
 
-# Files of a run that may have been moved since.
-PLACES = ("root_path", "data_path", "prompt_file", "llm_model_path")
+# Flags that name files, which may have moved since the run.
+PATH_FLAGS = ("root_path", "data_path", "prompt_file", "llm_model_path")
 
 
 @dataclass(frozen=True)
 class Window:
-    """A window of one channel: its name with the dates, the values in the CSV's units and, float32, as trained on."""
+    """A context of one channel: a title, its values in the CSV's units, and its values scaled as in training."""
 
     title: str
     values: np.ndarray
@@ -55,7 +55,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Prototype:
-    """A text prototype: its number, the attention of each patch (mean over heads), its heaviest tokens (see above)."""
+    """A text prototype: its number, each patch's attention (mean over heads), its top tokens with their pulls."""
 
     number: int
     attention: np.ndarray
@@ -63,54 +63,49 @@ class Prototype:
 
 
 def choose_window(args: argparse.Namespace, facts: DataFacts, channel: str | None, row: int | None) -> Window:
-    """Cut a window out of the run's CSV and scale it as the run did.
+    """Read a window from the run's CSV and scale it as in training.
 
     Args:
         args: the run's flags.
-        facts: about its data, from its checkpoint.
-        channel: None for the run's target, or its last channel if that is none.
-        row: the data row that the window ends with, None for the last.
+        facts: the facts about the training data, from the checkpoint.
+        channel: the channel; None for the run's target if it is a channel, else the last channel.
+        row: the last data row of the window, counted from 1; None for the last row of the CSV.
 
     Raises:
-        UserError: if the CSV has no such channel or row.
+        UserError: if the channel or the row does not exist.
     """
     table, path, trained_on = read_table(args), csv_path(args), facts.channels
     channel = channel or (args.target if args.target in trained_on else trained_on[-1])
     shared = [name for name in trained_on if name in table.channels]
     if channel not in shared:
         raise UserError(f"{path} and the run have no channel {channel!r} in common: --channel takes one of {shared}")
-    number_in_csv = table.channels.index(channel)
-    own, dates, length = table.filled[table.rows_of(number_in_csv)], table.dates_of(number_in_csv), args.seq_len
-    rows = len(own)
+    number, length = table.channels.index(channel), args.seq_len
+    series, dates = table.filled[table.rows_of(number)], table.dates_of(number)
+    rows = len(series)
     if rows < length:
-        raise UserError(f"{path} has {rows} rows: a window of the run has {length}")
+        raise UserError(f"{path} has {rows} rows: a window of the run needs {length}")
     end = rows if row is None else row
     if not length <= end <= rows:
         raise UserError(f"--row {row} must be {length} to {rows}: a window of {length} rows ends with it")
-    values = own[end - length : end]
     scales = facts.scale_of(table.channels, table.filled[table.spans.last(length)[0]].T)
-    scaled = scaled_rows(table, *scales, facts.explainer)[table.rows_of(number_in_csv)][end - length : end]
+    scaled = scaled_rows(table, *scales, facts.explainer)[table.rows_of(number)][end - length : end]
     title = f"{channel}, {dates[end - length]} to {dates[end - 1]}"
-    return Window(title, values, scaled.astype(np.float32))
+    return Window(title, series[end - length : end], scaled.astype(np.float32))
 
 
 @torch.inference_mode()
 def strongest_prototypes(model: nn.Module, window: Window, prototypes: int, tokens: int) -> list[Prototype]:
-    """Return the prototypes with the most attention over all heads and patches of a window, the first the strongest.
+    """Find the prototypes with the most attention, averaged over all heads and patches, in descending order.
 
-    Args:
-        model: in evaluation mode.
-        window: the window.
-        prototypes: how many to return.
-        tokens: how many of each.
+    `prototypes` is their number, `tokens` the number of tokens per prototype; the model is in evaluation mode.
 
     Raises:
-        UserError: if there are not that many.
+        UserError: if the model has fewer prototypes or tokens.
     """
     mapping, embeddings = model.mapping_layer, model.llm_info.backbone.get_input_embeddings().weight
-    for flag, count, most in (("prototypes", prototypes, len(mapping.bias)), ("tokens", tokens, len(embeddings))):
-        if not 1 <= count <= most:
-            raise UserError(f"--{flag} {count} must be 1 to {most}")
+    for flag, count, limit in (("prototypes", prototypes, len(mapping.bias)), ("tokens", tokens, len(embeddings))):
+        if not 1 <= count <= limit:
+            raise UserError(f"--{flag} {count} must be 1 to {limit}")
     scaled, _ = model.normalize(torch.from_numpy(window.scaled)[None].to(model.device))
     attention = model.reprogramming_layer.attention(model.patch_embedding(scaled), mapping())
     attention = attention[0].mean(0).T.cpu()  # (1000, patches)
@@ -118,26 +113,26 @@ def strongest_prototypes(model: nn.Module, window: Window, prototypes: int, toke
     pulls = mapping.token_weights(numbers) * torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float32)
     strongest = []
     for number, pull in zip(numbers, pulls, strict=True):
-        heaviest = pull.abs().topk(tokens).indices.tolist()
-        quoted = [(pull[token].item(), quote_token(model.llm_info.tokenizer, token)) for token in heaviest]
+        top = pull.abs().topk(tokens).indices.tolist()
+        quoted = [(pull[token].item(), quote_token(model.llm_info.tokenizer, token)) for token in top]
         strongest.append(Prototype(number, attention[number].numpy(), quoted))
     return strongest
 
 
 def quote_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """Return a token's text in quotes or, if it has none or only a part of a character, its number as <number>."""
+    """Quote a token's text; a token without text, or with only part of a character, gives its id as <id>."""
     text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
     piece = tokenizer.convert_ids_to_tokens(token) or ""
-    if piece.startswith("▁"):  # SentencePiece's space: decoding drops it where a text starts
+    if piece.startswith("▁"):  # SentencePiece's space, which decoding drops at the start of a text
         text = piece.replace("▁", " ")
     return repr(text) if text and "\N{REPLACEMENT CHARACTER}" not in text else f"<{token}>"
 
 
 def describe(window: Window, prototypes: Sequence[Prototype], count: int) -> str:
-    """Return what to print of the strongest of `count` prototypes."""
+    """Format the strongest of `count` prototypes for printing."""
     lines = [
         f"Window: {window.title}, {len(window.values)} rows, {len(prototypes[0].attention)} patches",
-        f"Prototype, share of the attention (spread evenly: {1 / count:.2%}), its highest-weighted tokens:",
+        f"Prototype, share of the attention (uniform: {1 / count:.2%}), highest-weighted tokens:",
     ]
     for prototype in prototypes:
         tokens = "  ".join(f"{pull:+.3g} {text}" for pull, text in prototype.tokens)
@@ -146,21 +141,20 @@ def describe(window: Window, prototypes: Sequence[Prototype], count: int) -> str
 
 
 def draw(path: Path, window: Window, prototypes: Sequence[Prototype], patch_len: int, stride: int) -> None:
-    """Draw a window and its patches and below, step by step, the patches' attention to the prototypes, as a PNG."""
-    patches, shown = len(prototypes[0].attention), len(prototypes)
-    figure = Figure(figsize=(11, 4.2 + 0.28 * shown), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 0.8 + 0.28 * shown])
+    """Draw a window with its patches and, below, the patches' attention to the prototypes, as a PNG."""
+    patches, rows = len(prototypes[0].attention), len(prototypes)
+    figure = Figure(figsize=(11, 4.2 + 0.28 * rows), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 0.8 + 0.28 * rows])
     top.set_title(_in_font(window.title), fontsize="medium", parse_math=False)
     _draw_window(top, window.values, np.arange(patches) * stride, patch_len, stride)
     edges = np.arange(patches + 1) * stride + (patch_len - 1 - stride) / 2
-    attention = [prototype.attention for prototype in prototypes]
-    mesh = bottom.pcolormesh(edges, np.arange(shown + 1) - 0.5, attention, vmin=0)
-    labels = [_label(prototype) for prototype in prototypes]
-    bottom.set_yticks(range(shown), labels, fontsize="small", parse_math=False)
+    attention, labels = [one.attention for one in prototypes], [_label(one) for one in prototypes]
+    mesh = bottom.pcolormesh(edges, np.arange(rows + 1) - 0.5, attention, vmin=0)
+    bottom.set_yticks(range(rows), labels, fontsize="small", parse_math=False)
     bottom.invert_yaxis()
     for axis in (top, bottom):
         axis.margins(x=0)
-    bottom.set_xlabel("step of the window (a patch's attention is drawn at its middle)")
+    bottom.set_xlabel("step of the window (a patch's attention is drawn at the patch's center)")
     figure.colorbar(mesh, ax=bottom, location="bottom", aspect=60, label="attention, mean over heads")
     save_picture(figure, path)
 
@@ -171,8 +165,8 @@ def _draw_window(axis: Axes, values: np.ndarray, starts: np.ndarray, patch_len: 
     axis.plot(steps[-stride - 1 :], [values[-1]] * (stride + 1), ":", color="0.3", label="its last value, repeated")
     overlapping = -(-patch_len // stride)
     heights = 0.04 + 0.16 * (np.arange(len(starts)) % overlapping) / overlapping
-    place = {"transform": axis.get_xaxis_transform()}  # the height as a share of the axis
-    axis.hlines(heights, starts, starts + patch_len - 1, "tab:blue", label="patches", **place)
+    relative = axis.get_xaxis_transform()  # heights are shares of the axis
+    axis.hlines(heights, starts, starts + patch_len - 1, "tab:blue", label="patches", transform=relative)
     low, span = values.min(), np.ptp(values) or 1
     axis.set_ylim(low - 0.4 * span, low + 1.35 * span)
     axis.legend(loc="upper left", ncols=3, fontsize="small")
@@ -185,53 +179,53 @@ def _label(prototype: Prototype) -> str:
 
 
 def _in_font(text: str) -> str:
-    """Escape letters that matplotlib's own font may lack."""
+    """Escape characters that matplotlib's default font may lack."""
     return text.encode("latin-1", "backslashreplace").decode("latin-1")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = OneLineParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", metavar="RUN", type=Path, help="run folder, with a checkpoint")
-    parser.add_argument("--prototypes", type=int, default=10, help="how many to show (default: 10)")
-    parser.add_argument("--tokens", type=int, default=8, help="how many of each prototype to print (default: 8)")
-    parser.add_argument("--channel", help="of the window; default: the run's target if it is a channel, else the last")
-    parser.add_argument("--row", type=int, help="data row that the window ends with, counted from 1; default: the last")
-    for name in PLACES:
-        default = argparse.SUPPRESS
-        parser.add_argument(f"--{name}", default=default, help="as of run_main.py, if it is elsewhere than in the run")
+    """Parse the command line."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(description=__doc__, allow_abbrev=False, formatter_class=layout)
+    parser.add_argument("folder", metavar="RUN", type=Path, help="run folder with a checkpoint")
+    parser.add_argument("--prototypes", type=int, default=10, help="number of prototypes to show (default: 10)")
+    parser.add_argument("--tokens", type=int, default=8, help="number of tokens to print per prototype (default: 8)")
+    parser.add_argument("--channel", help="channel of the window; default: the run's target or its last channel")
+    parser.add_argument("--row", type=int, help="last data row of the window, counted from 1; default: the last row")
+    for name in PATH_FLAGS:
+        text = "the run_main.py flag, for files that have moved since the run"
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text)
     return parser.parse_args(argv)
 
 
 def show_prototypes(options: argparse.Namespace) -> None:
-    """Print the strongest prototypes and draw them into the run folder.
+    """Print the strongest prototypes and save a picture of their attention in the run folder.
 
     Raises:
-        UserError: if the folder has no checkpoint of a model with prototypes, or an option does not fit it.
+        UserError: if the folder has no checkpoint of a model with prototypes, or an option does not suit the run.
     """
-    checkpoint, picture = options.folder / "checkpoint", options.folder / "prototypes.png"
+    check_backend()
+    checkpoint = options.folder / "checkpoint"
     if not checkpoint.is_file():
-        raise UserError(f"no checkpoint in {options.folder}: name the folder of a run that was trained")
+        raise UserError(f"no checkpoint in {options.folder}: name the folder of a trained run")
     saved = read_checkpoint(checkpoint)
     if saved.contents["llm"] is None:
-        raise UserError(f"{options.folder} is a run without an LLM and has no text prototypes: name one of TimeLLM")
-    moved = {name: value for name, value in vars(options).items() if name in PLACES}
-    args = flags_to_test(saved, moved)
+        raise UserError(f"{options.folder} is a run without an LLM and has no text prototypes: name a run of TimeLLM")
+    args = flags_to_test(saved, {name: value for name, value in vars(options).items() if name in PATH_FLAGS})
     check_options(args)
     check_paths(args)
-    # Before the LLM: what is wrong is found sooner.
+    # Check the options before the LLM is loaded.
     window = choose_window(args, saved.data, options.channel, options.row)
     model = build_trained(saved, args).eval()
     prototypes = strongest_prototypes(model, window, options.prototypes, options.tokens)
     print(describe(window, prototypes, len(model.mapping_layer.bias)))
+    picture = options.folder / "prototypes.png"
     draw(picture, window, prototypes, args.patch_len, args.stride)
     print(f"Picture: {picture}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 done, 2 with one line if the input is wrong, 130 interrupted."""
+    """Run the command line; exit code 0 success, 2 invalid input (one line), 130 interrupted."""
     return exit_code_of(lambda: show_prototypes(parse(argv)), "nothing was written")
 
 

@@ -1,9 +1,9 @@
-"""Quantise an LLM once, instead of at every start.
+"""Quantize an LLM once instead of at the start of every run.
 
     python scripts/quantize_llm.py base_models/Qwen2.5-3B base_models/Qwen2.5-3B-nf4
 
-writes a folder with NF4 weights, as --load_in_4bit makes them, which --llm_model_path loads as it is: about a third
-of the size on disk, and no 16-bit weights in memory on the way. The forecasts are the same.
+writes a folder for --llm_model_path with the same NF4 weights that --load_in_4bit computes. The folder takes about a
+third of the disk space, and loading it needs no 16-bit weights in memory. The forecasts are the same.
 """
 
 import argparse
@@ -28,19 +28,19 @@ from utils.system.gpu import is_gpu, of_this_machine
 
 
 def quantize_llm(source: str, target: Path) -> None:
-    """Write `source` in NF4 to the folder `target`, which appears when it is complete.
+    """Load the LLM `source`, quantize its weights to NF4 and write the folder `target` once it is complete.
 
     Raises:
-        UserError: if the source cannot be loaded, is quantised already, or the target is there.
+        UserError: if the source cannot be loaded or is already quantized, or the target exists or cannot be written.
     """
     if target.exists():
-        raise UserError(f"{target} is there already: name a new folder")
+        raise UserError(f"{target} already exists: name a new folder")
     config = load_pretrained(AutoConfig, source)
     if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"{source} is quantised already: give it to --llm_model_path as it is")
+        raise UserError(f"{source} is already quantized: pass it to --llm_model_path directly")
     device = of_this_machine() if is_gpu(of_this_machine()) else torch.device("cpu")
-    # In the precision of the files: the numbers to quantise are then those that --load_in_4bit sees.
-    options = {"dtype": "auto", "quantization_config": nf4(torch.float32), "device_map": {"": device}}
+    # Load in the precision of the files: --load_in_4bit quantizes the same numbers.
+    options = {"config": config, "dtype": "auto", "quantization_config": nf4(torch.float32), "device_map": {"": device}}
     model = load_pretrained(AutoModel, source, **options)
     tokenizer = load_pretrained(AutoTokenizer, source)
     unfinished = unfinished_name(target)
@@ -53,11 +53,11 @@ def quantize_llm(source: str, target: Path) -> None:
     except OSError as problem:
         raise UserError(f"cannot write {target}: {problem.strerror or problem}") from problem
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)  # where it was not renamed
+        shutil.rmtree(unfinished, ignore_errors=True)  # only exists after a failure
 
 
 def quantize(argv: list[str] | None) -> None:
-    """Do what the command line asks for, and say what came of it."""
+    """Quantize the LLM that the command line names and print the size of the result."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder or Hub id of the LLM")
     parser.add_argument("target", type=Path, help="folder to write")
@@ -70,7 +70,7 @@ def quantize(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0 done, 2 with one line if the input is wrong, 130 interrupted."""
+    """Run the command line; exit code 0 success, 2 invalid input (one line), 130 interrupted."""
     return exit_code_of(lambda: quantize(argv), "the folder was not written")
 
 

@@ -12,6 +12,9 @@ import safetensors.torch
 import torch
 
 import data_provider.reading
+from data_provider.fingerprints import keep_rows, share_kept
+from data_provider.tables import Table
+from data_provider.windows import Spans
 from dataset.demo import write_demo_csv
 from scripts import compare, launch
 from utils.errors import UserError
@@ -54,6 +57,15 @@ def test_neither_a_comparison_nor_a_launcher_takes_it_for_done(run, flags, monke
     monkeypatch.setattr(launch, "ROOT", Path.cwd())
     args = compare.get_parser().parse_args([*map(str, argv), "--des", "DLinear", "--checkpoints", "all"])
     assert not launch.is_done(args)
+
+
+@pytest.mark.parametrize("other", [["--max_steps", "40"], ["--learning_rate", "0.5"]])
+def test_a_test_with_the_flags_of_another_run_does_not_make_it_done(run, flags, other):
+    argv = [*flags, *DLINEAR]
+    folder = run(*argv).folder
+    assert run(*argv, *other, "--is_training", "0").code == 0
+    again = run(*argv, *other, "--resume", "auto", "--itr", "2")
+    assert f"is done: {folder}" not in again.out + again.err
 
 
 def test_scores_of_other_flags_do_not_make_a_run_done(run, flags):
@@ -119,7 +131,16 @@ def in_config(**changes):
     return lambda folder: edit_json(folder / "config.json", lambda contents: contents.update(changes))
 
 
+def reordered_merges(folder):
+    def change(contents):
+        merges = contents["model"]["merges"]
+        merges.append(merges.pop(5))
+
+    edit_json(folder / "tokenizer.json", change)
+
+
 CHANGES = {
+    "merges_hash": reordered_merges,
     "tokenizer_hash": permuted_tokenizer,
     "its token embeddings differ": other_embeddings,
     "sliding": in_config(sliding_window=16, use_sliding_window=True, layer_types=["sliding_attention"] * 2),
@@ -295,5 +316,68 @@ def test_a_channel_that_is_named_like_a_bound_is_refused(run, own_csv):
     path, argv = own_csv
     frame = pd.read_csv(path).rename(columns={"HULL": "HUFL-lo-80"})
     frame.to_csv(path, index=False)
-    assert_one_line(run(*argv, "--level", "80"), "'HUFL-lo-80'", "another name")
+    assert_one_line(run(*argv, "--level", "80"), "'HUFL-lo-80'", "rename")
     assert run(*argv, "--level", "50").code == 0
+
+
+@pytest.mark.parametrize(("cell", "refused"), [(1e20, True), (1e9, False)])
+def test_a_covariate_that_is_no_reading(run, flags, own_csv, cell, refused):
+    path, argv = own_csv
+    argv = [*argv, "--covariates", "promo"]
+    frame = pd.read_csv(path)
+    frame["promo"] = np.arange(len(frame)) % 7
+    frame.loc[len(frame) - 8 :, frame.columns[1:8]] = np.nan
+    frame.to_csv(path, index=False)
+    run(*argv)
+    for row in (len(frame) - 7, len(frame) - 20):  # of the horizon, of the context
+        changed = frame.astype({"promo": float})
+        changed.loc[row, "promo"] = cell
+        changed.to_csv(path, index=False)
+        done = run(*argv, "--is_training", "0", "--predict")
+        if refused:
+            assert_one_line(done, "what its covariates explain is too far")
+        else:
+            assert done.code == 0 and "what its covariates explain is" in done.out
+
+
+@pytest.mark.parametrize(("cell", "refused"), [(1e20, True), (1e6, False)])
+def test_a_last_cell_of_an_unseen_series_that_is_no_reading(run, own_csv, cell, refused):
+    path, argv = own_csv
+    long = pd.read_csv(path).melt("date", var_name="unique_id", value_name="y").rename(columns={"date": "ds"})
+    long[long["unique_id"] != "OT"].to_csv(path, index=False)
+    run(*argv)
+    long.loc[len(long) - 1, "y"] = cell
+    long.to_csv(path, index=False)
+    done = run(*argv, "--is_training", "0", "--predict")
+    if refused:
+        assert_one_line(done, "'OT'", "too far from the other rows' mean")
+    else:
+        assert done.code == 0 and "Warning: 'OT'" in done.out
+
+
+@pytest.mark.parametrize(("channels", "rows"), [(862, 300), (3000, 40)])
+def test_rows_trained_on_are_found_in_wide_and_in_long_data(channels, rows):
+    values = np.random.default_rng(0).normal(size=channels * rows)
+    dates = pd.date_range("2024-01-01", periods=rows, freq="h")
+    table = Table(Path("x.csv"), dates, values, tuple(map(str, range(channels))), Spans.of_table(rows, channels))
+    begin, half, end = (np.full(channels, place) for place in (0, rows // 2, rows))
+    kept = keep_rows(table, half)
+    assert len(kept) <= 4096
+    assert share_kept(table, begin, half, kept) == 1
+    assert share_kept(table, begin, end, kept) == pytest.approx(0.5, abs=0.05)
+    assert share_kept(table, half, end, kept) == 0
+
+
+def test_a_path_may_be_a_path(run, own_csv):
+    path, argv = own_csv
+    folder = run(*argv).folder
+    assert len(load_run(folder, root_path=Path(), pred_len=np.int64(4)).predict(pd.read_csv(path)))
+
+
+def test_the_best_weights_of_another_run_are_not_resumed_with(run, flags):
+    argv = [*flags, *DLINEAR]
+    folder, *_ = run(*argv).folders
+    run(*argv, "--seed", "7", "--des", "other")
+    other = next(Path("checkpoints").glob("*_other_*"))
+    shutil.copy(other / "checkpoint", folder / "checkpoint")
+    assert_one_line(run(*argv, "--resume", "--max_steps", "6"), "is from another run", "--seed 7")

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+from scripts import compare, prototypes
 from utils.errors import UserError
 from utils.runs import load_run
 
@@ -130,6 +131,8 @@ MALFORMED = {
     "is_long that is a text": set_in("is_long", "no"),
     "no progress": lambda contents: contents.pop("progress"),
     "progress that is a number": set_in("progress", 3),
+    "rows beyond 64 bits": set_in("trained_rows", [2**70]),
+    "weights of whole numbers": of_weights(lambda weights: weights.update({WEIGHT: weights[WEIGHT].to(torch.int8)})),
 }
 
 
@@ -157,6 +160,18 @@ MALFORMED_STATES = {
         float("nan")
     ),
     "a schedule of another kind": lambda contents: contents["training"].update(schedule={"step": 3}),
+    "a history without numbers": lambda contents: contents["training"].update(history=[["a", "b"]]),
+    "an empty row of the history": lambda contents: contents["training"].update(history=[[]]),
+    "a rate that is a text": lambda contents: contents["training"]["optimizer"]["param_groups"][0].update(lr="x"),
+    "rates that are texts": lambda contents: contents["training"]["schedule"].update(_last_lr=["x"]),
+    "first rates that are texts": lambda contents: contents["training"]["schedule"].update(base_lrs="x"),
+    "a schedule without a place": lambda contents: contents["training"]["schedule"].update(last_epoch="x"),
+    "no moments": lambda contents: contents["training"]["optimizer"].update(state={}),
+    "moments without a mean": lambda contents: contents["training"]["optimizer"]["state"][0].pop("exp_avg"),
+    "a batch beyond the epoch": lambda contents: contents["training"].update(batch=10**6),
+    "a loss that is a truth": lambda contents: contents["training"].update(loss_sum=torch.tensor(True)),
+    "steps beyond all": lambda contents: contents["training"].update(steps=10**18),
+    "weights of whole numbers": of_weights(lambda weights: weights.update({WEIGHT: weights[WEIGHT].to(torch.int8)})),
 }
 
 
@@ -216,7 +231,7 @@ def test_wrong_changes_of_flags_are_one_line(run, flags):
         ({"data": "nope"}, "--data cannot be 'nope'"),
         ({"batch_size": "many"}, "--batch_size"),
         ({"seq_len": None}, "--seq_len"),
-        ({"nope": 1}, "nope is no flag"),
+        ({"nope": 1}, "no flag nope"),
     ):
         with pytest.raises(UserError, match=words):
             load_run(folder, **change)
@@ -267,3 +282,46 @@ def test_no_planted_link_is_written_through(run, flags, tmp_path_factory):
         (folder / name).symlink_to(victim)
     assert run(*everything, "--predict").code == 0
     assert victim.read_text(encoding="utf-8") == "precious"
+
+
+def test_a_strangers_flags_take_no_time(run, flags):
+    folder = run(*flags, "--model", "LastValue").folder
+    edit(folder / "checkpoint", lambda contents: contents["flags"].update(pred_len=10**9))
+    with pytest.raises(UserError, match="--pred_len"):
+        load_run(folder)
+
+
+def test_a_config_that_asks_for_more_than_its_files_hold_is_refused(run, flags, tiny_llm):
+    shutil.copytree(tiny_llm("qwen2"), "llm")
+    config = Path("llm", "config.json")
+    contents = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**contents, "intermediate_size": 9_000_000}), encoding="utf-8")
+    assert_one_line(run(*flags, "--llm_model_path", "./llm"), "its config asks for", "billion weights")
+
+
+def test_a_damaged_table_of_series_is_one_line(run, flags, tmp_path):
+    frame = pd.read_csv(Path(flags[flags.index("--root_path") + 1], "small.csv"))
+    frame.melt("date", var_name="unique_id", value_name="y").rename(columns={"date": "ds"}).to_csv("l.csv", index=False)
+    argv = [*flags, *DLINEAR, "--root_path", ".", "--data_path", "l.csv"]
+    folder = run(*argv).folder
+    for contents in (b"", b"unique_id,mae\na,1\n", b"\xff\xfe"):
+        (folder / "series.csv").write_bytes(contents)
+        assert_one_line(run(*argv, "--is_training", "0", "--predict"), "series.csv is damaged")
+
+
+def test_a_variable_of_matplotlib_is_one_line_in_scripts_too(monkeypatch, capsys):
+    monkeypatch.setattr("utils.system.plotting._refusal", "matplotlib refuses MPLBACKEND")
+    for script, argv in ((prototypes, ["nowhere"]), (compare, ["--demo"])):
+        assert script.main(argv) == 2
+        assert capsys.readouterr().err == "error: matplotlib refuses MPLBACKEND\n"
+
+
+def test_a_comparison_of_damaged_results_is_told(run, flags, capsys):
+    argv = [*flags, "--seeds", "1", "--out", "compared", "--way", "DLinear", "--way", "last value"]
+    assert compare.main(argv) == 0
+    for file in sorted(Path("compared").glob("*DLinear*/metrics.json")):
+        contents = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({**contents, "cost": []}), encoding="utf-8")
+    capsys.readouterr()
+    assert compare.main(argv) == 1
+    assert "is damaged" in capsys.readouterr().out

@@ -19,7 +19,7 @@ import run_main
 from tests.conftest import names_in
 from utils.errors import UserError
 from utils.runs.run_lock import RunLock
-from utils.training import testing
+from utils.training import experiment
 from utils.training.trainer import Trainer
 
 # Two epochs of 12 batches.
@@ -186,7 +186,7 @@ def test_save_steps_keeps_a_state_in_between(run, flags, monkeypatch):
     save_state = Trainer._save_state
 
     def noted(trainer, *arguments):
-        saved.append((trainer.epoch, trainer.steps))
+        saved.append((trainer.state.epoch, trainer.state.steps))
         save_state(trainer, *arguments)
 
     monkeypatch.setattr(Trainer, "_save_state", noted)
@@ -196,7 +196,7 @@ def test_save_steps_keeps_a_state_in_between(run, flags, monkeypatch):
 
 def test_nothing_to_resume(assert_refused, run, flags):
     assert_refused([*flags, "--resume"], "no state to resume from", "--resume auto")
-    assert_refused([*flags, "--resume", "--is_training", "0"], "--resume goes on with training")
+    assert_refused([*flags, "--resume", "--is_training", "0"], "--resume continues training")
     assert run(*flags, "--resume", "auto").code == 0
 
 
@@ -228,7 +228,7 @@ def test_of_several_seeds_those_with_scores_are_left_alone(run, flags, monkeypat
     first, second = run(*two).folders
     (second / "metrics.json").unlink()
     tested = []
-    monkeypatch.setattr(testing, "test", lambda *arguments: tested.append(arguments[3]))
+    monkeypatch.setattr(experiment, "test", lambda *arguments: tested.append(arguments[3]))
     again = run(*two)
     assert tested == [second]
     assert f"Seed 2021 is done: {first}" in again.out

@@ -220,7 +220,7 @@ def test_a_full_checkpoint_is_tested_with_the_compact_map(run, flags):
     done = run(*flags, "--is_training", 0)
     assert done.code == 0
     assert done.metrics()["mse"] == pytest.approx(full["mse"], rel=1e-5)
-    assert "full map of the checkpoint" in done.out
+    assert "full mapping layer of the checkpoint" in done.out
     run(*flags)
     back = run(*flags, "--is_training", 0, "--mapping", "full")
     assert back.code == 2

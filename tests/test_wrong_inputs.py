@@ -204,7 +204,7 @@ def test_checkpoints_that_are_none(run, flags):
     for contents in others.values():
         path.write_bytes(contents)
         refused = run(*flags, "--is_training", "0")
-        assert refused.code == 2 and refused.err.count("\n") == 1 and "damaged or no checkpoint" in refused.err
+        assert refused.code == 2 and refused.err.count("\n") == 1 and "damaged or not a checkpoint" in refused.err
     torch.save({"format": 1, "weights": {}}, path)
     assert "not a checkpoint of this program" in run(*flags, "--is_training", "0").err
 

@@ -199,9 +199,9 @@ def test_another_comparison_is_kept(started, flags, tmp_path):
 
 
 def test_a_season_that_is_too_long_is_left_out(started, flags, capsys):
-    ways = compare.plan_ways([], 1, [*flags, "--season", "49"], "all")
-    assert [way.name for way in ways] == [name for name in compare.WAYS if name != "last season"]
-    assert "No last season: it has 49 rows" in capsys.readouterr().out
+    variants = compare.plan_variants([], 1, [*flags, "--season", "49"], "all")
+    assert [variant.name for variant in variants] == [name for name in compare.VARIANTS if name != "last season"]
+    assert "Leaving out last season: a season has 49 rows" in capsys.readouterr().out
 
 
 def test_names_are_drawn_as_they_are(started, flags, tmp_path, recwarn):

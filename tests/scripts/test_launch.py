@@ -122,15 +122,15 @@ def test_the_smoke_test_is_a_short_demo_with_a_forecast(dry_run):
 @pytest.mark.parametrize(
     ("line", "named"),
     [
-        ("ETTh1 96x", "96x is no horizon of ETTh1"),
+        ("ETTh1 96x", "96x is not a horizon of ETTh1"),
         ("ETTh1 0", "0"),
-        ("ETTh1 96 -5", "-5 is no horizon of ETTh1"),
+        ("ETTh1 96 -5", "-5 is not a horizon of ETTh1"),
         ("ETTh1 96 --seq_lenn 5", "did you mean --seq_len?"),
         ("ETTh1 96 --seq_len 5", "--seq_len 5"),
         ("ETTh1 --pred_len=24", "--pred_len"),
         ("ETTh1 --data ETTh2", "--data"),
         ("ETTh3", "ETTh3"),
-        ("smoke 96", "96 is no horizon of smoke"),
+        ("smoke 96", "96 is not a horizon of smoke"),
         ("", "--data"),
     ],
 )

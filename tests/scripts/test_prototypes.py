@@ -196,7 +196,7 @@ def test_a_csv_shorter_than_a_window_is_refused(folder, show, csv_folder):
     lines = (csv_folder / "small.csv").read_text(encoding="utf-8").splitlines()
     Path("few.csv").write_text("\n".join(lines[:48]), encoding="utf-8")
     code, _, err = show(folder, "--root_path", ".", "--data_path", "few.csv")
-    assert (code, err) == (2, "error: few.csv has 47 rows: a window of the run has 48\n")
+    assert (code, err) == (2, "error: few.csv has 47 rows: a window of the run needs 48\n")
 
 
 def test_an_interrupt_leaves_one_line(folder, show, monkeypatch):

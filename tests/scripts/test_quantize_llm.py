@@ -41,8 +41,8 @@ def test_it_computes_in_the_precision_asked_for(run, flags, quantized):
 
 def test_wrong_input_is_refused(quantized, tiny_llm, tmp_path, capsys):
     for source, target, words in (
-        (tiny_llm("qwen2"), quantized, "is there already"),
-        (str(quantized), tmp_path / "twice", "quantised already"),
+        (tiny_llm("qwen2"), quantized, "already exists"),
+        (str(quantized), tmp_path / "twice", "already quantized"),
         (str(tmp_path), tmp_path / "nothing", "cannot load"),
     ):
         assert main([source, str(target)]) == 2

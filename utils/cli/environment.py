@@ -33,7 +33,8 @@ def check_environment() -> None:
     for name, value in told.items():
         if not value.isdecimal():
             raise UserError(f"{name}={value} is no whole number: unset it, or start with accelerate launch")
-    if {"RANK", "LOCAL_RANK"} & told.keys() and (missing := [name for name in _OF_PROCESSES if name not in told]):
+    needed = [name for name in _OF_PROCESSES if name != "LOCAL_RANK" or told.get("WORLD_SIZE") != "1"]
+    if {"RANK", "LOCAL_RANK"} & told.keys() and (missing := [name for name in needed if name not in told]):
         there = next(iter(told))
         raise UserError(
             f"{there}={told[there]} is set and {missing[0]} is not: unset it, or start with accelerate launch"

@@ -62,6 +62,8 @@ class Range(NamedTuple):
 _AT_LEAST_0 = Range(lambda value: value >= 0, "at least 0")
 _AT_LEAST_1 = Range(lambda value: value >= 1, "at least 1")
 _AT_LEAST_MINUS_1 = Range(lambda value: value >= -1, "at least -1")
+_DECIMALS = Range(lambda value: -1 <= value <= 20, "at least -1 and at most 20")
+_ROWS = Range(lambda value: 1 <= value <= 1_000_000, "at least 1 and at most 1000000")
 _RATE = Range(lambda value: 0 < value < math.inf, "above 0 and finite")
 _NORM = Range(lambda value: 0 <= value < math.inf, "at least 0 and finite")
 _SHARE = Range(lambda value: 0 < value < 1, "between 0 and 1")
@@ -154,9 +156,9 @@ TABLE: dict[str, tuple[str | None, tuple[Flag, ...]]] = {
         Flag("num_workers", 0, "loader processes; batches are cheap, 0 is fastest", _FREE, range=_AT_LEAST_0),
     )),
     "windows": (None, (
-        Flag("seq_len", 96, "rows that the model sees", _MATCH, range=_AT_LEAST_1),
+        Flag("seq_len", 96, "rows that the model sees", _MATCH, range=_ROWS),
         Flag("label_len", 48, "past rows repeated before the target's; TimeLLM does not read them", range=_AT_LEAST_0),
-        Flag("pred_len", 96, "rows to forecast", _MATCH, range=_AT_LEAST_1),
+        Flag("pred_len", 96, "rows to forecast", _MATCH, range=_ROWS),
         Flag("seasonal_patterns", "Monthly", COMPATIBILITY),
     )),
     "model": ("of TimeLLM and PatchTST, except where noted", (
@@ -193,7 +195,7 @@ TABLE: dict[str, tuple[str | None, tuple[Flag, ...]]] = {
              _WARN, (0, 1)),
         Flag("content", "", "description of the data set, used as it is; overrides the others", _WARN),
         Flag("prompt_file", "", "UTF-8 file with the description, used as it is; overrides --prompt_domain", _WARN),
-        Flag("prompt_decimals", -1, "decimals of the statistics; -1: all", _WARN, range=_AT_LEAST_MINUS_1),
+        Flag("prompt_decimals", -1, "decimals of the statistics; -1: all", _WARN, range=_DECIMALS),
         Flag("prompt_padding", "left", "left: pads are masked, forecasts do not depend on batch-mates; right: as in"
              " Time-LLM, pads are attended to", _WARN, ("left", "right")),
     )),

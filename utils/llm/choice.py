@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from utils.cli.options import FlagGroup
-from utils.cli.places import BASE_MODELS, looks_like_a_path
+from utils.cli.places import BASE_MODELS, is_local, looks_like_a_path
 from utils.errors import UserError, first_line
 from utils.llm.quiet import quiet_transformers
 from utils.system.gpu import has_bfloat16
@@ -90,8 +90,6 @@ def choose_llm(flags: LLMFlags) -> LLMChoice:
     source, layers = choose_source(flags)
     layers = flags.llm_layers or layers
     config = load_pretrained(AutoConfig, source)
-    # A folder may name kernels to compute with, which are fetched from the Hub and run: transformers' own are used.
-    config._attn_implementation = config._experts_implementation = None
     text_config = _text_config(config, source)
     layers_there = text_config.num_hidden_layers
     layers = layers or layers_there
@@ -123,7 +121,22 @@ def _text_config(config: PretrainedConfig, source: str) -> PretrainedConfig:
         size = getattr(text_config, name, None)
         if isinstance(size, int) and not 0 <= size <= largest:
             raise UserError(f"{source} is damaged: its config has {name} {size}, no LLM has more than {largest}")
+    _check_files(text_config, source)
     return text_config
+
+
+def _check_files(config: PretrainedConfig, source: str) -> None:
+    """Refuse a folder whose files are far smaller than its config says: the model would be built for minutes first."""
+    files = sum(file.stat().st_size for file in Path(source).glob("*.safetensors")) if is_local(source) else 0
+    # No model here has fewer weights, and none takes less than half a byte for one.
+    weights = config.hidden_size * (
+        config.vocab_size + config.num_hidden_layers * (getattr(config, "intermediate_size", None) or 0)
+    )
+    if files and weights > 1e8 and weights / 2 > 8 * files:
+        raise UserError(
+            f"{source} is damaged: its config asks for {weights / 1e9:.1f} billion weights, its files hold"
+            f" {files / 1e9:.3f} GB"
+        )
 
 
 def choose_source(flags: LLMFlags) -> tuple[str, int | None]:
@@ -174,7 +187,11 @@ def load_pretrained(auto: type, source: str, **options):
     """
 
     def load(**further: object) -> object:
-        return auto.from_pretrained(source, trust_remote_code=False, **further, **options)
+        loaded = auto.from_pretrained(source, trust_remote_code=False, **further, **options)
+        if isinstance(loaded, PretrainedConfig):
+            # A config may name kernels, which would be fetched from the Hub and run: transformers' own are used.
+            loaded._attn_implementation = loaded._experts_implementation = None
+        return loaded
 
     with quiet_transformers():
         if looks_like_a_path(source):

@@ -56,6 +56,7 @@ class LLMIdentity:
         config_hash: of the fields that give the network its shape.
         embedding_hash: of the signs of the first token embeddings, which no precision changes.
         tokenizer_hash: of the vocabulary, and of how a sample text is split.
+        merges_hash: of the merges of a BPE tokenizer; empty for others.
     """
 
     model_type: str
@@ -66,6 +67,7 @@ class LLMIdentity:
     config_hash: str
     embedding_hash: str
     tokenizer_hash: str = ""
+    merges_hash: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def identify(
         config_hash=_hash_shape(config),
         embedding_hash=_hash_signs(embeddings),
         tokenizer_hash=_hash_tokenizer(tokenizer),
+        merges_hash=_hash_merges(tokenizer),
     )
 
 
@@ -129,6 +132,15 @@ def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     digest = hashlib.sha256("\n".join(tokens).encode("utf-8", "surrogatepass"))
     digest.update(np.array([*ids, *tokenizer(_SAMPLE, verbose=False).input_ids], np.int64).tobytes())
     return digest.hexdigest()[:16]
+
+
+def _hash_merges(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash of a BPE tokenizer's merges in their order; empty for other tokenizers."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    _, is_bpe, merges = (backend.to_str() if backend else "").rpartition('"merges":')
+    # Releases write a merge as "a b" or as ["a", "b"]; parsing the JSON would take longer than everything else.
+    plain = merges.translate(dict.fromkeys(map(ord, '[]{}", \n'))) if is_bpe else ""
+    return hashlib.sha256(plain.encode()).hexdigest()[:16] if plain else ""
 
 
 @torch.no_grad()

@@ -230,10 +230,10 @@ def load_description(content: str, prompt_file: str, prompt_domain: int, data: s
 
 
 def _read(path: Path, flag: str) -> str:
+    if not path.is_file():  # a device, for example, might never end
+        raise UserError(f"no prompt file {path}: check {flag}")
     try:
         # utf-8-sig: Windows' Notepad marks UTF-8 files with a byte order mark.
         return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as problem:
-        raise UserError(f"no prompt file {path}: check {flag}") from problem
     except UnicodeDecodeError as problem:
         raise UserError(f"{path} is not UTF-8: save it as UTF-8 for {flag}") from problem

@@ -1,4 +1,4 @@
-"""Write and read `checkpoint` and `last`, the trained layers. The frozen LLM is in neither."""
+"""Write and read `checkpoint` and `last`, which hold the trained layers but not the frozen LLM."""
 
 import hashlib
 import zipfile
@@ -17,26 +17,19 @@ from utils.system.files import atomic_write
 
 FORMAT = 1
 
-_ALWAYS = {"weights", "llm", "flags", "channels", "mean", "deviation"}
+_REQUIRED = {"weights", "llm", "flags", "channels", "mean", "deviation"}
 
-# What a file lacks that was written before there was such a thing.
-_OF_EARLIER_VERSIONS = {
+# The values of keys that files of earlier versions lack.
+_DEFAULTS_OF_EARLIER_VERSIONS = {
+    **dict.fromkeys(("explainer", "llm_config", "llm_embeddings", "llm_probe", "description")),
+    **{key: [] for key in ("training_hashes", "validation_hashes", "trained_rows")},
     "is_long": False,
-    "explainer": None,
-    "training_hashes": [],
-    "validation_hashes": [],
-    "trained_rows": [],
-    "one_in": 1,
-    "llm_config": None,
-    "llm_embeddings": None,
-    "llm_probe": None,
-    "description": None,
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training run: its folder, which exists, all its flags, and what its data are."""
+    """A training run: its existing folder, all its flags and the facts about its data."""
 
     folder: Path
     flags: dict
@@ -45,11 +38,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file of ours as it was when it was read: somebody may train on meanwhile.
+    """A `checkpoint` or `last` as it was when it was read; training may have replaced the file since.
 
     Attributes:
         path: the file.
-        sha256: of the file.
+        sha256: the hash of the file.
         contents: see `save_checkpoint` and `save_last`.
     """
 
@@ -59,44 +52,41 @@ class Checkpoint:
 
     @property
     def flags(self) -> dict:
-        """The flags of its run."""
+        """The flags of the run."""
         return self.contents["flags"]
 
     @cached_property
     def data(self) -> DataFacts:
-        """The facts about its data."""
+        """The facts about the run's data."""
         return DataFacts.of(self.contents)
 
     @property
     def basis(self) -> torch.Tensor | None:
-        """The basis of TimeLLM's compact map; None if it has no such map."""
+        """The basis of TimeLLM's compact mapping layer; None if the model has no such layer."""
         return self.contents["weights"].get("mapping_layer.basis")
 
 
 def save_checkpoint(run: Run, model: Forecaster, progress: dict) -> None:
-    """Write the best weights so far and what a later load must check, as `checkpoint`.
+    """Write the best weights so far of an unwrapped model, and what a later load must check, as `checkpoint`.
 
-    Args:
-        run: where to, and what of.
-        model: unwrapped.
-        progress: where in the run this is, plain numbers.
+    `progress` is the position in the run, as plain numbers.
 
     Raises:
-        UserError: if the disk is full or cannot be written.
+        UserError: if the file cannot be written, for example because the disk is full.
     """
-    _save(run.folder / "checkpoint", {**_contents(run, model), "progress": progress})
+    _save(run, model, "checkpoint", {"progress": progress})
 
 
 def save_last(run: Run, model: Forecaster, training: dict) -> None:
-    """Write the state to resume from, as `last`: what `save_checkpoint` writes, and all of the trainer's own state."""
-    _save(run.folder / "last", {**_contents(run, model), "training": training})
+    """Write the state to resume from as `last`: the contents of `save_checkpoint` and the state of the trainer."""
+    _save(run, model, "last", {"training": training})
 
 
-def _contents(run: Run, model: Forecaster) -> dict:
+def _save(run: Run, model: Forecaster, name: str, position: dict) -> None:
     llm = model.llm_info
-    return {
+    contents = {
         "format": FORMAT,
-        "weights": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        "weights": {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()},
         "llm": llm.as_dict() if llm else None,
         "llm_config": llm.traces.config if llm else None,
         "llm_embeddings": llm.traces.embeddings if llm else None,
@@ -104,39 +94,33 @@ def _contents(run: Run, model: Forecaster) -> dict:
         "description": model.description,
         "flags": run.flags,
         **asdict(run.data),
+        **position,
     }
-
-
-def _save(path: Path, contents: dict) -> None:
-    atomic_write(path, lambda file: torch.save(contents, file))
+    atomic_write(run.folder / name, lambda file: torch.save(contents, file))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a `checkpoint`.
 
     Raises:
-        UserError: if it is damaged or none of ours.
+        UserError: if it is damaged or was not written by this program.
     """
-    saved = _read(path)
-    _refuse_damage(path, lambda: check_progress(saved.contents["progress"]))
-    return saved
+    return _read(path, lambda contents: check_progress(contents["progress"]))
 
 
 def read_last(path: Path) -> Checkpoint:
     """Read a `last`.
 
     Raises:
-        UserError: if it is damaged or none of ours.
+        UserError: if it is damaged or was not written by this program.
     """
-    saved = _read(path)
-    _refuse_damage(path, lambda: check_training(saved.contents["training"]))
-    return saved
+    return _read(path, lambda contents: check_training(contents["training"]))
 
 
 def training_ended(last: Checkpoint) -> bool:
-    """Return whether the run of a `last` has come to its end: by its own flags there is nothing left to train."""
+    """Return whether the run that wrote a `last` has nothing left to train by its own flags."""
     flags, state = last.flags, last.contents["training"]
-    if not last.contents["weights"]:  # nothing to train, only to score
+    if not last.contents["weights"]:  # a model without weights is only scored
         return bool(state["history"])
     is_over = (
         (flags["max_steps"] and state["steps"] >= flags["max_steps"])
@@ -147,10 +131,10 @@ def training_ended(last: Checkpoint) -> bool:
 
 
 def ended_state(folder: Path) -> str:
-    """Return the SHA-256 of a run's `last` if by it training has ended, else an empty text.
+    """Return the SHA-256 of a run's `last` if training has ended, else an empty string.
 
     Raises:
-        UserError: if it is damaged.
+        UserError: if `last` is damaged.
     """
     if not (folder / "last").is_file():
         return ""
@@ -158,38 +142,35 @@ def ended_state(folder: Path) -> str:
     return last.sha256 if training_ended(last) else ""
 
 
-def _read(path: Path) -> Checkpoint:
-    """Read a file of ours once: its hash, its sums and its contents are of the same bytes."""
+def _read(path: Path, check_position: Callable[[dict], None]) -> Checkpoint:
+    """Read a file once, so that its hash, its checksums and its contents are those of the same bytes."""
     try:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            with zipfile.ZipFile(file) as archive:  # torch writes sums and never looks at them
+            with zipfile.ZipFile(file) as archive:  # torch writes checksums but never verifies them
                 if (broken := archive.testzip()) is not None:
-                    raise ValueError(f"the sum of its part {broken} is wrong")
+                    raise ValueError(f"the checksum of its part {broken} is wrong")
             file.seek(0)
             contents = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as problem:  # a file that is cut off or of another kind can make zipfile and torch raise anything
+    except Exception as problem:  # zipfile and torch can raise anything for a truncated or foreign file
         raise _damaged(path, problem) from problem
-    if not isinstance(contents, dict) or contents.get("format") != FORMAT or not contents.keys() >= _ALWAYS:
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT or not contents.keys() >= _REQUIRED:
         raise UserError(f"{path} is not a checkpoint of this program: name another --checkpoint")
-    contents = {**_OF_EARLIER_VERSIONS, **contents}
+    contents = {**_DEFAULTS_OF_EARLIER_VERSIONS, **contents}
+    if contents.pop("one_in", 1) != 1:  # earlier versions chose the rows in another way
+        contents["trained_rows"] = []
     llm = contents["llm"]
-    if isinstance(llm, dict) and "words_hash" in llm:  # its name in earlier versions
-        contents["llm"] = {**llm, "embedding_hash": llm["words_hash"]}
-        del contents["llm"]["words_hash"]
-    _refuse_damage(path, lambda: check_contents(contents))
-    return Checkpoint(path, sha256, contents)
-
-
-def _refuse_damage(path: Path, check: Callable[[], None]) -> None:
-    """Run a check of contents; what it raises becomes one line that names the file."""
+    if isinstance(llm, dict) and "words_hash" in llm:  # the key's name in earlier versions
+        llm["embedding_hash"] = llm.pop("words_hash")
     try:
-        check()
-    except Exception as problem:  # contents of a stranger may be anything, and so may what they make a check raise
+        check_contents(contents)
+        check_position(contents)
+    except Exception as problem:  # the contents of a foreign file can make a check raise anything
         raise _damaged(path, problem) from problem
+    return Checkpoint(path, sha256, contents)
 
 
 def _damaged(path: Path, problem: Exception) -> UserError:
     return UserError(
-        f"{path} is damaged or no checkpoint ({first_line(problem)}): train again, or name another --checkpoint"
+        f"{path} is damaged or not a checkpoint ({first_line(problem)}): train again, or name another --checkpoint"
     )

@@ -1,8 +1,10 @@
-"""Whether a checkpoint may be used here: with these flags, this LLM and these data."""
+"""Check whether a checkpoint can be used with the present flags, LLM and data, and load its weights."""
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from utils.cli.options import (
     has_llm,
     must_match_for,
 )
-from utils.errors import UserError
+from utils.errors import UserError, listed
 from utils.llm.identity import LLMTraces, check_same_llm
 from utils.runs.checkpoint import Checkpoint, Run, read_checkpoint
 
@@ -30,165 +32,156 @@ def check_flags(saved: Checkpoint, flags: Mapping[str, object]) -> None:
     """Refuse flags with which a checkpoint cannot be used.
 
     Raises:
-        UserError: names the first one.
+        UserError: names the first such flag.
     """
     needed = flags_tagged(MUST_MATCH_CHECKPOINT) | flags_tagged(must_match_for(flags["model"]))
-    for name, before in _changed_flags(saved, flags, needed):
-        raise UserError(f"{saved.path} was trained with --{name} {before}, not {flags[name]}: give it that")
+    for name, before in _changed_flags(saved, flags, sorted(needed)):
+        raise UserError(
+            f"{saved.path} was trained with --{name} {before}, not {flags[name]}: give it the value of its run"
+        )
 
 
-def _changed_flags(
-    saved: Checkpoint, flags: Mapping[str, object], names: frozenset[str]
-) -> Iterator[tuple[str, object]]:
-    """Yield those of these flags that were different in training, with their values then."""
-    for name in sorted(names):
-        before = saved.flags.get(name, DEFAULTS.get(name))
-        if before != flags[name]:
-            yield name, before
+def _changed_flags(saved: Checkpoint, flags: Mapping[str, object], names: Iterable[str]) -> list[tuple[str, object]]:
+    """List the name and the saved value of each of these flags that has changed."""
+    before = [(name, saved.flags.get(name, DEFAULTS.get(name))) for name in names]
+    return [(name, value) for name, value in before if value != flags[name]]
 
 
 def load_checkpoint(saved: Checkpoint, model: Forecaster, flags: dict, data: DataFacts | None) -> None:
-    """Load the trained tensors into `model`.
+    """Load the trained weights into a model.
 
     Args:
         saved: the checkpoint.
-        model: unwrapped.
-        flags: that it is to be run with; a difference that changes forecasts is printed.
-        data: that it is to be tested on, None for none. Other data than the run's own is printed, unless
-            --checkpoint asked for it.
+        model: the unwrapped model.
+        flags: the present flags; a note is printed for each difference that changes forecasts.
+        data: the facts about the test data, None if there are none. If they differ from the run's, a note is printed,
+            unless the checkpoint was named by --checkpoint.
 
     Raises:
-        UserError: if it is of another model or another LLM.
+        UserError: if the checkpoint belongs to another model or another LLM.
     """
     check_flags(saved, flags)
-    for name, before in _changed_flags(saved, flags, flags_tagged(WARN_IF_CHANGED)):
+    for name, before in _changed_flags(saved, flags, sorted(flags_tagged(WARN_IF_CHANGED))):
         PartialState().print(f"Note: {saved.path} was trained with --{name} {before}, not {flags[name]}")
     if _description_changed(saved, model):
         PartialState().print(f"Note: {saved.path} was trained with another description of the data in its prompts")
-    if data and not flags["checkpoint"]:
-        # Fewer series are no other data.
-        before = saved.data.of_series(data.channels) if data.is_long and saved.data.is_long else saved.data
-        if names := before.changed_fields(data):
-            PartialState().print(f"Note: {saved.path} was trained on other data: the {_listed(names)} differ")
+    if data and not flags["checkpoint"] and (names := saved.data.changed_fields(data, may_be_subset=True)):
+        PartialState().print(f"Note: {saved.path} was trained on other data: the {' and '.join(names)} differ")
     _load_weights(saved, model)
 
 
 def load_last(last: Checkpoint, run: Run, model: Forecaster) -> dict:
-    """Load the tensors of the state to resume from into `model`, unwrapped; return its `training`.
+    """Load the weights of a state to resume from into an unwrapped model, and return the trainer's state.
 
     Raises:
-        UserError: if a flag, the LLM or the data is not what it was, or the best weights so far are not there.
+        UserError: if a flag, the LLM or the data has changed, or the best weights so far are missing.
     """
-    for name, now in run.flags.items():
-        before = last.flags.get(name, DEFAULTS.get(name))
-        if name not in flags_tagged(RESUME_MAY_CHANGE) and before != now:
-            raise UserError(
-                f"{last.path} is of a run with --{name} {before}, not {now}: resume with the flags of the run"
-            )
+    fixed_flags = [name for name in run.flags if name not in flags_tagged(RESUME_MAY_CHANGE)]
+    for name, before in _changed_flags(last, run.flags, fixed_flags):
+        raise UserError(
+            f"{last.path} is from a run with --{name} {before}, not {run.flags[name]}: resume with the flags of the run"
+        )
     if _description_changed(last, model):
         raise UserError(
-            f"{last.path} is of a run with another description of the data in its prompts: resume with that, or leave"
-            " out --resume to train anew"
+            f"{last.path} is from a run with another description of the data in its prompts: resume with that"
+            " description, or leave out --resume to train anew"
         )
     if names := last.data.changed_fields(run.data):
         raise UserError(
-            f"{last.path} is of a run on other data (the {_listed(names)} differ): leave out --resume to train anew"
+            f"{last.path} is from a run on other data (the {' and '.join(names)} differ): leave out --resume to train"
+            " anew"
         )
     _load_weights(last, model)
-    _check_best(last, run.folder / "checkpoint")
+    if not math.isinf(last.contents["training"]["stopping"]["lowest"]):  # infinite before the first validation
+        _check_best(last, run.folder / "checkpoint", fixed_flags)
     return last.contents["training"]
 
 
-def _check_best(last: Checkpoint, best: Path) -> None:
-    """Refuse to resume a run whose best weights are lost: at its end it could not be tested."""
-    if math.isinf(last.contents["training"]["stopping"]["lowest"]):
-        return  # there was no validation yet
+def _check_best(last: Checkpoint, best: Path, fixed_flags: Sequence[str]) -> None:
+    """Refuse to resume a run without its best weights: it could not be tested at its end."""
     if not best.is_file():
-        raise UserError(f"{last.path} has no {best.name} beside it, the best weights so far: leave out --resume")
-    read_checkpoint(best)
+        raise UserError(f"{last.path} has no {best.name} beside it, with the best weights so far: leave out --resume")
+    for name, before in _changed_flags(read_checkpoint(best), last.flags, fixed_flags):
+        raise UserError(f"{best} is from another run than {last.path} (--{name} {before}): leave out --resume")
 
 
 def check_channels(facts: DataFacts, channels: Sequence[str], is_long: bool, csv: Path) -> None:
-    """Refuse data of other channels than a checkpoint was trained on; of a long CSV, it forecasts any series.
+    """Refuse data with other channels than a checkpoint was trained on; a long CSV may have new series.
 
     Raises:
-        UserError: if they differ.
+        UserError: if the channels differ.
     """
     if is_long != facts.is_long:
-        trained, here = ("long", "wide") if facts.is_long else ("wide", "long")
-        raise UserError(f"{csv} is a {here} CSV, the checkpoint was trained on a {trained} one: give it such a CSV")
+        trained, present = ("long", "wide") if facts.is_long else ("wide", "long")
+        raise UserError(
+            f"{csv} is a {present} CSV, but the checkpoint was trained on a {trained} CSV: give a {trained} CSV"
+        )
     if is_long:
         if unseen := len(set(channels) - set(facts.channels)):
-            PartialState().print(f"Note: {unseen} of {len(channels)} series of {csv} were not there in training")
+            PartialState().print(f"Note: {unseen} of {len(channels)} series of {csv} were not in the training data")
     elif list(channels) != facts.channels:
         raise UserError(f"{csv} has the channels {list(channels)}, the checkpoint was trained on {facts.channels}")
 
 
 def check_shapes(saved: Checkpoint, shapes: Mapping[str, torch.Size]) -> None:
-    """Refuse a checkpoint whose weights are not of the model that its flags describe, before memory is taken for that.
+    """Refuse a checkpoint whose weights do not fit the model of its flags, before that model takes memory.
 
-    The map to the prototypes is left to loading, which may convert it.
-
-    Args:
-        saved: the checkpoint.
-        shapes: of the model's weights.
+    The mapping layer is checked on loading, which may convert its weights.
 
     Raises:
         UserError: names the first weight that does not fit.
     """
-    weights = saved.contents["weights"]
-    for name in sorted(shapes.keys() | weights.keys()):
-        there = weights[name].shape if name in weights else None
-        if not name.startswith("mapping_layer.") and there != shapes.get(name):
+    found = {name: tensor.shape for name, tensor in saved.contents["weights"].items()}
+    for name in sorted(shapes.keys() | found.keys()):
+        if not name.startswith("mapping_layer.") and found.get(name) != shapes.get(name):
             raise UserError(
-                f"{saved.path} does not fit ({name} is {_shape(there)}, by its flags {_shape(shapes.get(name))}): it"
-                " is damaged, or give it the flags of its run"
+                f"{saved.path} does not fit ({name} is {_shape(found.get(name))}, by its flags"
+                f" {_shape(shapes.get(name))}): it is damaged, or give it the flags of its run"
             )
 
 
 def _shape(shape: torch.Size | None) -> str:
-    return "not there" if shape is None else str(tuple(shape))
+    return "missing" if shape is None else str(tuple(shape))
 
 
 def flags_to_test(saved: Checkpoint, changes: Mapping[str, object]) -> argparse.Namespace:
-    """Return the flags to test or forecast with a run's checkpoint: its own, but for these changes.
-
-    Args:
-        saved: the checkpoint in the run folder.
-        changes: such as places of files that were moved.
+    """Build the flags to test or forecast with a checkpoint: its run's flags with changes, such as new paths.
 
     Raises:
-        UserError: if a change is no flag or no value of it.
+        UserError: if a change does not name a flag, or gives a flag an invalid value.
     """
     if unknown := sorted(changes.keys() - DEFAULTS.keys()):
-        raise UserError(f"{', '.join(unknown)} is no flag of run_main.py: load_run takes those of the run")
+        raise UserError(f"run_main.py has no flag {listed(unknown)}: load_run takes the flags of the run")
+    changes = {name: _plain(value) for name, value in changes.items()}
     try:
         check_types(changes)
     except ValueError as problem:
         raise UserError(str(problem)) from problem
-    # A run of an earlier version lacks the flags that came later: their defaults are what it did.
+    # Runs of earlier versions lack the newer flags, whose defaults reproduce the earlier behavior.
     args = get_parser().parse_args(["--data", saved.flags["data"]])
-    of_a_test = {"is_training": 0, "resume": "", "demo": False, "checkpoint": str(saved.path.parent)}
-    vars(args).update({**saved.flags, **of_a_test, **changes})
+    test_flags = {"is_training": 0, "resume": "", "demo": False, "checkpoint": str(saved.path.parent)}
+    vars(args).update({**saved.flags, **test_flags, **changes})
     if has_llm(args) and not {"llm_model", "llm_model_path"} & changes.keys():
         _keep_local_llm(saved, args)
     return args
 
 
+def _plain(value: object) -> object:
+    """Return a path as a string and an integer of NumPy as Python's."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
 def _keep_local_llm(saved: Checkpoint, args: argparse.Namespace) -> None:
-    """Name the folder that a run's LLM was in: from elsewhere, its name alone would be looked for on the Hub."""
+    """Set the flags to the local folder of a run's LLM, since its name alone would be looked up on the Hub."""
     llm = saved.contents["llm"] or {}
-    folder = llm.get("folder")
-    if folder is None:  # it came from the Hub; or of an earlier version
+    if llm.get("folder") is None:  # from the Hub, or a checkpoint of an earlier version
         return
-    is_beside = (Path(llm["source"]) / "config.json").is_file()
-    args.llm_model_path = llm["source"] if is_beside else folder
+    has_source = (Path(llm["source"]) / "config.json").is_file()
+    args.llm_model_path = llm["source"] if has_source else llm["folder"]
     if args.llm_layers is None and args.ablation != "no_llm":
-        args.llm_layers = llm["layers"]  # by name, fewer may be the default
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+        args.llm_layers = llm["layers"]  # an LLM chosen by name may have a lower default
 
 
 def _description_changed(saved: Checkpoint, model: Forecaster) -> bool:
@@ -205,12 +198,15 @@ def _load_weights(saved: Checkpoint, model: Forecaster) -> None:
         traces = LLMTraces(contents["llm_config"] or {}, embeddings, contents["llm_probe"])
         check_same_llm(path, contents["llm"], traces, llm.as_dict(), llm.traces)
     present = model.state_dict()
-    if "mapping_layer.basis" in contents["weights"].keys() - present.keys():  # the other way it is converted
-        raise UserError(f"{path} was trained with --mapping compact, not full: give it that")
+    if "mapping_layer.basis" in contents["weights"].keys() - present.keys():  # only full to compact can be converted
+        raise UserError(f"{path} was trained with --mapping compact, not full: give it --mapping compact")
+    for name, tensor in contents["weights"].items():
+        if name in present and tensor.dtype != present[name].dtype:
+            raise UserError(f"{path} is damaged ({name} is {tensor.dtype}, not {present[name].dtype}): train again")
     try:
         model.load_state_dict(contents["weights"])
     except RuntimeError as problem:
         first = str(problem).splitlines()[1].strip().rstrip(".")
         raise UserError(f"{path} does not fit ({first}): give it the flags of its run") from problem
     if any(tensor.shape != present[name].shape for name, tensor in contents["weights"].items()):
-        PartialState().print("The full map of the checkpoint was converted to the compact one (exactly)")
+        PartialState().print("The full mapping layer of the checkpoint was converted to the compact one (exactly)")

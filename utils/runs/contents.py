@@ -1,6 +1,6 @@
-"""Whether what a file of a run holds can be what a run has written: it may be damaged, or a stranger's.
+"""Check that the contents of `checkpoint` and `last` could come from a run: a file may be damaged or foreign.
 
-Each check raises an exception, of whatever kind, if it cannot.
+Each check raises an exception of any type if they could not.
 """
 
 import math
@@ -9,102 +9,112 @@ from numbers import Real
 import torch
 
 from utils.cli.options import check_types
+from utils.errors import listed
 
 _LLM_TEXTS = ("model_type", "quantization", "config_hash", "embedding_hash", "dtype", "source")
-_FLAGS_IN_USE = ("data", "model", "batch_size", "grad_accum", "max_steps", "train_epochs", "patience")
 _LLM_SIZES = ("hidden_size", "vocab_size", "layers")
+_REQUIRED_FLAGS = ("data", "model", "batch_size", "grad_accum", "max_steps", "train_epochs", "patience")
 
 
 def check_contents(contents: dict) -> None:
-    """Check what `checkpoint` and `last` have in common."""
-    _check(isinstance(contents["weights"], dict), "its weights are none")
+    """Check the contents that `checkpoint` and `last` have in common."""
+    _check(isinstance(contents["weights"], dict), "its weights are not a dictionary")
     for name, tensor in contents["weights"].items():
-        _check(isinstance(name, str), "a weight has no name")
+        _check(isinstance(name, str), "a weight's name is not a string")
         _check_tensor(name, tensor)
-    missing = [name for name in _FLAGS_IN_USE if name not in contents["flags"]]
-    _check(not missing, f"its flags lack {missing[:1]}")
+    missing = [name for name in _REQUIRED_FLAGS if name not in contents["flags"]]
+    _check(not missing, f"its flags lack {listed(missing)}")
     check_types(contents["flags"])
-    _check_llm(contents)
+    if contents["llm"] is not None:
+        _check_llm(contents)
     _check_data(contents)
 
 
 def _check_llm(contents: dict) -> None:
     llm = contents["llm"]
-    if llm is None:
-        return
-    _check(all(isinstance(llm[name], str) for name in _LLM_TEXTS), "its LLM is not described")
-    _check(all(_is_count(llm[name]) for name in _LLM_SIZES), "its LLM has no sizes")
-    _check(isinstance(llm.get("folder"), str | None), "its LLM's folder is none")
-    _check(isinstance(contents["llm_config"], dict | None), "its LLM's config is none")
-    _check(isinstance(contents["description"], str | None), "its description is no text")
+    _check(all(isinstance(llm[name], str) for name in _LLM_TEXTS), "the description of its LLM is incomplete")
+    _check(all(_is_count(llm[name]) for name in _LLM_SIZES), "the sizes of its LLM are not counts")
+    _check(isinstance(llm.get("folder"), str | None), "the folder of its LLM is not a string")
+    _check(isinstance(contents["llm_config"], dict | None), "the config of its LLM is not a dictionary")
+    _check(isinstance(contents["description"], str | None), "its description of the data is not a string")
     for name, width in (("llm_probe", llm["hidden_size"]), ("llm_embeddings", 5)):
         if contents[name] is not None:
             _check_tensor(name, contents[name])
-            _check(contents[name].dim() == 2 and contents[name].shape[1] == width, f"{name} has another shape")
+            _check(contents[name].dim() == 2 and contents[name].shape[1] == width, f"{name} has a wrong shape")
 
 
 def _check_data(contents: dict) -> None:
     channels = contents["channels"]
-    _check(_are_texts(channels) and len(set(channels)) == len(channels) > 0, "its channels have no names")
+    _check(_are_texts(channels) and len(set(channels)) == len(channels) > 0, "its channel names are invalid")
     count = len(channels)
-    _check(_are_numbers(contents["mean"], count), "its means are not finite")
-    _check(_are_numbers(contents["deviation"], count), "its deviations are not finite")
-    _check(all(deviation > 0 for deviation in contents["deviation"]), "a deviation is not above 0")
-    _check(isinstance(contents["is_long"], bool), "it is neither long nor wide")
+    _check(_are_numbers(contents["mean"], count), "its means are not finite numbers, one per channel")
+    _check(_are_numbers(contents["deviation"], count), "its deviations are not finite numbers, one per channel")
+    _check(all(deviation > 0 for deviation in contents["deviation"]), "a deviation is not positive")
+    _check(isinstance(contents["is_long"], bool), "its is_long is neither true nor false")
     for name in ("training_hashes", "validation_hashes"):
         _check(_are_texts(contents[name]) and len(contents[name]) in (0, count), f"its {name} are incomplete")
-    _check(all(type(row) is int for row in contents["trained_rows"]), "its trained_rows are no numbers")
-    _check(_is_count(contents["one_in"]) and contents["one_in"] > 0, "its one_in is no number")
+    is_int64 = [type(row) is int and -(2**63) <= row < 2**63 for row in contents["trained_rows"]]
+    _check(all(is_int64), "its trained_rows are not 64-bit integers")
     if contents["explainer"] is not None:
         _check_explainer(contents["explainer"], channels)
 
 
 def _check_explainer(explainer: dict, channels: list[str]) -> None:
     _check(explainer["channels"] == channels, "its covariates explain other channels")
-    _check(_are_numbers(explainer["shares"], len(channels)), "its covariates' shares are not finite")
+    _check(_are_numbers(explainer["shares"], len(channels)), "the shares of its covariates are not finite")
     features = 0
     for column in explainer["columns"]:
-        _check(column.keys() == {"name", "texts", "mean", "scale"}, "a covariate is not described")
-        _check(isinstance(column["name"], str), "a covariate has no name")
-        _check(column["texts"] is None or _are_texts(column["texts"]), "a covariate's texts are none")
+        _check(column.keys() == {"name", "texts", "mean", "scale"}, "the description of a covariate is incomplete")
+        _check(isinstance(column["name"], str), "a covariate's name is not a string")
+        _check(column["texts"] is None or _are_texts(column["texts"]), "a covariate's categories are not strings")
         own = 1 if column["texts"] is None else len(column["texts"])
         _check(_are_numbers(column["mean"], own) and _are_numbers(column["scale"], own), "a covariate is not finite")
-        _check(all(scale > 0 for scale in column["scale"]), "a covariate's scale is not above 0")
+        _check(all(scale > 0 for scale in column["scale"]), "a covariate's scale is not positive")
         features += own
     _check(len(explainer["coefficients"]) == len(channels), "its covariates explain other channels")
     _check(all(_are_numbers(row, features) for row in explainer["coefficients"]), "a coefficient is not finite")
 
 
 def check_progress(progress: dict) -> None:
-    """Check what `checkpoint` says of when it was written."""
-    _check(isinstance(progress, dict), "its progress is none")
+    """Check the position in the run at which `checkpoint` was written."""
+    _check(isinstance(progress, dict), "its progress is not a dictionary")
     seconds = progress.get("seconds_per_step")
-    _check(seconds is None or _is_number(seconds), "its seconds are no number")
+    _check(seconds is None or _is_number(seconds), "its seconds_per_step is not a number")
 
 
 def check_training(training: dict) -> None:
-    """Check the trainer's own state; the optimiser's and the schedule's, they check themselves."""
+    """Check the state of the trainer; the optimizer and the schedule check their own states on loading."""
     for name in ("epoch", "batch", "steps", "validated_at", "loss_count"):
-        _check(_is_count(training[name]), f"its {name} is no number")
+        _check(_is_count(training[name]), f"its {name} is not a count")
     for name in ("seconds", "learning_seconds"):
-        _check(_is_number(training.get(name, 0.0)), f"its {name} are no number")
-    _check(training["loss_sum"].shape == (), "its loss is no number")
+        _check(_is_number(training.get(name, 0.0)), f"its {name} is not a number")
+    _check(training["loss_sum"].shape == () and training["loss_sum"].is_floating_point(), "its loss_sum is no scalar")
+    _check(all(training[name] < 2**53 for name in ("epoch", "batch", "steps")), "its position is too large")
     stopping = training["stopping"]
-    _check(isinstance(stopping["lowest"], Real) and stopping["lowest"] >= 0, "its lowest loss is no number")
-    _check(_is_count(stopping["counter"]), "its counter is no number")
+    _check(isinstance(stopping["lowest"], Real) and stopping["lowest"] >= 0, "its lowest loss is not a number")
+    _check(_is_count(stopping["counter"]), "its early-stopping counter is not a count")
     for name in ("optimizer", "schedule"):
-        _check(isinstance(training[name], dict), f"its {name} is none")
-    _check(isinstance(training["scaler"], dict | None), "its scaler is none")
+        _check(isinstance(training[name], dict), f"its {name} state is not a dictionary")
+    _check(isinstance(training["scaler"], dict | None), "its loss scaler state is not a dictionary")
     _check(len(training["random"]) > 0, "it has no random states")
     for states in training["random"]:
         torch.Generator().set_state(states["cpu"])
-    _check(all(_are_texts(row) for row in training["history"]), "its history is none")
+    _check(all(_are_texts(row) for row in training["history"]), "its history has cells that are not strings")
+    for row in training["history"]:
+        _check(len(row) >= 2 and row[0].isdecimal() and row[1].isdecimal(), "a row of its history has no steps")
+        _check(all(cell == "" or math.isfinite(float(cell)) for cell in row), "a cell of its history is not a number")
     for tensor in _tensors_in(training["optimizer"]):
-        _check_tensor("the optimiser's state", tensor)
+        _check_tensor("the optimizer state", tensor)
+    for group in training["optimizer"]["param_groups"]:
+        _check(_is_number(group["lr"]) and group["lr"] >= 0, "a learning rate is not a number")
+    schedule = training["schedule"]
+    _check(all(_is_number(schedule[name]) for name in ("last_epoch",)), "its schedule has no position")
+    for name in ("base_lrs", "_last_lr"):
+        _check(all(map(_is_number, schedule.get(name, []))), f"its schedule's {name} are not numbers")
 
 
 def _tensors_in(value: object) -> list[torch.Tensor]:
-    """Return the tensors in nested dictionaries and lists."""
+    """Collect the tensors in nested dictionaries, lists and tuples."""
     if isinstance(value, torch.Tensor):
         return [value]
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
@@ -112,11 +122,11 @@ def _tensors_in(value: object) -> list[torch.Tensor]:
 
 
 def _check_tensor(name: str, tensor: object) -> None:
-    plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-    _check(plain, f"{name} is no tensor")
+    is_plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    _check(is_plain, f"{name} is not a dense CPU tensor")
     _check(not tensor.is_complex(), f"{name} is complex")
-    # A stranger's tensor may claim more elements than it holds, by steps of 0 from one to the next.
-    _check(tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes(), f"{name} is not all there")
+    # With strides of 0, a foreign tensor can claim more elements than its storage holds.
+    _check(tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes(), f"{name} is larger than its storage")
     _check(bool(torch.isfinite(tensor).all()), f"{name} is not finite")
 
 
@@ -136,6 +146,6 @@ def _are_texts(values: object) -> bool:
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
-def _check(holds: bool, otherwise: str) -> None:
+def _check(holds: bool, problem: str) -> None:
     if not holds:
-        raise ValueError(otherwise)
+        raise ValueError(problem)

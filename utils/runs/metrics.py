@@ -1,26 +1,26 @@
-"""Errors of forecasts: mean errors, and metrics that are updated batch by batch of an evaluation."""
+"""Mean errors of forecasts, and metrics that an evaluation updates batch by batch."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from data_provider.facts import DataFacts
 
-# The errors of each series of a long CSV; metrics.json has those of the worst.
+# The errors of each series of a long CSV; metrics.json keeps only the worst series.
 SERIES_FILE = "series.csv"
 WORST_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Mean errors of the scaled series over windows; where targets are unknown, over the known ones.
+    """Mean errors of the scaled series over windows, counting only known targets.
 
     Attributes:
-        mse, mae: the headline: over all windows, or over the target's.
-        windows: how many windows the headline is the mean of.
-        per_channel: mse, mae and windows of each channel; and `known`, the number of targets, where some are unknown.
+        mse, mae: the headline errors, over all windows or over those of the target channel.
+        windows: the number of windows behind the headline errors.
+        per_channel: mse, mae and windows of each channel, and the number of `known` targets if some are missing.
     """
 
     mse: float
@@ -31,13 +31,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class Forecasts:
-    """Forecast windows of one batch, from all processes, in the order of their split.
+    """The forecasts of one batch of windows, gathered from all processes, in the order of their split.
 
     Attributes:
-        numbers: of the windows in their split, (B,).
-        channels: their channels' numbers, (B,).
-        forecast, target: (B, pred_len) float32, scaled; a target that is not known is NaN.
-        deviation: of the values that each window shows, (B,) float32, scaled.
+        numbers: the windows' indices in their split, (B,).
+        channels: the indices of the windows' channels, (B,).
+        forecast, target: (B, pred_len) float32, scaled; a missing target is NaN.
+        deviation: the standard deviation of each window's context, (B,) float32, scaled.
     """
 
     numbers: np.ndarray
@@ -48,47 +48,37 @@ class Forecasts:
 
 
 class Metric:
-    """Base class of what is computed from the forecasts of an evaluation."""
+    """Base class of metrics that are computed from the forecasts of an evaluation."""
 
     def update(self, batch: Forecasts) -> None:
-        """Take in the next batch."""
+        """Add a batch of forecasts."""
         raise NotImplementedError
 
 
 class KeptForecasts(Metric):
-    """Every forecast and target, as they come."""
+    """All forecasts and targets, in the order of their batches."""
 
     def __init__(self):
         self._batches: list[Forecasts] = []
 
     def update(self, batch: Forecasts) -> None:
-        """Keep a batch."""
+        """Keep a batch of forecasts."""
         self._batches.append(batch)
 
-    @property
-    def numbers(self) -> np.ndarray:
-        """The windows' numbers in their split, (windows,)."""
-        return np.concatenate([batch.numbers for batch in self._batches])
-
-    @property
-    def forecast(self) -> np.ndarray:
-        """(windows, pred_len) float32, scaled."""
-        return np.concatenate([batch.forecast for batch in self._batches])
-
-    @property
-    def target(self) -> np.ndarray:
-        """(windows, pred_len) float32, scaled."""
-        return np.concatenate([batch.target for batch in self._batches])
+    def compute(self) -> Forecasts:
+        """Concatenate all batches."""
+        names = [one.name for one in fields(Forecasts)]
+        return Forecasts(*(np.concatenate([getattr(batch, name) for batch in self._batches]) for name in names))
 
 
 class UnitErrors(Metric):
-    """Errors by step, and errors in the data's own units.
+    """Errors by forecast step, and errors in the data's own units.
 
     Args:
-        facts: of the data.
-        naive_errors: the seasonal-naive forecast's mean absolute error on the scaled training rows, by channel; some
-            channels may have none.
-        target: the channel of the overall figures, None for all channels.
+        facts: the facts about the data.
+        naive_errors: the mean absolute error of the seasonal naive forecast on the scaled training rows, by channel;
+            it may lack channels.
+        target: the channel of the headline errors, None for all channels.
     """
 
     def __init__(self, facts: DataFacts, naive_errors: Mapping[str, float], target: str | None = None):
@@ -97,9 +87,10 @@ class UnitErrors(Metric):
         self._number_of = {name: number for number, name in enumerate(facts.channels)}
         self._headline = None if target is None else self._number_of[target]
         self._mean, self._deviation = np.asarray(facts.mean), np.asarray(facts.deviation)
-        self._squares: np.ndarray | float = 0.0  # by step, of the headline's windows, scaled
-        self._known: np.ndarray | int = 0  # targets, by step, of the headline's windows
-        self._smape = np.zeros((2, len(facts.channels)))  # sums over windows, by channel: of errors, of their weights
+        # Sums over the headline's windows, by step: of scaled squared errors, and of known targets.
+        self._squares: np.ndarray | float = 0.0
+        self._known: np.ndarray | int = 0
+        self._smape = np.zeros((2, len(facts.channels)))  # sums over windows, by channel: weighted errors and weights
 
     def update(self, batch: Forecasts) -> None:
         """Add a batch to the sums."""
@@ -109,22 +100,19 @@ class UnitErrors(Metric):
         self._squares = self._squares + np.nansum(squares, axis=0)
         self._known = self._known + (~np.isnan(target[counted])).sum(axis=0)
         mean, deviation = self._mean[batch.channels, None], self._deviation[batch.channels, None]
-        own = (forecast * deviation + mean, target * deviation + mean)
-        # Means over windows, each with the weight of what is known of it.
+        in_units = (forecast * deviation + mean, target * deviation + mean)
+        # A window's weight is its share of known targets.
         weights = (~np.isnan(target)).mean(axis=-1)
-        np.add.at(self._smape[0], batch.channels, weights * symmetric_error(*own))
+        np.add.at(self._smape[0], batch.channels, weights * symmetric_error(*in_units))
         np.add.at(self._smape[1], batch.channels, weights)
 
     def compute(self, scores: Scores) -> dict:
-        """Return the errors of metrics.json.
+        """Compute the errors of metrics.json, overall and for each channel, given the mean errors of the same windows.
 
-        Beside the scaled mse and mae, overall and a channel each: rmse, the root of the mean squared error in the
-        data's units; mase, the mean absolute error in units of the seasonal-naive forecast's on the training rows
-        (Hyndman and Koehler, 2006), None where there is none; smape, in per cent. Overall figures are means over
-        windows (under the root, for rmse). mse_by_step is scaled, a number a forecast step.
-
-        Args:
-            scores: of the same windows.
+        Besides the scaled mse and mae: rmse, the root mean squared error in the data's units; mase, the mean absolute
+        error divided by that of the seasonal naive forecast on the training rows (Hyndman and Koehler, 2006), None if
+        that is unknown or 0; smape, in percent. Overall errors are means over windows (rmse: of its square).
+        mse_by_step is scaled, with one value per forecast step.
         """
         per_channel = {name: self._of_channel(name, errors) for name, errors in scores.per_channel.items()}
         headline = [errors for name, errors in per_channel.items() if self.target in (None, name)]
@@ -139,7 +127,7 @@ class UnitErrors(Metric):
             "windows": scores.windows,
             "per_channel": per_channel,
             "mse_by_step": [
-                square / known if known else None  # of a step whose every target is a gap there is none
+                square / known if known else None
                 for square, known in zip(self._squares.tolist(), self._known.tolist(), strict=True)
             ],
         }
@@ -156,11 +144,7 @@ class UnitErrors(Metric):
 
 
 def summary_of_series(per_channel: Mapping[str, dict]) -> dict:
-    """Summarise the errors of many series for metrics.json: their spread, and the worst.
-
-    Args:
-        per_channel: the errors of each series.
-    """
+    """Summarize the errors of many series for metrics.json: their quartiles, and the errors of the worst series."""
     worst = sorted(per_channel, key=lambda name: -per_channel[name]["mse"])[:WORST_SHOWN]
     spread = {}
     for name in ("mse", "mase"):
@@ -171,12 +155,12 @@ def summary_of_series(per_channel: Mapping[str, dict]) -> dict:
 
 
 def symmetric_error(forecast: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Return 200 |forecast - target| / (|forecast| + |target|), the mean over the last axis; of 0 and 0 it is 0.
+    """Compute the mean of 200 |forecast - target| / (|forecast| + |target|) over the last axis; 0 / 0 counts as 0.
 
-    A target of NaN does not count; where there is no other, the mean is 0.
+    A NaN target does not count; the mean over no known target is 0.
     """
     size = np.abs(forecast) + np.abs(target)
     error = np.abs(forecast - target)
-    shares = np.divide(error, size, out=np.zeros_like(error), where=size > 0)  # NaN is not above 0
+    shares = np.divide(error, size, out=np.zeros_like(error), where=size > 0)  # also 0 where size is NaN
     counts = (~np.isnan(target)).sum(axis=-1)
     return 200 * (shares.sum(axis=-1) / np.maximum(counts, 1))

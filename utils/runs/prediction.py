@@ -1,4 +1,4 @@
-"""Forecast what comes after the last row of a CSV."""
+"""Forecast the rows after the last row of a CSV."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from data_provider.facts import DataFacts
 from data_provider.horizon import LastWindow
 from layers.StandardNorm import Normalize
 from models.forecaster import Forecaster
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.exact import FARTHEST
 from utils.runs.intervals import Calibration
 from utils.runs.metrics import SERIES_FILE
 from utils.runs.pictures import DrawnForecast, draw_forecasts
 from utils.system.files import write_text
 
-# A picture of more channels could not be read; of the series of a long CSV, these many stand for all.
+# The most channels, and series of a long CSV, that a plot shows legibly.
 MOST_CHANNELS = 12
 SERIES_SHOWN = 6
 
-# Deviations from the mean of the training rows that no such series comes to by itself.
+# A value this many standard deviations from the mean of the training rows is hardly a true reading.
 FAR = 1000
 
 
@@ -32,10 +32,10 @@ class Forecast:
     """A forecast in the CSV's units.
 
     Attributes:
-        window: what it was made from.
+        window: the rows that it was made from.
         values: (pred_len, channels).
-        half_widths: of the intervals, (pred_len, channels) each, by level in per cent, the lowest first.
-        warnings: what the user should know of it, a line each.
+        half_widths: half the width of the intervals, (pred_len, channels) each, by ascending level in percent.
+        warnings: one line each, for the user.
     """
 
     window: LastWindow
@@ -44,9 +44,9 @@ class Forecast:
     warnings: tuple[str, ...] = ()
 
     def as_frame(self) -> pd.DataFrame:
-        """Return it in the shape of the CSV: a row a date, a column a channel followed by its bounds, the lowest first.
+        """Lay the forecast out like the CSV: one row per date, and for each channel a column followed by its bounds.
 
-        Or, as of a long CSV, a row a series and date: `unique_id`, `ds`, `y` and its bounds.
+        If the CSV was long: one row per series and date, with `unique_id`, `ds`, `y` and its bounds.
         """
         names, dates = self.window.channels, self.window.future_dates
         if not self.window.is_long:
@@ -61,24 +61,24 @@ class Forecast:
 
 
 def check_columns(channels: Sequence[str], is_long: bool, levels: Sequence[int]) -> None:
-    """Refuse channels that have the names of other channels' bounds: one column would take the other's place.
+    """Refuse a channel whose name is the column of another channel's bound, since one would overwrite the other.
 
     Raises:
         UserError: names the channel.
     """
-    if is_long:  # there, every bound is of the column `y`
+    if is_long:  # a long forecast has bounds of the column `y` only
         return
-    nothing = np.zeros(0)
+    empty = np.zeros(0)
     for name in channels:
-        bounds = _with_bounds(name, nothing, dict.fromkeys(levels, nothing)).keys() - {name}
+        bounds = _with_bounds(name, empty, dict.fromkeys(levels, empty)).keys() - {name}
         if taken := sorted(bounds & set(channels)):
             raise UserError(
-                f"the channel {taken[0]!r} has the name of a bound of {name!r} with --level: give it another name"
+                f"the channel {taken[0]!r} has the name of a bound of {name!r} with --level: rename the channel"
             )
 
 
 def _with_bounds(name: str, values: np.ndarray, half_widths: dict[int, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return a column and those of its bounds."""
+    """Build a column and the columns of its bounds, from the lowest bound to the highest."""
     lower = {f"{name}-lo-{level}": values - half for level, half in reversed(half_widths.items())}
     return {name: values, **lower, **{f"{name}-hi-{level}": values + half for level, half in half_widths.items()}}
 
@@ -92,25 +92,24 @@ def forecast_window(
     calibration: Calibration | None = None,
     levels: Sequence[int] = (),
 ) -> Forecast:
-    """Forecast what follows the last window of each channel.
+    """Forecast the rows after the last window of each channel.
 
-    The channels are scaled as they were in training, so that the rows before the window do not matter; a series that
-    was not there in training is scaled by its window.
+    Channels are scaled as in training, so that rows before the window do not matter; a series that training has not
+    seen is scaled by its window.
 
     Args:
-        model: with the checkpoint's weights; left in evaluation mode.
-        window: the last rows.
-        facts: of the checkpoint's data.
-        batch_size: channels at a time.
-        calibration: of the intervals; None without levels.
-        levels: of the intervals, in per cent, in ascending order.
+        model: the model with the checkpoint's weights; left in evaluation mode.
+        window: the last rows of each channel.
+        facts: the facts about the checkpoint's data.
+        batch_size: channels per batch.
+        calibration: the calibration of the intervals; None without levels.
+        levels: the levels of the intervals, in percent, in ascending order.
 
     Raises:
-        UserError: if a value of a window is no reading, or the forecast is not finite.
+        UserError: if a value is too far off to be a reading, or the forecast is not finite.
     """
     scaled = window.scaled(facts)
-    mean, deviation = facts.scale_of(window.channels, window.values)
-    warnings = _check_window(window, scaled, mean, deviation)
+    warnings = _check_window(window, scaled, facts)
     contexts = torch.from_numpy(scaled.astype(np.float32).T.copy())[..., None]  # (channels, seq_len, 1)
     model.eval()
     parts = [model(batch).float().cpu() for batch in contexts.split(batch_size)]
@@ -120,48 +119,70 @@ def forecast_window(
         raise UserError(
             f"the forecast of {channel!r} is not finite: look at its last rows, or give --llm_dtype float32 or bfloat16"
         )
-    shown = Normalize()(contexts[..., 0])[1].deviation[:, 0].numpy()
-    numbers = np.arange(len(shown))
-    half_widths = {level: calibration.half_widths(level, numbers, shown).T * deviation for level in levels}
+    spread = Normalize()(contexts[..., 0])[1].deviation[:, 0].numpy()
+    numbers = np.arange(len(spread))
+    _, deviation = facts.scale_of(window.channels, window.values)
+    half_widths = {level: calibration.half_widths(level, numbers, spread).T * deviation for level in levels}
     return Forecast(window, values, half_widths, warnings)
 
 
-def _check_window(window: LastWindow, scaled: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> tuple[str, ...]:
-    """Refuse values that training would refuse, too; return a warning of those that it has seen nothing like.
-
-    Args:
-        window: the last rows.
-        scaled: their values as the model sees them, (seq_len, channels).
-        mean, deviation: that they were scaled by, (channels,) each.
-    """
-    farthest = np.abs(scaled).argmax(axis=0)
+def _check_window(window: LastWindow, scaled: np.ndarray, facts: DataFacts) -> tuple[str, ...]:
+    """Refuse values that training would refuse; return warnings of values that are far from all training rows."""
+    mean, deviation = facts.scale_of(window.channels, window.values)
     warnings = []
-    for channel, row in enumerate(farthest):
-        distance = abs(scaled[row, channel])
-        if distance <= FAR:
-            continue
-        where = f"{window.channels[channel]!r}, {window.dates[channel][row]}: {window.values[row, channel]:g} is"
-        if distance > FARTHEST:
-            raise UserError(
-                f"{where} too far from the training rows' mean {mean[channel]:g} and deviation {deviation[channel]:g}"
-                " to be a reading: correct it or leave it empty"
-            )
-        warnings.append(
-            f"{where} {distance:.2g} deviations from the training rows' mean {mean[channel]:g}: a forecast from there"
-            " may mean nothing"
-        )
-    return (*warnings[:8], *([f"and so are values of {len(warnings) - 8} more channels"] if len(warnings) > 8 else []))
+    for channel, name in enumerate(window.channels):
+        values, distances = window.values[:, channel], np.abs(scaled[:, channel])
+        is_known = name in facts.channels
+        if not is_known:
+            distances = _distances_from_others(values)
+        row = int(distances.argmax())
+        subject = f"{name!r}, {window.dates[channel][row]}: {values[row]:g} is"
+        if is_known and abs(values[row] - mean[channel]) <= FAR * deviation[channel]:
+            subject = f"{name!r}, {window.dates[channel][row]}: what its covariates explain is"
+        rows = "training rows" if is_known else "other rows"
+        warnings += _judge(distances[row], subject, f"the {rows}' mean {mean[channel]:g}")
+    effect = np.abs(window.future_covariate_effect(facts))
+    for channel, name in enumerate(window.channels):
+        row = int(effect[:, channel].argmax())
+        date = window.future_dates[channel][row]
+        warnings += _judge(effect[row, channel], f"{name!r}, {date}: what its covariates explain is", "the mean")
+    if len(warnings) > 8:
+        warnings[8:] = [f"{len(warnings) - 8} more values are as far from the mean"]
+    return tuple(warnings)
+
+
+def _judge(distance: float, subject: str, mean: str) -> list[str]:
+    """Refuse a distance from the mean, in standard deviations, or return a warning of it if it is far."""
+    if not distance <= FARTHEST:  # NaN, too
+        raise UserError(f"{subject} too far from {mean} to be a reading: correct it or leave it empty")
+    if distance <= FAR:
+        return []
+    return [f"{subject} {distance:.2g} deviations from {mean}: a forecast from such a value may be meaningless"]
+
+
+def _distances_from_others(values: np.ndarray) -> np.ndarray:
+    """Measure how far the most extreme value is from the others, in their standard deviations; the rest are 0.
+
+    A series that is scaled by its own window hides an outlier in its deviation.
+    """
+    distances = np.zeros(len(values))
+    place = int(np.abs(values - np.median(values)).argmax())
+    others = np.delete(values, place)
+    if len(others):
+        spread = others.std() or max(abs(others.mean()), 1.0)  # constant so far
+        distances[place] = abs(values[place] - others.mean()) / spread
+    return distances
 
 
 def written_out(dates: pd.DatetimeIndex) -> list[str]:
-    """Return dates as text, all with as many digits of a second as any needs, and with their offset from UTC if any."""
+    """Format dates with the fewest fractional digits that keep all of them exact, and with their UTC offset if any."""
     precisions = (("s", "seconds"), ("ms", "milliseconds"), ("us", "microseconds"), ("ns", "nanoseconds"))
-    digits = next(name for unit, name in precisions if unit == "ns" or (dates == dates.floor(unit)).all())
-    return [date.isoformat(sep=" ", timespec=digits) for date in dates]
+    precision = next(name for unit, name in precisions if unit == "ns" or (dates == dates.floor(unit)).all())
+    return [date.isoformat(sep=" ", timespec=precision) for date in dates]
 
 
 def write_forecast(folder: Path, forecast: Forecast) -> None:
-    """Write forecast.csv and forecast.png, the forecast behind its window."""
+    """Write forecast.csv, and forecast.png with the forecast after its context."""
     frame = forecast.as_frame()
     dates = "ds" if forecast.window.is_long else "date"
     frame[dates] = written_out(pd.DatetimeIndex(frame[dates]))
@@ -174,19 +195,19 @@ def _draw(folder: Path, forecast: Forecast) -> None:
     count, steps = len(window.channels), len(forecast.values)
     if window.is_long:
         numbers = _series_to_show(folder / SERIES_FILE, window.channels)
-        title = f"{steps} steps after the end of each series ({len(numbers)} of {count}, by test error)"
+        title = f"{steps} steps after the end of each series ({len(numbers)} of {count} series, by test error)"
     else:
         numbers = list(range(min(count, MOST_CHANNELS)))
-        left_out = f" (the first {len(numbers)} of {count} channels)" if len(numbers) < count else ""
-        title = f"{steps} steps after {window.dates[0][-1]}{left_out}"
+        selection = f" (the first {len(numbers)} of {count} channels)" if len(numbers) < count else ""
+        title = f"{steps} steps after {window.dates[0][-1]}{selection}"
     drawn = [
         DrawnForecast(
-            window.channels[number],
-            window.dates[number],
-            window.values[:, number],
-            window.future_dates[number],
-            forecast.values[:, number],
-            {level: half[:, number] for level, half in forecast.half_widths.items()},
+            name=window.channels[number],
+            context_dates=window.dates[number],
+            context=window.values[:, number],
+            dates=window.future_dates[number],
+            values=forecast.values[:, number],
+            half_widths={level: half[:, number] for level, half in forecast.half_widths.items()},
         )
         for number in numbers
     ]
@@ -194,11 +215,15 @@ def _draw(folder: Path, forecast: Forecast) -> None:
 
 
 def _series_to_show(scores: Path, names: Sequence[str]) -> list[int]:
-    """Return the numbers of the best, the worst and some series between, as a test has scored them; else of some."""
+    """Choose series evenly from the best to the worst test MSE; evenly by position if none was tested."""
     number_of = {name: number for number, name in enumerate(names)}
     order = list(number_of.values())
     if scores.is_file():
-        tested = pd.read_csv(scores, dtype={"unique_id": str}, keep_default_na=False).sort_values("mse", kind="stable")
-        order = [number_of[name] for name in tested["unique_id"] if name in number_of] or order
+        try:
+            tested = pd.read_csv(scores, dtype={"unique_id": str, "mse": float}, keep_default_na=False)
+            tested = tested.sort_values("mse", kind="stable")["unique_id"]
+        except Exception as problem:  # pandas can raise anything for a damaged file
+            raise UserError(f"{scores} is damaged ({first_line(problem)}): test again to write it anew") from problem
+        order = [number_of[name] for name in tested if name in number_of] or order
     places = np.linspace(0, len(order) - 1, min(len(order), SERIES_SHOWN)).round().astype(int)
     return [order[place] for place in places]

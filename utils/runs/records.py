@@ -1,4 +1,4 @@
-"""The text files of a run folder: args.json, metrics.json, history.csv."""
+"""Write the records of a run folder: args.json, metrics.json, series.csv, history.csv and test forecasts."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ from utils.runs.checkpoint import Checkpoint
 from utils.runs.intervals import Calibration
 from utils.runs.metrics import SERIES_FILE, KeptForecasts, Scores
 from utils.runs.pictures import DrawnWindow, draw_history, draw_windows
-from utils.system.files import UNFINISHED, atomic_write, back_up, hash_of, write_text
+from utils.system.files import UNFINISHED, atomic_write, back_up, write_text
 from utils.system.gpu import is_gpu, peak_allocated
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "numpy", "pandas", "scikit-learn", "tqdm")
@@ -34,36 +34,21 @@ HISTORY_COLUMNS = (
     *("attention_entropy", "prototype_rms"),
 )
 
-
-# What training writes. Of an earlier run of the same name they are kept, under names with an `.old` behind.
+# The files of a run; those of an earlier run with the same name are renamed to *.old.
 _FILES = (
-    *("checkpoint", "last", "args.json", "metrics.json", "history.csv", "history.png", "calibration.npz"),
-    *(
-        "errors.png",
-        "pred.npy",
-        "true.npy",
-        "test.png",
-        "forecast.csv",
-        "forecast.png",
-        "prototypes.png",
-        SERIES_FILE,
-        "tensorboard",
-    ),
+    *("checkpoint", "last", "args.json", "metrics.json", "history.csv", "history.png", "calibration.npz", "errors.png"),
+    *("pred.npy", "true.npy", "test.png", "forecast.csv", "forecast.png", "prototypes.png", SERIES_FILE, "tensorboard"),
 )
 
 
 def open_run_folder(folder: Path, flags: dict, data_sha256: str, device: str, resumes: bool) -> None:
-    """Make the run folder and write args.json: every flag, a hash of the CSV, the versions of the packages, the device.
+    """Create the run folder and write args.json: all flags, the CSV's hash, the package versions and the device.
 
-    Training starts with a clean set of files: those of an earlier run of the same name are kept as *.old, *.old2
-    and so on. A test of the run's own checkpoint leaves its args.json as it is.
+    A new training run renames the files of an earlier run with the same name to *.old, *.old2 and so on. A test of the
+    run's own checkpoint does not change args.json.
 
     Args:
-        folder: the run folder.
-        flags: all of the run's.
-        data_sha256: of its CSV.
-        device: that it runs on.
-        resumes: whether training goes on with the files that are there.
+        resumes: whether training continues with the files in the folder.
 
     Raises:
         UserError: if the folder cannot be written.
@@ -80,18 +65,18 @@ def open_run_folder(folder: Path, flags: dict, data_sha256: str, device: str, re
                 _keep_earlier_files(folder)
     except OSError as problem:
         raise UserError(f"cannot write to {folder}: {problem.strerror or problem} (--checkpoints)") from problem
-    what_ran = {**flags, "data_sha256": data_sha256, "versions": _versions(), "device": device}
-    _write_json(folder / "args.json", what_ran)
+    args = {**flags, "data_sha256": data_sha256, "versions": _versions(), "device": device}
+    _write_json(folder / "args.json", args)
 
 
 def _versions() -> dict[str, str | None]:
-    # Torch's own word tells the build, 2.13.0+cu130; the package's may not.
+    # torch.__version__ includes the build, such as 2.13.0+cu130; the package metadata may not.
     packages = {name: _version(name) for name in _PACKAGES} | {"torch": str(torch.__version__)}
     return {"python": platform.python_version()} | packages
 
 
 def _version(package: str) -> str | None:
-    """Return an installed package's version, None if it is not there: bitsandbytes is needed for 4 bits alone."""
+    """Return the version of a package, None if it is not installed: bitsandbytes is optional."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -100,9 +85,8 @@ def _version(package: str) -> str | None:
 
 def _keep_earlier_files(folder: Path) -> None:
     present = [folder / name for name in _FILES if (folder / name).exists()]
-    if not any(_holds_results(file) for file in present):
-        return  # a run that was stopped before its first step
-    back_up(present)
+    if any(_holds_results(file) for file in present):  # else the run was stopped before its first step
+        back_up(present)
 
 
 def _holds_results(file: Path) -> bool:
@@ -125,11 +109,11 @@ def write_metrics(
 
     Args:
         folder: the run folder.
-        figures: errors of the best checkpoint, see `UnitErrors.figures`.
-        intervals: see `IntervalScores.figures`; empty if none were asked for.
-        naive: of the seasonal-naive forecast on the same windows; None if a window holds no season.
-        seconds: that the test took.
-        llm: of the model, None if it has none.
+        figures: the errors of the best checkpoint, see `UnitErrors.compute`.
+        intervals: see `IntervalScores.compute`; empty without levels.
+        naive: the errors of the seasonal naive forecast on the same windows; None if a window is shorter than a season.
+        seconds: the duration of the test.
+        llm: the model's LLM, None if it has no LLM.
         cost: see `cost_of`.
         origin: see `origin_of`.
     """
@@ -147,7 +131,7 @@ def write_metrics(
 
 
 def write_series(folder: Path, per_channel: dict[str, dict]) -> None:
-    """Write series.csv: the errors of each series of a long CSV, a row each."""
+    """Write series.csv: one row with the errors of each series of a long CSV."""
     text = io.StringIO()
     columns = ["unique_id", *next(iter(per_channel.values()))]
     rows = csv.DictWriter(text, columns, lineterminator="\n")
@@ -157,17 +141,24 @@ def write_series(folder: Path, per_channel: dict[str, dict]) -> None:
 
 
 def origin_of(
-    checkpoint: Checkpoint, flags: dict, csv: Path, data_sha256: str, eval_windows: int, ended_state: str
+    checkpoint: Checkpoint,
+    flags: dict,
+    csv: Path,
+    data_sha256: str,
+    prompt_sha256: str,
+    eval_windows: int,
+    ended_state: str,
 ) -> dict:
-    """Return what metrics.json says of where its scores are from.
+    """Build the entries of metrics.json that tell which weights, data and flags its scores belong to.
 
     Args:
-        checkpoint: the weights.
-        flags: all of the test's.
+        checkpoint: the tested checkpoint.
+        flags: all flags of the test.
         csv: the data.
-        data_sha256: of the CSV as it was read.
-        eval_windows: how many windows at most, 0 for all.
-        ended_state: the SHA-256 of the run's `last`, if that says that training has ended; else empty.
+        data_sha256: the hash of the CSV when it was read.
+        prompt_sha256: the hash of --prompt_file when it was read; empty without one.
+        eval_windows: the maximum number of windows, 0 for all.
+        ended_state: the SHA-256 of the run's `last` if training has ended, else empty.
     """
     return {
         "checkpoint": str(checkpoint.path),
@@ -175,17 +166,16 @@ def origin_of(
         "ended_state_sha256": ended_state,
         "data": str(csv),
         "data_sha256": data_sha256,
-        "prompt_file_sha256": hash_of(Path(flags["prompt_file"])),
+        "prompt_file_sha256": prompt_sha256,
         "eval_windows": eval_windows,
         "flags": flags,
     }
 
 
 def cost_of(model: nn.Module, device: torch.device, seconds_per_step: float | None) -> dict:
-    """Return what a model took: trainable parameters, seconds a step if it was trained, bytes at the worst moment.
+    """Collect the cost of a model: trainable parameters, seconds per training step, and peak memory in bytes.
 
-    The seconds are those of all processes that trained it.
-    The bytes are those of tensors on a GPU, and all that the process held of memory where there is none.
+    The peak memory is that of the tensors on a GPU, or of the whole process on a CPU.
     """
     return {
         "trainable_parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -197,43 +187,35 @@ def cost_of(model: nn.Module, device: torch.device, seconds_per_step: float | No
 def _peak_of_process() -> int:
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
-    import resource  # not under Windows
+    import resource  # not available on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def write_predictions(
-    folder: Path,
-    kept: KeptForecasts,
-    windows: WindowDataset,
-    calibration: Calibration | None,
-    levels: Sequence[int],
+    folder: Path, kept: KeptForecasts, windows: WindowDataset, calibration: Calibration | None, levels: Sequence[int]
 ) -> None:
     """Write pred.npy and true.npy, (windows, pred_len), and test.png with the best, the median and the worst window.
 
-    Args:
-        folder: the run folder.
-        kept: of the test.
-        windows: those of the split.
-        calibration: of the intervals to draw; None if no levels are asked for.
-        levels: of those, in per cent.
+    Intervals of the given levels are drawn; without levels the calibration may be None.
     """
-    forecast, target = kept.forecast, kept.target
-    for name, values in (("pred.npy", forecast), ("true.npy", target)):
+    test = kept.compute()
+    for name, values in (("pred.npy", test.forecast), ("true.npy", test.target)):
         atomic_write(folder / name, lambda file, values=values: np.save(file, values))
-    is_scored = ~np.isnan(target).all(axis=-1)
-    errors = np.full(len(target), np.inf)
-    errors[is_scored] = np.nanmean(np.square(forecast - target)[is_scored], axis=-1)
+    is_scored = ~np.isnan(test.target).all(axis=-1)
+    errors = np.full(len(test.target), np.inf)
+    errors[is_scored] = np.nanmean(np.square(test.forecast - test.target)[is_scored], axis=-1)
     order = errors.argsort()[: is_scored.sum()]
     drawn = []
-    for title, place in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
-        number = int(kept.numbers[place])
+    for rank, place in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
+        number = int(test.numbers[place])
         context = windows.__getitems__([number])[0][0, :, 0]
         channel = windows.channel_of([number])
-        name = f"{title} of {len(errors)}: window {number}, {windows.channels[channel[0]]}, MSE {errors[place]:.4f}"
-        shown = Normalize()(context)[1].deviation.numpy()
-        half_widths = {level: calibration.half_widths(level, channel, shown)[0] for level in levels}
-        drawn.append(DrawnWindow(name, windows.whole_context(number), target[place], forecast[place], half_widths))
+        title = f"{rank} of {len(errors)}: window {number}, {windows.channels[channel[0]]}, MSE {errors[place]:.4f}"
+        deviation = Normalize()(context)[1].deviation.numpy()
+        half_widths = {level: calibration.half_widths(level, channel, deviation)[0] for level in levels}
+        whole_context = windows.whole_context(number)
+        drawn.append(DrawnWindow(title, whole_context, test.target[place], test.forecast[place], half_widths))
     draw_windows(folder / "test.png", drawn)
 
 
@@ -242,15 +224,15 @@ def _write_json(path: Path, contents: dict) -> None:
 
 
 class History:
-    """history.csv: a row a validation, written as soon as it is known; and history.png, its picture.
+    """Writer of history.csv, with one row per validation, and of its plot history.png.
 
-    They are records: where one cannot be written (Excel under Windows keeps others from a file that it shows), that is
-    said once, and it is written with the next row. The rows are in the state to resume from, too. The picture is drawn
-    again at most once a second, and at the end.
+    A file that cannot be written, for example because Excel has it open on Windows, only causes a warning; it is
+    written with the next row. The state to resume from also holds the rows. The plot is updated at most once a second,
+    and at the end.
 
     Args:
         path: the CSV.
-        rows: of the run so far, if it is resumed: lists of cells.
+        rows: the rows of a resumed run, as lists of cells.
     """
 
     def __init__(self, path: Path, rows: Sequence[list[str]] = ()):
@@ -261,14 +243,14 @@ class History:
         self._write()
 
     def add(self, **row: float | None) -> None:
-        """Append a row; a column that is not given, or None, stays empty."""
+        """Append a row; columns that are missing or None stay empty."""
         self.rows.append(["" if row.get(name) is None else str(row[name]) for name in HISTORY_COLUMNS])
         self._write()
         if time.monotonic() - self._drawn_at > 1:
             self._draw()
 
     def finish(self) -> None:
-        """Write the rows that could not be written before, or say that they are missing, and draw all."""
+        """Draw the final plot, and write rows that could not be written before, or warn that they are missing."""
         if self._rows_drawn < len(self.rows):
             self._draw()
         if self._is_behind:
@@ -278,7 +260,7 @@ class History:
 
     def _write(self) -> None:
         text = io.StringIO()
-        # A run that an earlier version began has fewer columns.
+        # The rows of a run that an earlier version started have fewer columns.
         padded = [[*row, *[""] * (len(HISTORY_COLUMNS) - len(row))] for row in self.rows]
         csv.writer(text).writerows([HISTORY_COLUMNS, *padded])
         self._is_behind = not self._is_written(lambda: write_text(self.path, text.getvalue()))
@@ -289,12 +271,12 @@ class History:
         self._is_written(lambda: draw_history(self.path.with_suffix(".png"), rows))
 
     def _is_written(self, write: Callable[[], None]) -> bool:
-        """Return whether a file could be written; the first that could not is told."""
+        """Write a file and return whether that succeeded; only the first failure prints a warning."""
         try:
             write()
         except UserError as problem:
             if not self._has_warned:
-                print(f"Warning: {problem}; training goes on, it is tried again at the next validation", flush=True)
+                print(f"Warning: {problem}; training continues, the next validation tries again", flush=True)
             self._has_warned = True
             return False
         return True

@@ -1,4 +1,4 @@
-"""One training run a folder."""
+"""Lock a run folder, so that only one process trains in it."""
 
 import contextlib
 import json
@@ -12,13 +12,13 @@ from utils.errors import UserError
 
 
 class RunLock:
-    """While it is entered, no other process can enter the lock of the same folder.
+    """A context manager that holds the lock of a run folder against other processes.
 
-    The lock is the operating system's: it falls with its owner, however that ends. Beside it lies a note of who
-    the owner is.
+    The operating system releases the lock when its owner ends, however that happens. A file beside the lock names the
+    owner.
 
     Args:
-        folder: the run folder; made if need be.
+        folder: the run folder; created if it does not exist.
     """
 
     def __init__(self, folder: Path):
@@ -30,12 +30,12 @@ class RunLock:
         """Take the lock.
 
         Raises:
-            UserError: if another process has it, or the folder cannot be written.
+            UserError: if another process holds it, or the folder cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
-            self._owner.unlink(missing_ok=True)  # of an owner that was killed; "x" writes through no link
+            self._owner.unlink(missing_ok=True)  # left by a killed owner; mode "x" does not write through a link
             with self._owner.open("x", encoding="utf-8") as file:
                 json.dump({"process": os.getpid(), "host": platform.node()}, file)
         except Timeout as problem:
@@ -52,12 +52,12 @@ class RunLock:
     def __exit__(self, *problem) -> None:
         with contextlib.suppress(OSError):
             self._owner.unlink(missing_ok=True)
-        # The lock's file stays: who waited for it would hold a file that has no name any more, beside the next owner.
+        # Deleting the lock file would let a waiting process lock the deleted file while a third locks a new one.
         self._lock.release()
 
     def _describe_owner(self) -> str:
         try:
             owner = json.loads(self._owner.read_text(encoding="utf-8"))
             return f"process {owner['process']} on {owner['host']}"
-        except (OSError, ValueError, RecursionError, KeyError, TypeError):  # it may be half-written
+        except (OSError, ValueError, RecursionError, KeyError, TypeError):  # the file may be half-written
             return "another process"

@@ -1,4 +1,4 @@
-"""A trained run that forecasts beyond the end of its data: for --predict and, from Python, for `load_run`."""
+"""Forecast with a trained run, for --predict and for `load_run` from Python."""
 
 import argparse
 import warnings
@@ -32,18 +32,18 @@ _HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainedRun:
-    """A run's best weights and its LLM, loaded once; `utils.runs.load_run` returns one.
+    """A run with its best weights and its LLM, loaded once, as `utils.runs.load_run` returns it.
 
     Args:
         saved: the run's checkpoint.
         args: the flags to forecast with.
-        mixed_precision: as accelerate names it: no, bf16 or fp16.
-        model: with the checkpoint's weights; None builds it when it is needed.
+        mixed_precision: no, bf16 or fp16, as in accelerate.
+        model: the model with the checkpoint's weights; None to build the model on first use.
 
     Attributes:
-        channels: the columns that it forecasts, in their order.
-        seq_len: rows that it sees.
-        pred_len: rows that it forecasts.
+        channels: the columns to forecast, in order.
+        seq_len: the rows of the context.
+        pred_len: the rows of the horizon.
     """
 
     def __init__(
@@ -64,40 +64,40 @@ class TrainedRun:
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device | None = None, **changes: object) -> "TrainedRun":
-        """Load a run from its folder, see `utils.runs.load_run`."""
+        """Load a run from its folder; see `utils.runs.load_run`."""
         if not (folder / "checkpoint").is_file():
             raise UserError(f"no checkpoint in {folder}: name the folder of a run that was trained")
         saved = read_checkpoint(folder / "checkpoint")
         args = flags_to_test(saved, changes)
         check_options(args)
         if args.model == "SeasonalNaive" and not args.season and not csv_path(args).is_file():
-            raise UserError(
-                f"no {csv_path(args)} to read the season off: say where it is, with root_path= and data_path="
-            )
+            raise UserError(f"no {csv_path(args)} to find the season in: give its place with root_path= and data_path=")
         check_environment()
         _choose_device(device)
         accelerator = build_accelerator(args.seed, 1, args.use_amp, shares_buffers=not has_llm(args))
         run = cls(saved, args, accelerator.mixed_precision)
-        with torch.random.fork_rng():  # the caller has a generator of their own
+        with torch.random.fork_rng():  # keeps the caller's random state
             torch.manual_seed(args.seed)
-            run.model.eval()  # what is wrong with it is said now
+            run.model.eval()  # builds the model now, so that errors appear on loading
         return run
 
     def predict(self, frame: pd.DataFrame, level: Sequence[int] | int = ()) -> pd.DataFrame:
-        """Forecast the `pred_len` rows after the last one of a frame, in its own units, as `--predict` does.
+        """Forecast the `pred_len` rows after the last row of a frame, in its own units, as `--predict` does.
 
         Args:
-            frame: like the run's CSV: a column `date`, or dates as index, and the run's channels; at least `seq_len`
-                rows. Older rows only fill a gap at the beginning of the window. Or a long frame, with `unique_id`, `ds`
-                and `y`. With covariates, `pred_len` more rows that have only these.
-            level: of prediction intervals, in per cent, such as `[80, 95]`. The run must have been tested with --level.
+            frame: at least `seq_len` rows with the columns of the run's CSV: `date` (or dates as the index) and the
+                run's channels, or `unique_id`, `ds` and `y` for a long frame. Rows before the context only fill gaps
+                at its start. Covariates need `pred_len` more rows in which only they have values.
+            level: the levels of prediction intervals, in percent, such as `[80, 95]`. The run must have been tested
+                with --level.
 
         Returns:
-            The columns of forecast.csv: `date`, and each channel `x`, followed by `x-lo-95`, `x-lo-80`, `x-hi-80`,
-            `x-hi-95`; of a long frame `unique_id`, `ds`, `y` and its bounds.
+            The columns of forecast.csv: `date`, and each channel `x` followed by `x-lo-95`, `x-lo-80`, `x-hi-80` and
+            `x-hi-95`; for a long frame `unique_id`, `ds`, `y` and its bounds.
 
         Raises:
-            UserError: if the frame has other channels, too few rows or cells that are no numbers, or a level is wrong.
+            UserError: if the frame has other channels, too few rows or cells that are not numbers, or a level is
+                invalid.
         """
         levels = [level] if np.ndim(level) == 0 else list(level)
         if not all(isinstance(one, Integral) for one in levels):
@@ -111,21 +111,21 @@ class TrainedRun:
         return forecast.as_frame()
 
     def forecast(self, table: Table, levels: Sequence[int], calibrated: Calibration | Path | None) -> Forecast:
-        """Forecast the rows after a table's last ones.
+        """Forecast the rows after the last rows of a table.
 
         Args:
             table: the data.
-            levels: of prediction intervals, in per cent, in ascending order.
+            levels: the levels of prediction intervals, in percent, in ascending order.
             calibrated: the calibration of the intervals, or the run folder that holds it.
 
         Raises:
-            UserError: if the table does not fit the checkpoint, or there is no calibration.
+            UserError: if the table does not fit the checkpoint, or the calibration is missing.
         """
         facts = self._saved.data
         check_channels(facts, table.channels, table.is_long, table.source)
         check_columns(table.channels, table.is_long, levels)
         window = last_window(table, self.seq_len, self.pred_len)
-        window.future_covariate_effect(facts)  # what is missing is said before the LLM is loaded
+        window.future_covariate_effect(facts)  # finds missing covariates before the LLM is loaded
         if levels and isinstance(calibrated, Path):
             calibrated = load_calibration(calibrated, self._saved, table.channels, levels)
         batch_size = self.args.eval_batch_size or self.args.batch_size
@@ -135,14 +135,10 @@ class TrainedRun:
 
 
 def build_trained(saved: Checkpoint, args: argparse.Namespace) -> Forecaster:
-    """Build the model of a checkpoint, with its weights.
-
-    Args:
-        saved: the checkpoint, which may be a stranger's.
-        args: the flags, see `flags_to_test`.
+    """Build the model of a checkpoint, which need not be trusted, with flags of `flags_to_test`; load its weights.
 
     Raises:
-        UserError: if the flags are not those of its weights, or the LLM is missing or another one.
+        UserError: if the weights do not fit the flags, or the LLM is missing or not the run's.
     """
     check_flags(saved, vars(args))
     check_shapes(saved, weight_shapes(args))
@@ -154,7 +150,7 @@ def build_trained(saved: Checkpoint, args: argparse.Namespace) -> Forecaster:
 
 
 def _choose_device(device: str | torch.device | None) -> None:
-    """Load everything from now on onto a device, or onto the default one."""
+    """Set the device for everything that is loaded from now on; None for the default device."""
     PartialState._reset_state()
     if device is not None:
         device = torch.device(device)

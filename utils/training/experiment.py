@@ -33,6 +33,8 @@ from utils.runs.prediction import check_columns, write_forecast
 from utils.runs.records import open_run_folder, origin_of
 from utils.runs.run_lock import RunLock
 from utils.runs.trained import TrainedRun
+from utils.system.files import hash_of
+from utils.system.plotting import check_backend
 from utils.system.processes import (
     check_same_on_all_ranks,
     exists_on_all_ranks,
@@ -79,12 +81,13 @@ def print_plan(args: argparse.Namespace) -> None:
         print(full_report(args))
 
 
-def prepare_demo(args: argparse.Namespace) -> None:
-    """Make the data and the LLM of --demo, where they are missing.
+def prepare(args: argparse.Namespace) -> None:
+    """Check what libraries read of the environment, and make the data and the LLM of --demo, where they are missing.
 
     Raises:
-        UserError: if they cannot be written.
+        UserError: if a variable is wrong, or the files cannot be written.
     """
+    check_backend()
     try:
         if is_demo_default(args, "data_path"):
             write_demo_csv(csv_path(args))
@@ -111,7 +114,7 @@ class _Setup:
         model: not prepared yet.
         splits: train, val, test and `final test`, the windows of the test at the end.
         run: its folder, flags and data.
-        initial_checkpoint: what it begins with: `last` where training continues, `checkpoint` for a test, else None.
+        prompt_sha256: the hash of --prompt_file when the model read it; empty without one.
     """
 
     args: argparse.Namespace
@@ -119,15 +122,15 @@ class _Setup:
     model: Forecaster
     splits: dict[str, Split]
     run: Run
-    initial_checkpoint: Checkpoint | None
+    prompt_sha256: str
 
 
 def _run_repetition(args: argparse.Namespace, repetition: int, series: Series, interrupts: Interrupts) -> None:
     """Train, test and, if asked for, forecast; or test a trained model."""
     if args.predict:
         series.last_window()  # what it lacks is said first
-    setup = _set_up(args, repetition, series)
-    accelerator, run, bare_model, saved = setup.accelerator, setup.run, setup.model, setup.initial_checkpoint
+    setup, saved = _set_up(args, repetition, series)
+    accelerator, run, bare_model = setup.accelerator, setup.run, setup.model
     if not args.is_training:
         load_checkpoint(saved, bare_model, run.flags, run.data)  # before anything is written
         _say_if_trained_on(accelerator, series, saved)
@@ -137,7 +140,9 @@ def _run_repetition(args: argparse.Namespace, repetition: int, series: Series, i
     seed_rank(accelerator, args.seed)
     with RunLock(run.folder) if args.is_training and accelerator.is_main_process else nullcontext():
         if args.is_training:
-            seconds_per_step = _train(setup, model, series.table.sha256, interrupts)
+            trainer = _prepare_training(setup, model, saved, series.table.sha256, interrupts)
+            del saved  # its weights and optimizer state would take memory during training
+            seconds_per_step = _train(setup, trainer)
             saved = read_checkpoint(run.folder / "checkpoint")
             load_checkpoint(saved, bare_model, run.flags, run.data)
         elif accelerator.is_main_process:
@@ -150,8 +155,11 @@ def _run_repetition(args: argparse.Namespace, repetition: int, series: Series, i
             _write_forecast(accelerator, trained, series.table, args.level, calibration, run.folder)
 
 
-def _set_up(args: argparse.Namespace, repetition: int, series: Series) -> _Setup:
-    """Start the processes, check what can be checked, and build the model."""
+def _set_up(args: argparse.Namespace, repetition: int, series: Series) -> tuple[_Setup, Checkpoint | None]:
+    """Start the processes, check what can be checked, and build the model; return what it begins with, too.
+
+    That is `last` where training continues, `checkpoint` for a test, else None.
+    """
     accelerator = _start(args)
     check_same_on_all_ranks(series.table.sha256, str(series.source))
     check_optimizer(args.optimizer, accelerator.device)
@@ -169,6 +177,7 @@ def _set_up(args: argparse.Namespace, repetition: int, series: Series) -> _Setup
         saved = read_last(folder / "last")
     if has_llm(args):
         accelerator.print(memory_in_short(args))
+    prompt_sha256 = hash_of(Path(args.prompt_file))
     model = build(args, basis=saved.basis if saved else None, season=_season(args, series.table))
     if args.is_training and args.auto_batch_size and list(model.parameters()):
         if saved:
@@ -183,7 +192,8 @@ def _set_up(args: argparse.Namespace, repetition: int, series: Series) -> _Setup
             accelerator.print(
                 f"Linear residual: fitted to the training windows; its MSE on all validation windows is {error:.7f}"
             )
-    return _Setup(args, accelerator, model, splits, Run(folder, vars(args), series.facts()), saved)
+    run = Run(folder, vars(args), series.facts())
+    return _Setup(args, accelerator, model, splits, run, prompt_sha256), saved
 
 
 def _start(args: argparse.Namespace) -> Accelerator:
@@ -223,24 +233,30 @@ def _introduce(accelerator: Accelerator, model: Forecaster, splits: dict[str, Sp
         accelerator.print(line)
 
 
-def _train(setup: _Setup, model: Module, data_sha256: str, interrupts: Interrupts) -> float | None:
-    """Train, from the start or from a `last`; return the seconds of a step."""
-    accelerator, run, last = setup.accelerator, setup.run, setup.initial_checkpoint
+def _prepare_training(
+    setup: _Setup, model: Module, last: Checkpoint | None, data_sha256: str, interrupts: Interrupts
+) -> Trainer:
+    """Open the run folder and return a trainer at the start, or where a `last` continues."""
+    accelerator, run = setup.accelerator, setup.run
     training = load_last(last, run, setup.model) if last else None
     if training:
         accelerator.print(f"Resuming at step {training['steps']}, epoch {training['epoch']}")
     if accelerator.is_main_process:
         open_run_folder(run.folder, run.flags, data_sha256, str(accelerator.device), bool(last))
     accelerator.print(f"Run folder: {run.folder}")
-    start_reporting(accelerator, setup.args.report_to, run.folder, run.flags)
     config, target = TrainConfig.of(setup.args), headline_target(setup.args)
-    trainer = Trainer(config, accelerator, model, setup.splits, target, run, interrupts, training)
+    return Trainer(config, accelerator, model, setup.splits, target, run, interrupts, training)
+
+
+def _train(setup: _Setup, trainer: Trainer) -> float | None:
+    """Train; return the seconds of a step."""
+    start_reporting(setup.accelerator, setup.args.report_to, setup.run.folder, setup.run.flags)
     try:
         trainer.fit()
     finally:
-        stop_reporting(accelerator)
-    accelerator.wait_for_everyone()
-    exists_on_all_ranks(run.folder / "checkpoint")
+        stop_reporting(setup.accelerator)
+    setup.accelerator.wait_for_everyone()
+    exists_on_all_ranks(setup.run.folder / "checkpoint")
     return trainer.state.seconds_per_step
 
 
@@ -248,7 +264,8 @@ def _calibrate(setup: _Setup, model: Module, saved: Checkpoint) -> Calibration:
     """Calibrate the intervals; a calibration on other data does not take the place of the run's own."""
     folder, args = setup.run.folder, setup.args
     tests_itself = not args.is_training and folder.resolve() == saved.path.parent.resolve()
-    keep_in = None if tests_itself and saved.data.changed_fields(setup.run.data) else folder
+    is_other = saved.data.changed_fields(setup.run.data, may_be_subset=True)
+    keep_in = None if tests_itself and is_other else folder
     return calibrate(setup.accelerator, model, setup.splits["val"], saved.sha256, keep_in)
 
 
@@ -257,7 +274,9 @@ def _test_setup(setup: _Setup, series: Series, saved: Checkpoint, calibration: C
     naive = None
     if season <= args.seq_len:
         naive = build(argparse.Namespace(**{**vars(args), "model": "SeasonalNaive"}), season=season)
-    ended = _ended_state(setup.accelerator, setup.run.folder)
+    last = setup.run.folder / "last"
+    # Training that has just returned has ended; the state that an earlier one left must say so.
+    ended = hash_of(last) if args.is_training else _ended_state(setup.accelerator, last.parent)
     windows = flags_of_final_test(args).eval_windows
     return TestSetup(
         split=setup.splits["final test"],
@@ -265,7 +284,9 @@ def _test_setup(setup: _Setup, series: Series, saved: Checkpoint, calibration: C
         naive_errors=series.seasonal_errors(season),
         target=headline_target(args),
         naive=naive,
-        origin=origin_of(saved, setup.run.flags, csv_path(args), series.table.sha256, windows, ended),
+        origin=origin_of(
+            saved, setup.run.flags, csv_path(args), series.table.sha256, setup.prompt_sha256, windows, ended
+        ),
         calibration=calibration,
         levels=args.level,
         keeps_forecasts=args.save_predictions,
@@ -275,7 +296,7 @@ def _test_setup(setup: _Setup, series: Series, saved: Checkpoint, calibration: C
 def _ended_state(accelerator: Accelerator, folder: Path) -> str:
     """Return the hash of a run's `last` if training has ended by it; a damaged one is reported, but stops no test."""
     try:
-        return ended_state(folder)
+        return ended_state(folder) if accelerator.is_main_process else ""  # only that process writes it down
     except UserError as problem:
         accelerator.print(f"Note: {problem}")
         return ""

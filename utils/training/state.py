@@ -147,9 +147,13 @@ class TrainState:
             Exception: of any kind, if they are of other ones.
         """
         self.optimizer.load_state_dict(training["optimizer"])
-        for parameter, own in self.optimizer.optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                if name in own and own[name].shape != parameter.shape:
+        inner = self.optimizer.optimizer
+        trained = [parameter for group in inner.param_groups for parameter in group["params"]]
+        for parameter in trained if self.steps else ():
+            own = inner.state[parameter]
+            # bitsandbytes keeps the moments in blocks of another shape.
+            for name in ("exp_avg", "exp_avg_sq") if type(inner) in (torch.optim.Adam, torch.optim.AdamW) else ():
+                if own[name].shape != parameter.shape:
                     raise ValueError(f"{name} of shape {own[name].shape}, not {parameter.shape}")
         if training["schedule"].keys() != self.schedule.state_dict().keys():
             raise ValueError("a schedule of another kind")

@@ -98,6 +98,8 @@ class Trainer:
         self.memory_is_watched = True
         self.validating_seconds = self.step_started = 0.0
         rows = self.state.load(training, run) if training else []
+        if self.state.batch > len(splits["train"].loader):
+            raise UserError(f"{run.folder / 'last'} is damaged (its batch is beyond the epoch): leave out --resume")
         self.was_scored = bool(rows)
         self.history = History(run.folder / "history.csv", rows) if accelerator.is_main_process else None
 
