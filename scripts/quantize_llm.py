@@ -23,7 +23,7 @@ from utils.errors import UserError
 from utils.llm.choice import load_pretrained
 from utils.llm.loading import nf4
 from utils.llm.quiet import quiet_transformers
-from utils.system.files import rename, unfinished_name
+from utils.system.files import UNFINISHED, rename, unfinished_name
 from utils.system.gpu import is_gpu, of_this_machine
 
 
@@ -43,6 +43,8 @@ def quantize_llm(source: str, target: Path) -> None:
     options = {"config": config, "dtype": "auto", "quantization_config": nf4(torch.float32), "device_map": {"": device}}
     model = load_pretrained(AutoModel, source, **options)
     tokenizer = load_pretrained(AutoTokenizer, source)
+    for leftover in target.parent.glob(f"{target.name}.*{UNFINISHED}"):
+        shutil.rmtree(leftover, ignore_errors=True)  # gigabytes of a run that was killed
     unfinished = unfinished_name(target)
     try:
         unfinished.mkdir(parents=True)

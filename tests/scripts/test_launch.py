@@ -157,8 +157,11 @@ def leave_scores(args, repetition=0):
     folder.mkdir(parents=True)
     for name in ("checkpoint", "last"):
         (folder / name).write_text(name, encoding="utf-8")
+    flags = vars(flags_of_repetition(args, repetition))
+    trained = {**flags, "data_sha256": hash_of(csv_path(args))}
+    (folder / "args.json").write_text(json.dumps(trained), encoding="utf-8")
     metrics = {
-        "flags": vars(flags_of_repetition(args, repetition)),
+        "flags": flags,
         "eval_windows": flags_of_final_test(args).eval_windows,
         "data_sha256": hash_of(csv_path(args)),
         "prompt_file_sha256": "",

@@ -264,8 +264,7 @@ def _calibrate(setup: _Setup, model: Module, saved: Checkpoint) -> Calibration:
     """Calibrate the intervals; a calibration on other data does not take the place of the run's own."""
     folder, args = setup.run.folder, setup.args
     tests_itself = not args.is_training and folder.resolve() == saved.path.parent.resolve()
-    is_other = saved.data.changed_fields(setup.run.data, may_be_subset=True)
-    keep_in = None if tests_itself and is_other else folder
+    keep_in = None if tests_itself and saved.data.changed_fields(setup.run.data) else folder
     return calibrate(setup.accelerator, model, setup.splits["val"], saved.sha256, keep_in)
 
 
