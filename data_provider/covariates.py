@@ -1,7 +1,7 @@
-"""Columns that are known in advance: what they explain of each channel is taken off before a model sees it.
+"""Covariates: columns known in advance, whose effect on each channel is removed before a model sees the channel.
 
-As in TimesFM's XReg (Das et al., 2024): a ridge regression explains each channel from the covariates of the same row, a
-model forecasts what is left, and both are added.
+This is the XReg of TimesFM (Das et al., 2024): a ridge regression predicts each channel from the covariates of the same
+row, a model forecasts the residual, and the forecast is the sum of both.
 """
 
 from collections.abc import Sequence
@@ -18,27 +18,29 @@ from data_provider.windows import Spans
 from utils.errors import UserError, listed
 from utils.exact import HUGE
 
-# Texts that a column may have: each becomes a column of its own.
-MOST_TEXTS = 30
+# A text column is one-hot encoded: each different text adds a feature.
+_MAX_TEXTS = 30
 
 _PENALTIES = np.logspace(-2, 5, 15)
 _FOLDS = 5
 
-# Of more channels, so many choose the penalty for all: a search takes a tenth of a second.
-_CHANNELS_SEARCHED = 40
+# With more channels, this many choose the penalty for all: one search takes 0.1 seconds.
+_SEARCHED_CHANNELS = 40
 
-# A share of a channel's variance that a covariate explains only if it says what it should help to forecast.
-_TOO_GOOD = 0.999
+# Covariates that explain a larger share of a channel's variance probably leak the target.
+_LEAKAGE_SHARE = 0.999
+
+_PRINTED_CHANNELS = 8
 
 
 @dataclass(frozen=True)
 class Covariates:
-    """The covariates of a table, and of rows behind its last ones.
+    """The covariates of a table's rows and of the rows to forecast.
 
     Attributes:
-        rows: a row a date of the table.
-        future: rows behind the last known one of each channel, with their dates as index.
-        spans: which of `future` are a channel's, (channels,): `first` and `rows` of it.
+        rows: one row for each date of the table.
+        future: the rows after the last known row of each channel, with their dates as index.
+        spans: the rows of `future` that belong to each channel (`first` and `rows`).
     """
 
     rows: pd.DataFrame
@@ -48,9 +50,12 @@ class Covariates:
 
 @dataclass(frozen=True)
 class Column:
-    """How a covariate becomes numbers: a text is 1 or 0 for each of `texts`; then less `mean`, in units of `scale`.
+    """The encoding of a covariate as standardized features.
 
-    `texts` is None for a column of numbers.
+    Attributes:
+        name: the covariate's name.
+        texts: the texts of a one-hot encoded column; None for a numeric column.
+        mean, scale: one number per feature.
     """
 
     name: str
@@ -60,30 +65,27 @@ class Column:
 
     @property
     def features(self) -> list[str]:
-        """Return what to call the numbers."""
+        """The features' names."""
         return [self.name] if self.texts is None else [f"{self.name}={text}" for text in self.texts]
 
     def encode(self, values: pd.Series) -> np.ndarray:
-        """Return the numbers, (rows, features); a text that training has not seen is none of those."""
-        if self.texts is None:
-            try:
-                numbers = values.to_numpy(np.float64)[:, None]
-            except ValueError as problem:
-                raise UserError(f"covariate {self.name!r} was numbers in training: {problem}") from problem
-        else:
-            numbers = (values.astype(str).to_numpy()[:, None] == np.array(self.texts)).astype(np.float64)
-        return (numbers - self.mean) / self.scale
+        """Encode and standardize values, (rows, features); a text unseen in training matches no feature."""
+        try:
+            features = _unscaled_features(values, self.texts)
+        except ValueError as problem:
+            raise UserError(f"covariate {self.name!r} was numeric in training: {problem}") from problem
+        return (features - self.mean) / self.scale
 
 
 @dataclass(frozen=True)
 class Explainer:
-    """What the covariates explain of each channel.
+    """The linear effect of the covariates on each channel.
 
     Attributes:
-        columns: how the covariates become numbers.
+        columns: the encodings of the covariates.
         channels: the channels' names.
-        coefficients: (channels, features): of the scaled channel.
-        shares: of each channel's variance in its training rows that is explained.
+        coefficients: (channels, features), for scaled channels.
+        shares: the share of each channel's training variance that the covariates explain.
     """
 
     columns: list[Column]
@@ -92,158 +94,154 @@ class Explainer:
     shares: list[float]
 
     def as_dict(self) -> dict:
-        """Return plain values, as a checkpoint keeps them."""
+        """Convert to the plain values that a checkpoint keeps."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, kept: dict) -> Self:
-        """Return what `as_dict` was made of."""
+        """Restore an explainer from `as_dict`."""
         return cls(**{**kept, "columns": [Column(**column) for column in kept["columns"]]})
 
-    def explain(self, frame: pd.DataFrame, of_rows: Sequence[slice], channels: Sequence[str]) -> np.ndarray:
-        """Return what the covariates explain of scaled channels, one channel behind the other.
+    def explain(self, frame: pd.DataFrame, rows: Sequence[slice], channels: Sequence[str]) -> np.ndarray:
+        """Compute the covariates' effect on scaled channels, one channel after the other.
 
         Args:
             frame: the covariates.
-            of_rows: the rows of it that are each channel's.
-            channels: their names; one that was not there in training takes the others' mean coefficients.
+            rows: the rows of `frame` that belong to each channel.
+            channels: the channels' names; a channel unseen in training takes the mean coefficients of the others.
         """
         features = np.hstack([column.encode(frame[column.name]) for column in self.columns])
         known = dict(zip(self.channels, np.array(self.coefficients), strict=True))
-        usual = np.mean(self.coefficients, axis=0)
+        average = np.mean(self.coefficients, axis=0)
         return np.concatenate(
-            [features[rows] @ known.get(name, usual) for rows, name in zip(of_rows, channels, strict=True)]
+            [features[own] @ known.get(name, average) for own, name in zip(rows, channels, strict=True)]
         )
 
     def lines(self) -> list[str]:
-        """Return what to print of it, a line each of the first channels."""
+        """Format the coefficients for the console, one line per channel."""
         names = [feature for column in self.columns for feature in column.features]
         lines = []
         for channel, weights, share in zip(self.channels, self.coefficients, self.shares, strict=True):
-            told = ", ".join(f"{name} {weight:+.3g}" for name, weight in zip(names, weights, strict=True))
-            lines.append(f"Covariates | {channel}: {told} (explain {share:.1%} of its training rows)")
-        more = [f"Covariates | and of {len(lines) - 8} more channels"] if len(lines) > 8 else []
-        return lines[:8] + more
+            effects = ", ".join(f"{name} {weight:+.3g}" for name, weight in zip(names, weights, strict=True))
+            lines.append(f"Covariates | {channel}: {effects} (explain {share:.1%} of its training rows)")
+        hidden = len(lines) - _PRINTED_CHANNELS
+        return lines[:_PRINTED_CHANNELS] + ([f"Covariates | and {hidden} more channels"] if hidden > 0 else [])
 
     def warnings(self) -> list[str]:
-        """Return the channels that are explained too well."""
-        leaks = [name for name, share in zip(self.channels, self.shares, strict=True) if share > _TOO_GOOD]
+        """Warn of channels that the covariates explain so well that target leakage is likely."""
+        leaks = [name for name, share in zip(self.channels, self.shares, strict=True) if share > _LEAKAGE_SHARE]
         if not leaks:
             return []
         return [
-            f"the covariates explain {listed(leaks)} almost wholly: a covariate that is the target itself, or is"
-            " known only with it, makes a test mean nothing"
+            f"the covariates explain {listed(leaks)} almost completely: a covariate that is the target itself, or is"
+            " known only together with it, leaks the target and makes a test meaningless"
         ]
 
 
 def fit_explainer(
-    source: Path, rows: pd.DataFrame, scaled: Sequence[np.ndarray], of_rows: Sequence[slice], channels: Sequence[str]
+    source: Path, covariates: pd.DataFrame, scaled: Sequence[np.ndarray], rows: Sequence[slice], channels: Sequence[str]
 ) -> Explainer:
-    """Explain scaled channels by their covariates: ridge regression on training rows alone.
+    """Fit a ridge regression of each scaled channel on the covariates of its training rows.
 
-    Its strength is chosen for each channel on folds in the order of time; of many channels, for all by some of them.
+    Time-ordered cross-validation chooses the penalty of each channel; with many channels, a sample chooses it for all.
 
     Args:
-        source: the CSV, as messages call it.
-        rows: the covariates.
+        source: the CSV's name in messages.
+        covariates: one row for each date.
         scaled: the training rows of each channel, NaN where a cell is empty.
-        of_rows: the rows of the covariates that are each channel's training rows.
+        rows: the training rows of each channel in `covariates`.
         channels: the channels' names.
 
     Raises:
-        UserError: if a text column has too many texts.
+        UserError: if a covariate cannot be encoded.
     """
-    in_training = np.zeros(len(rows), bool)
-    for part in of_rows:
-        in_training[part] = True
-    training = rows[in_training]
-    columns = [_column(source, training[name]) for name in rows.columns]
-    features = np.hstack([column.encode(rows[column.name]) for column in columns])
+    in_training = np.zeros(len(covariates), bool)
+    for own in rows:
+        in_training[own] = True
+    training = covariates[in_training]
+    columns = [_fit_encoding(source, training[name]) for name in covariates.columns]
+    features = np.hstack([column.encode(covariates[column.name]) for column in columns])
     pairs = []
-    for part, target in zip(of_rows, scaled, strict=True):
+    for own, target in zip(rows, scaled, strict=True):
         is_known = ~np.isnan(target)
-        pairs.append((features[part][is_known], target[is_known]))
-    searched = np.linspace(0, len(pairs) - 1, min(len(pairs), _CHANNELS_SEARCHED)).round().astype(int)
+        pairs.append((features[own][is_known], target[is_known]))
+    searched = np.linspace(0, len(pairs) - 1, min(len(pairs), _SEARCHED_CHANNELS)).round().astype(int)
     penalties = {number: _best_penalty(*pairs[number]) for number in searched}
-    usual = np.exp(np.median(np.log(list(penalties.values()))))
-    fitted = [_fit(*pair, penalties.get(number, usual)) for number, pair in enumerate(pairs)]
-    coefficients, shares = ([one[part] for one in fitted] for part in (0, 1))
+    common = np.exp(np.median(np.log(list(penalties.values()))))
+    fits = [_fit_ridge(*pair, penalties.get(number, common)) for number, pair in enumerate(pairs)]
+    coefficients, shares = map(list, zip(*fits, strict=True))
     return Explainer(columns, list(channels), coefficients, shares)
 
 
-def _fit(features: np.ndarray, target: np.ndarray, penalty: float) -> tuple[list[float], float]:
-    """Return the coefficients of a ridge regression, and the share of the target's variance that it explains.
-
-    Solved here: for thousands of series scikit-learn's checks would take minutes.
-    """
+def _fit_ridge(features: np.ndarray, target: np.ndarray, penalty: float) -> tuple[list[float], float]:
+    """Fit a ridge regression; return its coefficients and the share of the target's variance that it explains."""
     if not len(target):
         return [0.0] * features.shape[1], 0.0
-    apart, wanted = features - features.mean(axis=0), target - target.mean()
-    coefficients = np.linalg.solve(apart.T @ apart + penalty * np.eye(apart.shape[1]), apart.T @ wanted)
-    variance, left = np.square(wanted).sum(), np.square(wanted - apart @ coefficients).sum()
-    return coefficients.tolist(), float(1 - left / variance) if variance else 0.0
+    x, y = features - features.mean(axis=0), target - target.mean()
+    # Not with scikit-learn, whose checks would take minutes for thousands of series.
+    coefficients = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ y)
+    total, residual = np.square(y).sum(), np.square(y - x @ coefficients).sum()
+    return coefficients.tolist(), float(1 - residual / total) if total else 0.0
 
 
 def _best_penalty(features: np.ndarray, target: np.ndarray) -> float:
-    """Return the penalty that does best on folds in the order of time; the largest if there are too few rows."""
+    """Choose a penalty by time-ordered cross-validation; the largest if there are too few rows."""
     if len(target) < 2 * (_FOLDS + 1):
         return float(_PENALTIES[-1])
-    folds = TimeSeriesSplit(_FOLDS)
-    search = RidgeCV(alphas=_PENALTIES, cv=folds, scoring="neg_mean_squared_error").fit(features, target)
-    return float(search.alpha_)
+    search = RidgeCV(alphas=_PENALTIES, cv=TimeSeriesSplit(_FOLDS), scoring="neg_mean_squared_error")
+    return float(search.fit(features, target).alpha_)
 
 
-def _column(source: Path, values: pd.Series) -> Column:
-    """Return how a covariate becomes numbers, by its training rows."""
+def _fit_encoding(source: Path, values: pd.Series) -> Column:
+    """Fit the encoding of a covariate to its training rows."""
     texts = None
-    if pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
-        numbers = values.to_numpy(np.float64)[:, None]
-    else:
+    if not is_numeric(values):
         texts = sorted(values.astype(str).unique())
         are_numbers = pd.to_numeric(pd.Series(texts), errors="coerce").notna().to_numpy()
         if len(texts) / 2 < are_numbers.sum() < len(texts):
             odd = texts[int(are_numbers.argmin())]
-            raise UserError(f"{source}, covariate {values.name!r}: {odd!r} stands among numbers: correct it")
-        if len(texts) > MOST_TEXTS:
+            raise UserError(f"{source}, covariate {values.name!r}: {odd!r} is text in a column of numbers: correct it")
+        if len(texts) > _MAX_TEXTS:
             raise UserError(
-                f"{source}, covariate {values.name!r} has {len(texts)} different texts, such as {texts[0]!r}: it may"
-                f" have {MOST_TEXTS}, or be numbers"
+                f"{source}, covariate {values.name!r} has {len(texts)} different texts, such as {texts[0]!r}: use at"
+                f" most {_MAX_TEXTS}, or numbers"
             )
-        numbers = (values.astype(str).to_numpy()[:, None] == np.array(texts)).astype(np.float64)
-    scale = numbers.std(axis=0)
-    return Column(str(values.name), texts, numbers.mean(axis=0).tolist(), np.where(scale > 0, scale, 1).tolist())
+    features = _unscaled_features(values, texts)
+    scale = features.std(axis=0)
+    return Column(str(values.name), texts, features.mean(axis=0).tolist(), np.where(scale > 0, scale, 1).tolist())
 
 
-def check_covariates(source: Path, columns: Sequence[str], names: Sequence[str], forecast: Sequence[str]) -> None:
-    """Refuse covariates that are not there, are named twice, or are to be forecast.
+def _unscaled_features(values: pd.Series, texts: list[str] | None) -> np.ndarray:
+    """Convert a covariate to float64, (rows, features): numbers as they are, text one-hot over `texts`."""
+    if texts is None:
+        return values.to_numpy(np.float64)[:, None]
+    return (values.astype(str).to_numpy()[:, None] == np.array(texts)).astype(np.float64)
 
-    Args:
-        source: the CSV, as messages call it.
-        columns: its columns.
-        names: of the covariates.
-        forecast: columns that cannot be covariates.
+
+def is_numeric(values: pd.Series) -> bool:
+    """Return whether a covariate holds numbers or booleans, not text."""
+    return pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values)
+
+
+def check_covariates(
+    source: Path, frame: pd.DataFrame, covariates: Sequence[str], not_covariates: Sequence[str]
+) -> None:
+    """Refuse covariates that are missing, named twice or to be forecast, or that have empty or infinite cells.
 
     Raises:
-        UserError: names the covariate.
+        UserError: names the covariate, and the row of a cell.
     """
-    for number, name in enumerate(names):
-        if name not in columns:
-            raise UserError(f"{source} has no column {name!r} for --covariates, but {list(columns)}")
-        if name in forecast:
+    for number, name in enumerate(covariates):
+        if name not in frame.columns:
+            raise UserError(f"{source} has no column {name!r} for --covariates: it has {list(frame.columns)}")
+        if name in not_covariates:
             raise UserError(
-                f"--covariates {name}: {source} has it as what is forecast, or as date or name: leave it out"
+                f"--covariates {name}: this column of {source} is to be forecast, or holds dates or the series' names:"
+                " leave it out"
             )
-        if name in names[:number]:
+        if name in covariates[:number]:
             raise UserError(f"--covariates names {name} twice")
-
-
-def check_cells(source: Path, frame: pd.DataFrame, names: Sequence[str]) -> None:
-    """Refuse empty cells and infinite numbers of covariates.
-
-    Raises:
-        UserError: names the row.
-    """
-    for name in names:
+    for name in covariates:
         column = frame[name]
         wrong = column.isna().to_numpy()
         if pd.api.types.is_float_dtype(column):
@@ -251,6 +249,7 @@ def check_cells(source: Path, frame: pd.DataFrame, names: Sequence[str]) -> None
         if wrong.any():
             first = wrong.argmax()
             raise UserError(
-                f"{source} data row {frame.index[first] + 1}, covariate {name!r} is {column.iloc[first]}: it must be"
-                f" a known number or text in every row, those to come, too ({wrong.sum()} are not)"
+                f"{source} data row {frame.index[first] + 1}, covariate {name!r} is {column.iloc[first]}: every row,"
+                f" including the rows to forecast, needs a text or a number below {HUGE:g} ({wrong.sum()} rows have"
+                " neither)"
             )

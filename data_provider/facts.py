@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of its data, and whether other data are the same."""
+"""The facts about its data that a checkpoint keeps, and their comparison with other data."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Self
 
 import numpy as np
 
-# The facts that are compared, as messages call them.
+# The facts that are compared, and their names in messages.
 _COMPARED = {
     "channels": "channels",
     "is_long": "shape",
@@ -24,15 +24,15 @@ _MAY_BE_MISSING = ("training_hashes", "validation_hashes")
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The facts about a run's data that a checkpoint keeps, in plain values.
+    """The facts about a run's data that a checkpoint keeps, as plain values.
 
     Attributes:
-        channels: their names.
-        mean, deviation: of the scaler, one number per channel.
+        channels: the channels' names.
+        mean, deviation: the scaler's, one number per channel.
         is_long: whether the channels are the series of a long CSV.
-        explainer: how the covariates explain the channels, see `Explainer.as_dict`; None if there are none.
-        training_hashes, validation_hashes: of each channel's rows.
-        trained_rows: fingerprints of some of the rows trained on, see `data_provider.fingerprints`.
+        explainer: the effect of the covariates, see `Explainer.as_dict`; None without covariates.
+        training_hashes, validation_hashes: one hash of these rows per channel.
+        trained_rows: fingerprints of a sample of the training rows, see `data_provider.fingerprints`.
     """
 
     channels: list[str]
@@ -50,11 +50,11 @@ class DataFacts:
         return cls(**{one.name: contents[one.name] for one in fields(cls)})
 
     def scale_of(self, channels: Sequence[str], values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mean and the deviation to scale channels by, (channels,) each.
+        """Look up the mean and the deviation to scale channels by, (channels,) each.
 
         Args:
-            channels: their names.
-            values: a window of them, (rows, channels); it gives the scale of a channel unseen in training.
+            channels: the channels' names.
+            values: a window of each channel, (rows, channels), to which channels unseen in training are scaled.
         """
         known = dict(zip(self.channels, zip(self.mean, self.deviation, strict=True), strict=True))
         scales = [
@@ -65,11 +65,11 @@ class DataFacts:
         return mean, deviation
 
     def changed_fields(self, now: "DataFacts", may_be_subset: bool = False) -> list[str]:
-        """Return the names of the facts that are different now, as messages call them.
+        """List the facts that differ from the present ones, by their names in messages.
 
         Args:
             now: the present facts.
-            may_be_subset: whether fewer series of a long CSV count as the same data.
+            may_be_subset: whether a subset of the series of a long CSV counts as the same data.
         """
         compared = self.of_series(now.channels) if may_be_subset and self.is_long and now.is_long else self
         before, after = asdict(compared), asdict(now)
@@ -80,7 +80,7 @@ class DataFacts:
         ]
 
     def of_series(self, names: Sequence[str]) -> "DataFacts":
-        """Return the facts about some series of a long CSV, as far as they are known."""
+        """Select the known facts about some series of a long CSV."""
         number_of = {name: number for number, name in enumerate(self.channels)}
         numbers = [number_of[name] for name in names if name in number_of]
 
@@ -95,14 +95,12 @@ class DataFacts:
 
 
 def _same(before: object, now: object, abs_tol: float = 0.0) -> bool:
-    """Compare values in nested lists and dictionaries; numbers may differ by the rounding of another machine."""
+    """Compare nested lists and dictionaries; numbers may differ by the rounding of another machine."""
     if isinstance(before, float) and isinstance(now, float):
         return math.isclose(before, now, rel_tol=1e-9, abs_tol=abs_tol)
     if isinstance(before, dict) and isinstance(now, dict):
-        # A coefficient near 0 is nothing but rounding.
+        # A coefficient near 0 may be pure rounding error.
         return before.keys() == now.keys() and all(_same(before[name], now[name], 1e-9) for name in before)
     if isinstance(before, list) and isinstance(now, list):
-        return len(before) == len(now) and all(
-            _same(one, other, abs_tol) for one, other in zip(before, now, strict=True)
-        )
+        return len(before) == len(now) and all(_same(a, b, abs_tol) for a, b in zip(before, now, strict=True))
     return before == now

@@ -1,4 +1,4 @@
-"""Tell rows again: whether a split is what it was, and whether test rows were trained on."""
+"""Recognize rows: whether a split has changed, and whether test rows were trained on."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,17 +6,18 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from data_provider.covariates import is_numeric
 from data_provider.tables import Table
 
-# Fingerprints of rows that a checkpoint keeps at most, in all.
+# The most fingerprints that a checkpoint keeps.
 MOST_KEPT = 4096
 
-_ODD = np.uint64(0x9E3779B97F4A7C15)
-_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_INCREMENT = np.uint64(0x9E3779B97F4A7C15)
+_MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 def hash_rows(table: Table, begin: np.ndarray, end: np.ndarray) -> list[str]:
-    """Return a hash of rows `begin` to `end` of each channel, (channels,) each: of its values and covariates."""
+    """Hash the values and covariates in rows `begin` to `end`, (channels,) each, of each channel."""
     columns = [] if table.covariates is None else [_as_bytes(values) for _, values in table.covariates.rows.items()]
     hashes = []
     for first, dates, start, stop in zip(table.spans.first, table.spans.dates, begin, end, strict=True):
@@ -28,14 +29,14 @@ def hash_rows(table: Table, begin: np.ndarray, end: np.ndarray) -> list[str]:
 
 
 def _as_bytes(values: pd.Series) -> np.ndarray:
-    """Return a covariate as something whose bytes tell its values."""
-    if pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
+    """Convert a covariate to an array of fixed-size values, whose bytes can be hashed."""
+    if is_numeric(values):
         return values.to_numpy(np.float64)
     return np.array([hashlib.sha256(text.encode()).digest()[:8] for text in values.astype(str)], "S8")
 
 
 def keep_rows(table: Table, rows: np.ndarray) -> list[int]:
-    """Return fingerprints of some of the first `rows` of each channel: the smallest ones, which is a random choice."""
+    """Sample fingerprints of the first `rows`, (channels,), of each channel: the smallest, which is a random choice."""
     found = _fingerprints(table, np.zeros_like(rows), rows)
     if len(found) > MOST_KEPT:
         found = np.partition(found, MOST_KEPT - 1)[:MOST_KEPT]
@@ -43,10 +44,10 @@ def keep_rows(table: Table, rows: np.ndarray) -> list[int]:
 
 
 def share_kept(table: Table, begin: np.ndarray, end: np.ndarray, kept: Sequence[int]) -> float:
-    """Estimate the share of rows `begin` to `end` of each channel that is among the rows that `keep_rows` was given.
+    """Estimate the share of rows `begin` to `end` of each channel that are among the rows given to `keep_rows`.
 
     Args:
-        table: of the rows.
+        table: the CSV.
         begin, end: (channels,) each.
         kept: the fingerprints that `keep_rows` returned.
     """
@@ -58,11 +59,9 @@ def share_kept(table: Table, begin: np.ndarray, end: np.ndarray, kept: Sequence[
 
 
 def _fingerprints(table: Table, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Return fingerprints of rows, of their channel, date and value, uint64.
-
-    A value that is unknown, or equal to the one above it, has none: other data have such rows, too.
-    """
-    dates = _mixed(table.dates.as_unit("us").asi8.view(np.uint64))
+    """Compute a uint64 fingerprint of channel, date and value for each row, except empty and repeated values."""
+    # Unrelated data share rows with empty and repeated values.
+    dates = _mix(table.dates.as_unit("us").asi8.view(np.uint64))
     changes = np.concatenate([[True], np.diff(table.raw) != 0]) & ~np.isnan(table.raw)
     found = []
     for name, first, date, start, stop in zip(
@@ -71,13 +70,13 @@ def _fingerprints(table: Table, begin: np.ndarray, end: np.ndarray) -> np.ndarra
         taken = changes[first + start : first + stop]
         values = (table.raw[first + start : first + stop][taken] + 0.0).view(np.uint64)
         salt = np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], np.uint64)[0]
-        found.append(_mixed(dates[date + start : date + stop][taken] ^ _mixed(values ^ salt)))
+        found.append(_mix(dates[date + start : date + stop][taken] ^ _mix(values ^ salt)))
     return np.concatenate(found)
 
 
-def _mixed(numbers: np.ndarray) -> np.ndarray:
-    """Return numbers that look random and differ if these do (the mixing steps of splitmix64)."""
-    numbers = numbers + _ODD
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * _MIX[0]
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * _MIX[1]
+def _mix(numbers: np.ndarray) -> np.ndarray:
+    """Hash uint64 numbers without collisions (the mixing steps of splitmix64)."""
+    numbers = numbers + _INCREMENT
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * _MULTIPLIERS[0]
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * _MULTIPLIERS[1]
     return numbers ^ (numbers >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""Empty cells: what windows see in their place, and what the user is told of them."""
+"""Forward-fill empty cells, and describe them to the user."""
 
 from collections.abc import Sequence
 
@@ -9,43 +9,34 @@ from utils.errors import listed
 
 
 def fill(values: np.ndarray, spans: Spans) -> np.ndarray:
-    """Return values with each gap filled by the last one before it in its channel; those at the beginning by the first.
+    """Forward-fill the gaps of each channel; a gap at a channel's start takes the channel's first value.
 
-    So a window never sees a later value, but for a channel that begins with a gap.
+    So a context never holds a later value, except in a channel that begins with a gap.
 
     Args:
-        values: (all rows,), NaN where a cell is empty; every channel has a number.
+        values: (all rows,), NaN where a cell is empty; every channel has a number. Without gaps, they are returned.
         spans: the rows of each channel.
-
-    Returns:
-        (all rows,): `values` itself if there are no gaps.
     """
     empty = np.isnan(values)
     if not empty.any():
         return values
     known = np.flatnonzero(~empty)
     source = np.where(empty, 0, np.arange(len(values)))
-    # A channel's first row takes its first number, wherever that is: nothing before it is the channel's.
+    # A channel's first row takes the channel's first number, not the last number of the channel before.
     source[spans.first] = known[np.searchsorted(known, spans.first)]
     return values[np.maximum.accumulate(source)]
 
 
 def note_on_gaps(values: np.ndarray, spans: Spans, channels: Sequence[str], seq_len: int) -> str:
-    """Return a line on the empty cells: how many, the longest gap of each channel, what is likely too much.
+    """Describe the empty cells in one line: their number, the longest gaps, the channels with too many.
 
-    Args:
-        values, spans: as in `fill`.
-        channels: the channels' names.
-        seq_len: rows of a window.
-
-    Returns:
-        The line; empty if no cell is.
+    Without gaps, the line is empty. `values` and `spans` are as in `fill`.
     """
     empty = np.isnan(values)
     if not empty.any():
         return ""
     begins, lengths = _gaps(empty, spans)
-    channel_of = np.searchsorted(spans.first, begins, side="right") - 1
+    channel_of = spans.channel_of(begins)
     longest = np.zeros(len(channels), np.int64)
     np.maximum.at(longest, channel_of, lengths)
     cells = np.bincount(channel_of, lengths, minlength=len(channels)).astype(np.int64)
@@ -55,17 +46,17 @@ def note_on_gaps(values: np.ndarray, spans: Spans, channels: Sequence[str], seq_
     ]
     if leading := int(lengths[np.isin(begins, spans.first)].sum()):
         parts.append(f"{leading} at the very beginning take the first value")
-    for which, words in (
+    for is_bad, words in (
         (cells > spans.rows / 2, "more than half empty"),
         (longest > seq_len, f"a gap longer than --seq_len {seq_len}"),
     ):
-        if which.any():
-            parts.append(f"{words}: {listed([channels[n] for n in np.flatnonzero(which)])}")
+        if is_bad.any():
+            parts.append(f"{words}: {listed([channels[n] for n in np.flatnonzero(is_bad)])}")
     return "; ".join(parts)
 
 
 def _gaps(empty: np.ndarray, spans: Spans) -> tuple[np.ndarray, np.ndarray]:
-    """Return where each gap begins and how long it is; none reaches from one channel into the next."""
+    """Find the first row and the length of each gap; no gap crosses from one channel into the next."""
     before = np.concatenate([[False], empty[:-1]])
     before[spans.first] = False
     after = np.concatenate([empty[1:], [False]])

@@ -1,4 +1,4 @@
-"""The forecast horizon: the last rows of a CSV, which a forecast is made from, and the dates to forecast."""
+"""The last rows of a CSV, which are the context of a forecast, and the dates of the horizon."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class LastWindow:
-    """The last rows of each channel of a CSV, and the dates of the next ones.
+    """The last rows of each channel of a CSV, and the dates to forecast.
 
     Attributes:
         table: the CSV.
-        values: (seq_len, channels), in the CSV's units; gaps are filled.
-        dates: of those rows, for each channel.
-        future_dates: of the pred_len rows to forecast, for each channel.
+        values: (seq_len, channels), in the CSV's units, with filled gaps.
+        dates: the dates of these rows, for each channel.
+        future_dates: the pred_len dates to forecast, for each channel.
     """
 
     table: Table
@@ -37,33 +37,24 @@ class LastWindow:
 
     @property
     def is_long(self) -> bool:
-        """Whether it was a long CSV."""
+        """Whether the CSV is long."""
         return self.table.is_long
 
     def scaled(self, facts: DataFacts) -> np.ndarray:
-        """Return the rows as the model sees them, (seq_len, channels): scaled, without the covariates' effect.
-
-        Args:
-            facts: of the run's data.
-        """
+        """Scale the rows and subtract the covariates' effect, (seq_len, channels), by the facts of a run."""
         rows = scaled_rows(self.table, *facts.scale_of(self.channels, self.values), facts.explainer)
         return rows[self.table.spans.last(len(self.values))[0]].T
 
     def restore(self, forecast: np.ndarray, facts: DataFacts) -> np.ndarray:
-        """Return a model's forecast, (pred_len, channels), in the CSV's units, with the covariates' effect.
-
-        Args:
-            forecast: scaled as `scaled` does.
-            facts: of the run's data.
-        """
+        """Convert a forecast from `scaled`, (pred_len, channels), to the CSV's units, with the covariates' effect."""
         mean, deviation = facts.scale_of(self.channels, self.values)
         return (forecast + self.future_covariate_effect(facts)) * deviation + mean
 
     def future_covariate_effect(self, facts: DataFacts) -> np.ndarray:
-        """Return what the covariates explain of the scaled rows to forecast, (pred_len, channels).
+        """Compute the covariates' effect on the scaled rows to forecast, (pred_len, channels).
 
         Raises:
-            UserError: if a covariate is not as it was in training.
+            UserError: if a covariate that was numeric in training is text.
         """
         steps = len(self.future_dates[0])
         if not facts.explainer:
@@ -75,12 +66,12 @@ class LastWindow:
 
 
 def scaled_rows(table: Table, mean: np.ndarray, deviation: np.ndarray, explainer: dict | None) -> np.ndarray:
-    """Return all rows of a table as a model sees them, (all rows,): scaled, without the covariates' effect, filled.
+    """Scale all rows of a table, subtract the covariates' effect and fill the gaps, (all rows,).
 
     Args:
         table: the CSV.
-        mean, deviation: to scale each channel by, (channels,) each.
-        explainer: `Explainer.as_dict`; None without covariates.
+        mean, deviation: the scale of each channel, (channels,) each.
+        explainer: the result of `Explainer.as_dict`; None without covariates.
     """
     scaled = table.scaled(mean, deviation)
     if explainer:
@@ -90,67 +81,63 @@ def scaled_rows(table: Table, mean: np.ndarray, deviation: np.ndarray, explainer
 
 
 def last_window(table: Table, seq_len: int, pred_len: int) -> LastWindow:
-    """Return the last rows of a table, to forecast from.
-
-    Args:
-        table: the CSV.
-        seq_len, pred_len: rows of the window, and to forecast.
+    """Take the last seq_len rows of a table, and find the next pred_len dates.
 
     Raises:
-        UserError: if it has fewer rows than a window, or its dates have no step.
+        UserError: if a channel has fewer rows than seq_len, or the next dates are missing or invalid.
     """
     spans = table.spans
     if spans.rows.min() < seq_len:
         raise UserError(f"{table.source} has {spans.rows.min()} rows: a forecast needs --seq_len {seq_len}")
     dates = [table.dates_of(channel) for channel in range(len(table.channels))]
-    find = _dates_of_covariates if table.covariates else _continued_dates
+    next_dates = _dates_of_covariates if table.covariates else _extrapolated_dates
     return LastWindow(
         table=table,
         values=table.filled[spans.last(seq_len)[0]].T,
         dates=tuple(own[-seq_len:] for own in dates),
-        future_dates=tuple(find(table, dates, pred_len)),
+        future_dates=tuple(next_dates(table, dates, pred_len)),
     )
 
 
 def _dates_of_covariates(table: Table, dates: Sequence[pd.DatetimeIndex], count: int) -> Iterator[pd.DatetimeIndex]:
-    """Yield the next dates of each channel: those that the covariates have."""
-    spans, there = table.covariates.spans, table.covariates.future.index
+    """Yield the next dates of each channel, for which the covariates are known."""
+    spans, known = table.covariates.spans, table.covariates.future.index
     if (spans.rows < count).any():
         fewest = int(spans.rows.argmin())
         whose = f" of series {table.channels[fewest]!r}" if table.is_long else ""
         raise UserError(
-            f"{table.source}: a forecast of --pred_len {count} rows with --covariates needs {count} rows behind the"
-            f" last known one{whose}, with the covariates filled and the rest empty: there are {spans.rows[fewest]}"
+            f"{table.source}: a forecast of --pred_len {count} rows with --covariates needs {count} rows after the"
+            f" last known one{whose}, in which only the covariates have values: there are {spans.rows[fewest]}"
         )
     for own, first in zip(dates, spans.first, strict=True):
-        future = there[first : first + count]
+        future = known[first : first + count]
         if not future.is_monotonic_increasing or future[0] < own[-1]:
-            raise UserError(f"{table.source}: the rows behind {own[-1]} are not in order: sort them by date")
+            raise UserError(f"{table.source}: the rows after {own[-1]} are not in order: sort them by date")
         if table.is_long and (future[0] == own[-1] or not future.is_unique):
-            raise UserError(f"{table.source}: a date behind {own[-1]} is there twice: each row needs its own")
+            raise UserError(f"{table.source}: a date from {own[-1]} on occurs twice: give each row its own date")
         yield future
 
 
-def _continued_dates(table: Table, dates: Sequence[pd.DatetimeIndex], count: int) -> Iterator[pd.DatetimeIndex]:
+def _extrapolated_dates(table: Table, dates: Sequence[pd.DatetimeIndex], count: int) -> Iterator[pd.DatetimeIndex]:
     """Yield the next dates of each channel, at the step of the data."""
     step = step_of(table.dates_of_longest(), table.source)
-    known = {}  # most series end with the same date
+    futures = {}  # most series end with the same date
     for own in dates:
-        if own[-1] not in known:
-            # Weeks that end on another day than the longest series' go on by their own step.
+        if own[-1] not in futures:
+            # A weekly series may end on another weekday than the longest series.
             fits = isinstance(step, pd.Timedelta) or step.is_on_offset(own[-1])
-            known[own[-1]] = continue_dates(own[-1], step if fits else step_of(own, table.source), count)
-        yield known[own[-1]]
+            futures[own[-1]] = continue_dates(own[-1], step if fits else step_of(own, table.source), count)
+        yield futures[own[-1]]
 
 
 def step_of(dates: pd.DatetimeIndex, source: Path) -> pd.offsets.BaseOffset | pd.Timedelta:
-    """Return the step from date to date: a calendar's, such as a month, or the most frequent.
+    """Infer the step between dates: a calendar step such as a month, or else the most frequent difference.
 
     Raises:
         UserError: if the dates have no step.
     """
     recent = dates[-1000:]
-    # A calendar's steps, such as months, are not all of one length.
+    # Calendar steps such as months differ in length.
     with pd.option_context("future.infer_freq_returns_offset", True):
         offset = pd.infer_freq(recent) if len(recent) > 2 else None
     if offset is not None:
@@ -158,12 +145,12 @@ def step_of(dates: pd.DatetimeIndex, source: Path) -> pd.offsets.BaseOffset | pd
     steps = pd.Series(recent).diff().dropna()
     step = steps[steps > pd.Timedelta(0)].mode()
     if step.empty:
-        raise UserError(f"{source}: the dates have no step to continue with")
+        raise UserError(f"{source}: the dates have no step with which to continue them")
     return step[0]
 
 
 def continue_dates(last: pd.Timestamp, step: pd.offsets.BaseOffset | pd.Timedelta, count: int) -> pd.DatetimeIndex:
-    """Return so many dates after the last one."""
+    """Extrapolate `count` dates after the last one."""
     if isinstance(step, pd.Timedelta):
         return pd.DatetimeIndex([last + step * number for number in range(1, count + 1)])
     dates = pd.date_range(last, periods=count + 1, freq=step)

@@ -1,4 +1,4 @@
-"""Long CSVs: a row a reading of one of many series."""
+"""Build tables from long CSVs, which have one row for each series and date."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -7,137 +7,114 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data_provider.covariates import Covariates, check_cells, check_covariates
-from data_provider.csv_cells import DATE, ID, LONG, VALUE, dates_of, numbers_of
-from data_provider.tables import Choice, Table
+from data_provider.covariates import Covariates, check_covariates
+from data_provider.csv_cells import DATE, ID, LONG, VALUE, parse_dates, parse_numbers
+from data_provider.tables import Table, TableOptions
 from data_provider.windows import Spans
-from utils.errors import UserError
+from utils.errors import UserError, listed
 
 
-def long_table(frame: pd.DataFrame, path: Path, choice: Choice) -> Table:
-    """Return the series that are asked for, in the order in which they begin in the CSV, without those too short.
+def long_table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table:
+    """Build the table of the selected series with at least seq_len rows, in the order of their first rows in the CSV.
 
     Raises:
         UserError: names the row, column, series or flag that is wrong.
     """
-    check_covariates(path, frame.columns, choice.covariates, LONG)
-    check_cells(path, frame, choice.covariates)
-    ids, seq_len = frame[ID], choice.seq_len
+    check_covariates(path, frame, options.covariates, LONG)
+    ids = frame[ID]
     if ids.isna().any():
         raise UserError(f"{path} data row {ids.isna().argmax() + 1}, column {ID!r} is empty: name its series")
     codes, names = pd.factorize(ids.astype(str))
-    chosen = _choose_series(path, names, choice.series)
-    future = None
-    if choice.covariates:
-        is_future = _behind_the_last_known(frame[VALUE].notna().to_numpy(), codes)
-        future, frame, codes = (frame[is_future], codes[is_future]), frame[~is_future], codes[~is_future]
-    rows = np.bincount(codes, minlength=len(names))
-    long_enough = rows >= seq_len
-    if not len(names):
-        raise UserError(f"{path} has no rows")
-    if not (chosen & long_enough).any():
-        longest = int(rows[chosen].max(initial=0))
+    is_chosen = _choose_series(path, names, options.series)
+    is_future = np.zeros(len(frame), bool)
+    if options.covariates:
+        is_future = _follows_last_known(frame[VALUE].notna().to_numpy(), codes)
+    rows = np.bincount(codes[~is_future], minlength=len(names))
+    is_kept = is_chosen & (rows >= options.seq_len)
+    if not is_kept.any():
+        if not len(names):
+            raise UserError(f"{path} has no rows")
         raise UserError(
-            f"{path}: none of {chosen.sum()} series has as many rows as --seq_len {seq_len}, the longest has {longest}"
+            f"{path}: none of {is_chosen.sum()} series has as many rows as --seq_len {options.seq_len}, the longest has"
+            f" {int(rows[is_chosen].max(initial=0))}"
         )
-    codes = np.where((chosen & long_enough)[codes], codes, len(names))
-    order = np.argsort(codes, kind="stable")[: rows[chosen & long_enough].sum()]
-    frame, kept = frame.iloc[order], np.flatnonzero(chosen & long_enough)
-    first = np.concatenate([[0], rows[kept].cumsum()[:-1]])
-    spans, kept_names = Spans(first, rows[kept], first), tuple(names[kept])
-    dates = dates_of(path, frame[DATE])
-    _check_steps(path, dates, spans, kept_names)
-    raw = numbers_of(path, frame, [VALUE])[:, 0]
-    if (nothing := np.logical_and.reduceat(np.isnan(raw), first)).any():
-        raise UserError(f"{path}, series {kept_names[nothing.argmax()]!r} holds no number: drop it")
-    covariates = _long_covariates(path, frame, future, kept, choice) if future else None
-    left_out = _left_out(int((chosen & ~long_enough).sum()), int(chosen.sum()), frame.columns, choice)
-    return Table(path, dates, raw, kept_names, spans, is_long=True, covariates=covariates, left_out=left_out)
+    kept = np.flatnonzero(is_kept)
+    known, spans = _sort_by_series(frame[~is_future], codes[~is_future], kept)
+    channels = tuple(names[kept])
+    dates = parse_dates(path, known[DATE])
+    _check_steps(path, dates, spans, channels)
+    raw = parse_numbers(path, known, [VALUE])[:, 0]
+    if (is_empty := np.logical_and.reduceat(np.isnan(raw), spans.first)).any():
+        raise UserError(f"{path}, series {channels[is_empty.argmax()]!r} holds no number: drop it")
+    covariates = None
+    if options.covariates:
+        columns = list(options.covariates)
+        future, future_spans = _sort_by_series(frame[is_future], codes[is_future], kept)
+        future_dates = parse_dates(path, future[DATE]) if len(future) else pd.DatetimeIndex([])
+        future = future[columns].set_axis(future_dates)
+        covariates = Covariates(known[columns].reset_index(drop=True), future, future_spans)
+    left_out = _left_out((is_chosen & ~is_kept).sum(), is_chosen.sum(), frame.columns, options)
+    return Table(path, dates, raw, channels, spans, is_long=True, covariates=covariates, left_out=left_out)
 
 
-def _left_out(short: int, series: int, columns: Sequence[str], choice: Choice) -> str:
-    """Say which series and columns of a long CSV are not used."""
-    parts = [f"{short} of {series} series have fewer rows than --seq_len {choice.seq_len}: left out"] if short else []
-    if unused := [name for name in columns if name not in (*LONG, *choice.covariates)]:
+def _sort_by_series(frame: pd.DataFrame, codes: np.ndarray, kept: np.ndarray) -> tuple[pd.DataFrame, Spans]:
+    """Select the rows of the kept series and sort them by series, without changing the order within a series."""
+    order = np.argsort(codes, kind="stable")
+    order = order[np.isin(codes[order], kept)]
+    return frame.iloc[order], Spans.of_series(np.bincount(codes, minlength=kept.max() + 1)[kept])
+
+
+def _left_out(short: int, series: int, columns: Sequence[str], options: TableOptions) -> str:
+    """Describe the series and columns that are not used."""
+    parts = [f"{short} of {series} series have fewer rows than --seq_len {options.seq_len}: left out"] if short else []
+    if unused := [name for name in columns if name not in (*LONG, *options.covariates)]:
         names = ",".join(unused)
-        parts.append(f"columns {names} are not used (--covariates {names} uses what is known in advance)")
+        parts.append(f"columns {names} are not used (--covariates {names} uses those that are known in advance)")
     return "; ".join(parts)
 
 
-def _behind_the_last_known(is_known: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Return which rows come behind the last known one of their series."""
+def _follows_last_known(is_known: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Mark the rows after the last known row of their series."""
     last = np.full(codes.max(initial=0) + 1, -1)
     np.maximum.at(last, codes[is_known], np.flatnonzero(is_known))
     return np.arange(len(codes)) > last[codes]
 
 
-def _long_covariates(
-    path: Path, frame: pd.DataFrame, future: tuple[pd.DataFrame, np.ndarray], kept: np.ndarray, choice: Choice
-) -> Covariates:
-    """Return the covariates of the rows of series, and of those behind them.
-
-    Args:
-        path: the CSV.
-        frame: the rows, a series behind the other.
-        future: rows behind the last known ones, in the CSV's order, and the numbers of their series.
-        kept: the numbers of the series that are used.
-        choice: of the columns.
-    """
-    names = list(choice.covariates)
-    rows, codes = future
-    counts = np.bincount(codes, minlength=kept.max() + 1)[kept]
-    order = np.argsort(codes, kind="stable")
-    order = order[np.isin(codes[order], kept)]
-    rows = rows.iloc[order]
-    dates = dates_of(path, rows[DATE]) if len(rows) else pd.DatetimeIndex([])
-    first = np.concatenate([[0], counts.cumsum()[:-1]])
-    spans = Spans(first, counts, first)
-    return Covariates(frame[names].reset_index(drop=True), rows[names].set_axis(dates), spans)
-
-
 def _choose_series(path: Path, names: Sequence[str], series: str) -> np.ndarray:
-    """Return which series --series asks for: names or patterns such as `shop-*`, between commas."""
+    """Mark the series that --series names, by comma-separated names or patterns such as `shop-*`."""
     if not series:
         return np.ones(len(names), bool)
-    chosen = np.zeros(len(names), bool)
+    is_chosen = np.zeros(len(names), bool)
     for pattern in filter(None, (word.strip() for word in series.split(","))):
-        matching = np.array([name == pattern or fnmatchcase(name, pattern) for name in names])
-        if not matching.any():
-            raise UserError(f"--series {pattern}: {path} has no such series, but {', '.join(names[:5])} ...")
-        chosen |= matching
-    if not chosen.any():
-        raise UserError(f"--series {series} names none: give names or patterns, with commas between them")
-    return chosen
+        matches = np.array([name == pattern or fnmatchcase(name, pattern) for name in names], bool)
+        if not matches.any():
+            raise UserError(f"--series {pattern}: {path} has no such series, but {listed(names)}")
+        is_chosen |= matches
+    if not is_chosen.any():
+        raise UserError(f"--series {series} names no series: give names or patterns separated by commas")
+    return is_chosen
 
 
 def _check_steps(path: Path, dates: pd.DatetimeIndex, spans: Spans, names: Sequence[str]) -> None:
-    """Refuse series that are not in order, that have a date twice, or whose steps are not alike."""
+    """Refuse series with unsorted or repeated dates, and series whose steps differ."""
     steps = np.diff(dates.asi8)
-    within = np.ones(len(steps), bool)
-    within[spans.first[1:] - 1] = False
-    for wrong, what in ((steps < 0, "is before the row above it: sort by date"), (steps == 0, "is there twice")):
-        if (bad := np.flatnonzero(within & wrong)).size:
-            name = names[np.searchsorted(spans.first, bad[0] + 1, side="right") - 1]
+    is_within = np.ones(len(steps), bool)
+    is_within[spans.first[1:] - 1] = False
+    for is_wrong, what in ((steps < 0, "is before the row above it: sort by date"), (steps == 0, "occurs twice")):
+        if (bad := np.flatnonzero(is_within & is_wrong)).size:
+            name = names[spans.channel_of(bad[0] + 1)]
             raise UserError(f"{path}, series {name!r}: {dates[bad[0] + 1]} {what} ({len(bad)} such rows)")
-    usual = np.array(
-        [
-            _most_frequent(steps[first : first + rows - 1]) if rows > 1 else np.nan
-            for first, rows in zip(spans.first, spans.rows, strict=True)
-        ]
-    )
+    usual = np.full(len(names), np.nan)
+    for number, (first, rows) in enumerate(zip(spans.first, spans.rows, strict=True)):
+        if rows > 1:
+            values, counts = np.unique(steps[first : first + rows - 1], return_counts=True)
+            usual[number] = values[counts.argmax()]
     if np.isnan(usual).all():
         return
-    longest, shortest = int(np.nanargmax(usual)), int(np.nanargmin(usual))
-    if usual[longest] > 1.5 * usual[shortest]:  # months are not all of one length
-        one, other = (
-            f"{names[number]!r} {pd.Timedelta(usual[number], unit=dates.unit)}" for number in (shortest, longest)
-        )
+    shortest, longest = int(np.nanargmin(usual)), int(np.nanargmax(usual))
+    if usual[longest] > 1.5 * usual[shortest]:  # months differ in length
+        one, other = (f"{names[n]!r} {pd.Timedelta(usual[n], unit=dates.unit)}" for n in (shortest, longest))
         raise UserError(
-            f"{path}: series of different steps, {one} and {other}: put each step into a CSV of its own, or choose"
+            f"{path}: the series have different steps, {one} and {other}: use one CSV for each step, or select series"
             " with --series"
         )
-
-
-def _most_frequent(steps: np.ndarray) -> int:
-    values, counts = np.unique(steps, return_counts=True)
-    return values[counts.argmax()]

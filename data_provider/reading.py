@@ -1,4 +1,4 @@
-"""From a CSV or a DataFrame to a table: a wide one, a column a channel, or a long one."""
+"""Read a table from a CSV or a DataFrame, either wide (one column per channel) or long."""
 
 import argparse
 from dataclasses import replace
@@ -7,32 +7,32 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data_provider.covariates import Covariates, check_cells, check_covariates
-from data_provider.csv_cells import ID, check_sorted, dates_of, is_long, numbers_of, read_csv
+from data_provider.covariates import Covariates, check_covariates
+from data_provider.csv_cells import ID, check_sorted, is_long, parse_dates, parse_numbers, read_csv
 from data_provider.long_tables import long_table
-from data_provider.tables import Choice, Table
+from data_provider.tables import Table, TableOptions
 from data_provider.windows import Spans
 from utils.cli.places import csv_path
 from utils.errors import UserError
 
 
 def read_table(args: argparse.Namespace) -> Table:
-    """Read the run's CSV. What happens to the file later is not seen.
+    """Read the run's CSV once; later changes of the file have no effect.
 
     Raises:
         UserError: names the file, column, row or flag that is wrong.
     """
     path = csv_path(args)
     frame, sha256 = read_csv(path)
-    return replace(_table_of(frame, path, Choice.of(args)), sha256=sha256)
+    return replace(_table(frame, path, TableOptions.of(args)), sha256=sha256)
 
 
 def table_of(frame: pd.DataFrame, name: str, args: argparse.Namespace) -> Table:
-    """Return the same of a DataFrame like the CSV: with a column `date`, or dates for its index; or a long one.
+    """Build the table of a DataFrame: in long format, or with dates in the column `date` or as index.
 
     Args:
-        frame: the DataFrame.
-        name: what messages call it.
+        frame: the data.
+        name: the DataFrame's name in messages.
         args: the parsed flags.
 
     Raises:
@@ -40,60 +40,57 @@ def table_of(frame: pd.DataFrame, name: str, args: argparse.Namespace) -> Table:
     """
     if "date" not in frame.columns and not is_long(frame):
         if not isinstance(frame.index, pd.DatetimeIndex):
-            raise UserError(f"{name} has no column 'date' and no dates for its index: give it either")
+            raise UserError(f"{name} has no column 'date' and no dates for its index: it needs one of them")
         frame = frame.rename_axis("date").reset_index()
-    return _table_of(frame.reset_index(drop=True), Path(name), Choice.of(args))
+    return _table(frame.reset_index(drop=True), Path(name), TableOptions.of(args))
 
 
-def _table_of(frame: pd.DataFrame, path: Path, choice: Choice) -> Table:
+def _table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table:
     if is_long(frame):
-        if choice.features != "M":
+        if options.features != "M":
             raise UserError(
-                f"{path} is a long CSV, its series have no --target: leave out --features {choice.features}"
+                f"{path} is a long CSV, whose series have no --target: leave out --features {options.features}"
             )
-        return long_table(frame, path, choice)
-    if choice.series:
-        raise UserError(f"--series {choice.series} chooses among the series of a long CSV: {path} has no column {ID!r}")
-    return _wide_table(frame, path, choice)
+        return long_table(frame, path, options)
+    if options.series:
+        raise UserError(f"--series {options.series} selects series of a long CSV, but {path} has no column {ID!r}")
+    return _wide_table(frame, path, options)
 
 
-def _wide_table(frame: pd.DataFrame, path: Path, choice: Choice) -> Table:
-    target_is_needed = choice.features != "M" or choice.target != "OT"
-    forecast = ("date", choice.target) if target_is_needed else ("date",)
-    check_covariates(path, frame.columns, choice.covariates, forecast)
-    check_cells(path, frame, choice.covariates)
-    columns = [name for name in frame.columns if name not in choice.covariates]
-    channels = _choose_channels(path, columns, choice.features, choice.target, choice.target_last)
-    cells = numbers_of(path, frame, channels)
-    dates = dates_of(path, frame["date"])
+def _wide_table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table:
+    check_covariates(path, frame, options.covariates, ("date", options.target) if options.needs_target else ("date",))
+    channels = _choose_channels(path, frame, options)
+    cells = parse_numbers(path, frame, channels)
+    dates = parse_dates(path, frame["date"])
     check_sorted(path, frame["date"], dates)
     rows = len(cells)
-    if choice.covariates and rows:  # rows behind the last known one are the future
+    if options.covariates and rows:  # the rows after the last known one are to be forecast
         is_known = ~np.isnan(cells).all(axis=1)
         rows -= int(is_known[::-1].argmax())
-    cells, known = cells[:rows], ~np.isnan(cells[:rows])
-    if rows and not known.any(axis=0).all():
-        raise UserError(f"{path}, column {channels[known.any(axis=0).argmin()]!r} holds no number: drop it")
-    spans, covariates = Spans.of_table(*cells.shape), None
-    if choice.covariates:
-        count = len(channels)
-        future = Spans(np.zeros(count, np.int64), np.full(count, len(frame) - rows), np.zeros(count, np.int64))
-        explaining = frame[list(choice.covariates)]
-        covariates = Covariates(explaining[:rows], explaining[rows:].set_axis(dates[rows:]), future)
+    cells = cells[:rows]
+    has_numbers = ~np.isnan(cells).all(axis=0)
+    if rows and not has_numbers.all():
+        raise UserError(f"{path}, column {channels[has_numbers.argmin()]!r} holds no number: drop it")
+    covariates = None
+    if options.covariates:
+        zeros = np.zeros(len(channels), np.int64)
+        columns = frame[list(options.covariates)]
+        future = columns[rows:].set_axis(dates[rows:])
+        covariates = Covariates(columns[:rows], future, Spans(zeros, zeros + len(future), zeros))
     values = np.ascontiguousarray(cells.T).ravel()
-    return Table(path, dates[:rows], values, tuple(channels), spans, covariates=covariates)
+    return Table(path, dates[:rows], values, tuple(channels), Spans.of_table(*cells.shape), covariates=covariates)
 
 
-def _choose_channels(path: Path, columns: list[str], features: str, target: str, target_last: bool) -> list[str]:
-    channels = [name for name in columns if name != "date"]
-    target_is_needed = features != "M" or target != "OT"
+def _choose_channels(path: Path, frame: pd.DataFrame, options: TableOptions) -> list[str]:
+    channels = [name for name in frame.columns if name not in ("date", *options.covariates)]
+    target = options.target
     if target not in channels:
-        if target_is_needed:
-            raise UserError(f"{path} has no column {target!r} for --target, but {channels}")
+        if options.needs_target:
+            raise UserError(f"{path} has no column {target!r} for --target: it has {channels}")
         return channels
-    if features == "S":
+    if options.features == "S":
         return [target]
-    if target_last:
+    if options.target_last:
         channels.remove(target)
         channels.append(target)
     return channels

@@ -1,4 +1,4 @@
-"""Scale each channel by the mean and deviation of its training rows."""
+"""Scale each channel by the mean and the standard deviation of its training rows."""
 
 from dataclasses import dataclass
 from typing import NoReturn
@@ -12,7 +12,7 @@ from utils.exact import FARTHEST, HUGE, mean_and_variance
 
 @dataclass(frozen=True)
 class Scaler:
-    """The mean and the deviation of each channel's training rows; the deviation of a constant channel is 1.
+    """The mean and the standard deviation of each channel's training rows; 1 is the deviation of a constant channel.
 
     Attributes:
         mean_, scale_: (channels,) float64, in the CSV's units.
@@ -23,22 +23,22 @@ class Scaler:
 
 
 def fit_scaler(table: Table, training_rows: np.ndarray) -> Scaler:
-    """Fit a scaler to the known training rows of each channel; its numbers are the same on every machine.
+    """Fit a scaler to the known training values of each channel; the result is identical on every machine.
 
     Args:
-        table: of all rows.
-        training_rows: the number of the first rows of each channel that are training rows, (channels,).
+        table: the CSV.
+        training_rows: the number of training rows at the start of each channel, (channels,).
 
     Raises:
-        UserError: if a channel has no number there, or one too large.
+        UserError: if the training rows of a channel hold no number, or a number that is too large.
     """
     found = np.zeros((len(table.channels), 2))
     for channel, (first, rows) in enumerate(zip(table.spans.first, training_rows, strict=True)):
         training = table.raw[first : first + rows]
         known = training[~np.isnan(training)]
-        if not len(known) and table.is_long:  # it is not trained on, but may be forecast
-            known = table.raw[table.rows_of(channel)]
-            known = known[~np.isnan(known)]
+        if not len(known) and table.is_long:  # the series is not trained on, but can be forecast
+            series = table.raw[table.rows_of(channel)]
+            known = series[~np.isnan(series)]
         if not len(known):
             raise UserError(
                 f"{table.source}, {table.channels[channel]!r} holds no number in its training rows: drop it, or give"
@@ -47,7 +47,7 @@ def fit_scaler(table: Table, training_rows: np.ndarray) -> Scaler:
         if (huge := np.flatnonzero(np.abs(training) > HUGE)).size:
             _refuse(table, first + huge[0], "is too large to be a reading")
         mean, variance = mean_and_variance(known)
-        # As scikit-learn's StandardScaler distinguishes a constant from the rounding of its mean.
+        # Rounding may give a constant channel a small variance; scikit-learn's StandardScaler has the same test.
         rounding = np.finfo(np.float64).eps * len(known)
         is_constant = variance <= rounding * variance + (rounding * mean) ** 2
         found[channel] = mean, 1 if is_constant else np.sqrt(variance)
@@ -55,25 +55,22 @@ def fit_scaler(table: Table, training_rows: np.ndarray) -> Scaler:
 
 
 def scale(table: Table, scaler: Scaler) -> np.ndarray:
-    """Return the values of a table scaled, (all rows,) float64.
+    """Scale the values of a table, (all rows,) float64.
 
     Raises:
-        UserError: names a value that is too far from the training rows.
+        UserError: names a value that is too far from the mean of the training rows.
     """
     scaled = table.scaled(scaler.mean_, scaler.scale_)
     if (too_large := np.flatnonzero(np.abs(scaled) > FARTHEST)).size:
-        channel = table.channel_at(too_large[0])
-        _refuse(
-            table,
-            too_large[0],
-            f"is too far from the training rows' mean {scaler.mean_[channel]:g} and deviation"
-            f" {scaler.scale_[channel]:g} to be a reading",
-        )
+        channel = table.spans.channel_of(too_large[0])
+        mean, deviation = scaler.mean_[channel], scaler.scale_[channel]
+        problem = f"is too far from the training rows' mean {mean:g} and deviation {deviation:g} to be a reading"
+        _refuse(table, too_large[0], problem)
     return scaled
 
 
 def note_on_constants(table: Table, training_rows: np.ndarray) -> list[str]:
-    """Return a line that names the channels that are constant in their training rows, if there are any."""
+    """List the channels that are constant in their training rows, in at most one line."""
     constant = [
         name
         for name, first, rows in zip(table.channels, table.spans.first, training_rows, strict=True)
@@ -85,7 +82,7 @@ def note_on_constants(table: Table, training_rows: np.ndarray) -> list[str]:
 
 
 def _refuse(table: Table, place: int, problem: str) -> NoReturn:
-    channel = table.channel_at(place)
+    channel = table.spans.channel_of(place)
     row = place - table.spans.first[channel] + 1
     where = f"row {row} of series" if table.is_long else f"data row {row}, column"
     raise UserError(f"{table.source} {where} {table.channels[channel]!r}: {table.raw[place]:g} {problem}")

@@ -1,4 +1,4 @@
-"""A CSV as one scaled array, with the borders of its splits: its windows, and the facts that a checkpoint keeps."""
+"""Scale and split a table; build the windows of its splits and the facts that a checkpoint keeps."""
 
 import argparse
 from dataclasses import dataclass
@@ -23,22 +23,22 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class Series:
-    """Scaled channels, one after the other.
+    """The scaled channels of a table, one after the other, and their splits.
 
     Attributes:
         table: the CSV.
-        sizes: rows of a window.
-        percent: share of the training rows to train on.
-        values: (all rows,) float32, scaled by the training rows' mean and deviation, without what the covariates
-            explain; gaps are filled.
-        targets: the same with NaN in the gaps; `values` itself if there are none.
+        sizes: the rows of a window.
+        percent: the percentage of the training rows to train on.
+        values: (all rows,) float32, scaled by the training rows' mean and deviation, without the covariates' effect,
+            with filled gaps.
+        targets: `values` with NaN in the gaps; `values` itself if there are no gaps.
         marks: (dates, marks) float32, the time marks.
-        mark_options: how they are made.
-        scaler: of each channel.
+        mark_options: the flags that the time marks depend on.
+        scaler: the mean and the deviation of each channel.
         ends: (channels, 3): the row of each channel after its training, validation and test rows.
         notes: what the user should know about the data, one line each.
-        explainer: of the covariates; None if there are none.
-        covariate_effect: (all rows,) float32, scaled, what the covariates explain; None if there are none.
+        explainer: the fitted effect of the covariates; None without covariates.
+        covariate_effect: (all rows,) float32, the effect that `values` lack; None without covariates.
     """
 
     table: Table
@@ -56,7 +56,7 @@ class Series:
 
     @property
     def source(self) -> Path:
-        """The CSV, as messages call it."""
+        """The CSV's name in messages."""
         return self.table.source
 
     @property
@@ -66,11 +66,11 @@ class Series:
 
     @property
     def is_long(self) -> bool:
-        """Whether it was a long CSV."""
+        """Whether the CSV is long."""
         return self.table.is_long
 
     def facts(self) -> DataFacts:
-        """Return the facts that a checkpoint keeps."""
+        """Collect the facts that a checkpoint keeps."""
         training, validation = self.ends[:, 0], self.ends[:, 1]
         _, trained = self._borders("train")
         return DataFacts(
@@ -85,16 +85,13 @@ class Series:
         )
 
     def share_trained_on(self, facts: DataFacts) -> float:
-        """Return the share of the test rows that a run with these facts was trained on."""
+        """Estimate the share of the test rows that a run with these facts was trained on."""
         return share_kept(self.table, self.ends[:, 1], self.ends[:, 2], facts.trained_rows)
 
     def seasonal_errors(self, season: int) -> dict[str, float]:
-        """Return the mean absolute error of the seasonal-naive forecast on each channel's training rows, scaled.
+        """Compute the mean absolute error of the seasonal naive on each channel's training rows, in scaled units.
 
-        A channel that never changes by the season, or has fewer rows, has none. Empty cells do not count.
-
-        Args:
-            season: in rows.
+        `season` is in rows. Channels with an error of 0, or with no known pair of values a season apart, are left out.
         """
         errors = {}
         for first, end, name in zip(self.table.spans.first, self.ends[:, 0], self.channels, strict=True):
@@ -108,7 +105,7 @@ class Series:
         return errors
 
     def windows(self, split: str) -> WindowDataset:
-        """Return the windows of a split: the first forecasts its first row, or a later one if too few rows precede it.
+        """Build the dataset of a split; its horizons start at the split's first row, or at row seq_len if later.
 
         Args:
             split: train, val or test; or pred, the last window of each channel, whose rows to forecast are NaN.
@@ -119,74 +116,58 @@ class Series:
         if split == "pred":
             return self._last_windows()
         begin, end = self._borders(split)
-        needed, there = self.sizes.seq_len + self.sizes.pred_len, int((end - begin).max())
-        if there < needed:
+        needed, rows = self.sizes.seq_len + self.sizes.pred_len, int((end - begin).max())
+        if rows < needed:
             whose = " of its longest series" if self.is_long else ""
             raise UserError(
                 f"{self.source.name}: the {split} split{whose} is too short for --seq_len {self.sizes.seq_len} and"
-                f" --pred_len {self.sizes.pred_len}: {needed} rows needed, {max(there, 0)} there"
+                f" --pred_len {self.sizes.pred_len}: {needed} rows needed, {max(rows, 0)} available"
             )
         part = self.table.spans.part(begin, end)
         self._check_targets(split, part)
-        return WindowDataset(
-            self.values,
-            self.targets,
-            self.marks,
-            part,
-            self.channels,
-            self.sizes,
-            self.is_long,
-            self.covariate_effect,
-        )
+        arrays = self.values, self.targets, self.marks
+        return WindowDataset(*arrays, part, self.channels, self.sizes, self.is_long, self.covariate_effect)
 
     def last_window(self) -> LastWindow:
-        """Return the last rows of the CSV, to forecast from.
-
-        Raises:
-            UserError: as in `horizon.last_window`.
-        """
+        """Take the last rows of the CSV, to forecast from; raises as `horizon.last_window` does."""
         return last_window(self.table, self.sizes.seq_len, self.sizes.pred_len)
 
     def _borders(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the first row of each channel that the windows of a split show, and the row after their last."""
+        """Return the first row of each channel in the windows of a split, and the row after the last."""
         number, seq_len = SPLITS.index(split), self.sizes.seq_len
         end = self.ends[:, number]
-        # The window reaches back into the split before.
+        # The first context is the end of the split before.
         begin = self.ends[:, number - 1] - seq_len if number else np.zeros_like(end)
         if split == "train":
             end = (end - seq_len) * self.percent // 100 + seq_len
         if self.is_long:
             begin = np.maximum(begin, 0)
         elif begin[0] < 0:
-            raise UserError(
-                f"{self.source.name}: --seq_len {seq_len} reaches back before the first row:"
-                f" {begin[0] + seq_len} rows stand before the {split} split"
-            )
+            rows = begin[0] + seq_len
+            raise UserError(f"{self.source.name}: --seq_len {seq_len} exceeds the {rows} rows before the {split} split")
         return begin, end
 
     def _check_targets(self, split: str, part: Spans) -> None:
-        if self.targets is self.values:
-            return
-        for first, rows in zip(part.first, part.rows, strict=True):
-            if not np.isnan(self.targets[first + self.sizes.seq_len : first + rows]).all():
-                return
-        raise UserError(
-            f"{self.source.name}: every cell of the {split} split is empty, there is nothing to score: fill it,"
-            " or give a CSV that ends before it"
-        )
+        """Refuse a split without a known value to forecast."""
+        begins, ends = part.first + self.sizes.seq_len, part.first + part.rows
+        if self.targets is not self.values and all(
+            np.isnan(self.targets[begin:end]).all() for begin, end in zip(begins, ends, strict=True)
+        ):
+            raise UserError(
+                f"{self.source.name}: every cell of the {split} split is empty, so there is nothing to score: fill"
+                " cells, or give a CSV that ends before them"
+            )
 
     def _last_windows(self) -> WindowDataset:
-        """Return the windows that end with each channel's last row, followed by rows that nobody knows."""
+        """Build the dataset of the last context of each channel; the horizon is NaN."""
         future = self.last_window().future_dates
         count, length = len(future), self.sizes.seq_len + self.sizes.pred_len
-        marks_of = {id(dates): self.mark_options.marks(dates) for dates in future}
-        rows, dates = self.table.spans.last(self.sizes.seq_len)  # (channels, seq_len) each
+        rows, dates = self.table.spans.last(self.sizes.seq_len)
         unknown = np.full((count, self.sizes.pred_len), np.nan, np.float32)
         values, targets = (np.hstack([part[rows], unknown]).ravel() for part in (self.values, self.targets))
-        marks = np.concatenate([self.marks[dates], np.stack([marks_of[id(dates)] for dates in future])], axis=1)
-        first = np.arange(count) * length
-        spans = Spans(first, np.full(count, length), first)
-        marks = marks.reshape(count * length, -1)
+        future_marks = np.stack([self.mark_options.marks(own) for own in future])
+        marks = np.concatenate([self.marks[dates], future_marks], axis=1).reshape(count * length, -1)
+        spans = Spans.of_series(np.full(count, length))
         return WindowDataset(values, targets, marks, spans, self.channels, self.sizes, self.is_long)
 
 
@@ -200,16 +181,16 @@ def load_series(args: argparse.Namespace) -> Series:
 
 
 def series_of(table: Table, args: argparse.Namespace) -> Series:
-    """Scale and split the run's CSV.
+    """Scale a table and split it.
 
     Raises:
-        UserError: names the column or row that is wrong, or says that there are too few rows.
+        UserError: names the column or row that is wrong, or the number of rows that are missing.
     """
     sizes, mark_options = WindowSizes.of(args), MarkOptions.of(args)
     rows = np.array([LAYOUTS[args.data].rows(rows) for rows in table.spans.rows.tolist()])  # (channels, 3)
     _check_rows(table, args.data, rows)
     training = rows[:, 0]
-    # Fitted on all training rows, whatever --percent uses of them, as in Time-LLM.
+    # Fitted to all training rows, whatever --percent is, as in Time-LLM.
     scaler = fit_scaler(table, training)
     targets = scale(table, scaler)
     notes = [*table.notes(sizes.seq_len), *note_on_constants(table, training)]
@@ -240,14 +221,9 @@ def series_of(table: Table, args: argparse.Namespace) -> Series:
 
 
 def _fit_explainer(table: Table, scaled: np.ndarray, training_rows: np.ndarray) -> Explainer:
-    spans = table.spans
-    return fit_explainer(
-        table.source,
-        table.covariates.rows,
-        [scaled[first : first + rows] for first, rows in zip(spans.first, training_rows, strict=True)],
-        [slice(first, first + rows) for first, rows in zip(spans.dates, training_rows, strict=True)],
-        table.channels,
-    )
+    training = [scaled[first : first + rows] for first, rows in zip(table.spans.first, training_rows, strict=True)]
+    slices = [slice(first, first + rows) for first, rows in zip(table.spans.dates, training_rows, strict=True)]
+    return fit_explainer(table.source, table.covariates.rows, training, slices, table.channels)
 
 
 def _marks(table: Table, options: MarkOptions) -> np.ndarray:
@@ -263,20 +239,20 @@ def _note_on_short_series(table: Table, training_rows: np.ndarray, sizes: Window
     if not table.is_long or not short:
         return []
     return [
-        f"{table.source}: {short} of {len(training_rows)} series are too short to train on (their training rows are"
-        f" fewer than {needed}, --seq_len and --pred_len): tested and forecast where they have the rows"
+        f"{table.source}: {short} of {len(training_rows)} series are too short to train on (fewer than {needed}"
+        " training rows, --seq_len plus --pred_len): they are tested and forecast if they have enough rows"
     ]
 
 
 def _check_rows(table: Table, data: str, rows: np.ndarray) -> None:
-    """Refuse channels with fewer rows than their splits have, or none to train on."""
+    """Refuse channels with fewer rows than their splits need, or without training rows."""
     needed = rows.sum(axis=1)
     if (short := needed > table.spans.rows).any():
         channel = int(short.argmax())
         whose = f", series {table.channels[channel]!r}," if table.is_long else ""
         raise UserError(
             f"{table.source}{whose} is too short for --data {data}: {needed[channel]} rows needed,"
-            f" {table.spans.rows[channel]} there (--data custom splits any length 70/10/20)"
+            f" {table.spans.rows[channel]} available (--data custom splits any length 70/10/20)"
         )
     if not rows[:, 0].all():
         raise UserError(f"{table.source} has {table.spans.rows.min()} data rows: too few to train on")

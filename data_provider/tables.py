@@ -1,4 +1,4 @@
-"""What a CSV holds, as windows need it, and what of the flags that depends on."""
+"""A CSV as arrays, and the flags that decide which series and columns are used."""
 
 import argparse
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from data_provider.gaps import fill, note_on_gaps
 from data_provider.windows import Spans
 
 
-@dataclass(frozen=True, eq=False)  # arrays have no one answer to whether they are equal
+@dataclass(frozen=True, eq=False)  # arrays cannot be compared with ==
 class Table:
-    """What a CSV holds of the channels in use, one channel behind the other.
+    """The values of the channels in use, one channel after the other.
 
     Attributes:
-        source: the CSV, as messages call it.
-        dates: all dates; `spans` says whose. None of a channel's is before the one above it.
+        source: the CSV's name in messages.
+        dates: the dates of all channels, see `spans`; they never decrease within a channel.
         raw: (all rows,) float64, in the CSV's units; NaN where a cell is empty.
         channels: the channels' names.
         spans: the rows of each channel.
-        is_long: whether it was a long CSV: channels may then be of different lengths.
-        covariates: of its rows and of those to come; None if none are named.
-        left_out: what a note says of series that were left out; empty if none were.
-        sha256: of the CSV as it was read; empty for a DataFrame.
+        is_long: whether the CSV is long; its channels may differ in length.
+        covariates: None if no covariates are named.
+        left_out: a note on series and columns that are not used; empty if all are used.
+        sha256: the hash of the CSV as it was read; empty for a DataFrame.
     """
 
     source: Path
@@ -42,28 +42,24 @@ class Table:
 
     @cached_property
     def filled(self) -> np.ndarray:
-        """What windows see, (all rows,): in a gap the last value before it, at the very beginning the first."""
+        """The values with forward-filled gaps, (all rows,), see `gaps.fill`."""
         return fill(self.raw, self.spans)
 
     def scaled(self, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
-        """Return `raw` less each channel's mean, in units of its deviation, (channels,) each."""
+        """Scale `raw` by the mean and the deviation of each channel, (channels,) each."""
         return (self.raw - np.repeat(mean, self.spans.rows)) / np.repeat(deviation, self.spans.rows)
 
     def rows_of(self, channel: int) -> slice:
-        """Return where the values of a channel stand."""
+        """Return the slice of a channel's values."""
         first = self.spans.first[channel]
         return slice(first, first + self.spans.rows[channel])
 
-    def channel_at(self, place: int) -> int:
-        """Return the number of the channel that the value at a place belongs to."""
-        return int(np.searchsorted(self.spans.first, place, side="right")) - 1
-
     def date_rows(self) -> list[slice]:
-        """Return where the dates of each channel stand, and so its covariates."""
+        """List the slices of each channel's dates and covariates."""
         return [slice(first, first + rows) for first, rows in zip(self.spans.dates, self.spans.rows, strict=True)]
 
     def dates_of(self, channel: int) -> pd.DatetimeIndex:
-        """Return the dates of a channel's rows."""
+        """Return a channel's dates."""
         first = self.spans.dates[channel]
         return self.dates[first : first + self.spans.rows[channel]]
 
@@ -72,55 +68,56 @@ class Table:
         return self.dates_of(int(self.spans.rows.argmax()))
 
     def rows_of_a_season(self) -> int:
-        """Return the rows of a day, of a week where they are days, of a year where they are longer; at least 1.
+        """Count the rows of a day, of a week for daily data, or of a year for longer steps; at least 1.
 
-        They are counted, so that a week may have five days.
+        The count is the median of the data, so that a week of business days has five rows.
         """
         dates = self.dates_of_longest()
-        days = dates.to_series().diff().median() / pd.Timedelta("1D")  # of one row NaN: nothing is larger
-        for longest_row, length, period in ((0.5, 1, "D"), (3.5, 7, "W"), (183, 365.25, "Y")):
-            if days <= longest_row:
+        days = dates.to_series().diff().median() / pd.Timedelta("1D")  # NaN for a single row: no comparison holds
+        for longest_step, length, period in ((0.5, 1, "D"), (3.5, 7, "W"), (183, 365.25, "Y")):
+            if days <= longest_step:
                 counts = pd.Series(dates.tz_localize(None).to_period(period)).value_counts(sort=False)
-                # The first and the last may be cut off.
+                # The first and the last period may be incomplete.
                 return int(counts.iloc[1:-1].median()) if len(counts) > 3 else max(round(length / days), 1)
         return 1
 
     def notes(self, seq_len: int) -> list[str]:
-        """Return what the user should know of it, a line each."""
+        """Describe gaps, irregular dates and unused series or columns, one line each."""
         gaps = note_on_gaps(self.raw, self.spans, self.channels, seq_len)
         lines = [self.left_out, *self._notes_on_dates(), gaps]
         return [f"{self.source}: {line}" for line in lines if line]
 
     def _notes_on_dates(self) -> list[str]:
-        """Return what is odd about the steps from date to date."""
-        borders = np.zeros(max(len(self.dates) - 1, 0), bool)  # from a channel to the next is no step
+        """Describe repeated dates and gaps in the dates."""
+        is_border = np.zeros(max(len(self.dates) - 1, 0), bool)  # the step from one channel to the next does not count
         firsts = np.unique(self.spans.dates)
-        borders[firsts[firsts > 0] - 1] = True
-        steps = np.where(borders, -1, np.diff(self.dates.asi8))
+        is_border[firsts[firsts > 0] - 1] = True
+        steps = np.where(is_border, -1, np.diff(self.dates.asi8))
         notes = []
         if (equal := np.flatnonzero(steps == 0)).size:
             notes.append(f"{len(equal)} rows have the date of the row above them, {self._row(equal[0] + 1)} first")
-        usual = np.median(steps[~borders]) if not borders.all() else 0
-        # Half as long again: months and years are not all of one length.
+        usual = np.median(steps[~is_border]) if not is_border.all() else 0
+        # With a tolerance of one half, because months and years differ in length.
         jumps = np.flatnonzero(steps > 1.5 * usual) if usual else np.zeros(0, np.int64)
-        if 0 < len(jumps) < (~borders).sum() / 2:
+        if 0 < len(jumps) < (~is_border).sum() / 2:
             where = f"before {self._row(jumps[0] + 1)} first"
             notes.append(f"{len(jumps)} gaps in the dates, {where}: windows run across them")
         return notes
 
     def _row(self, date: int) -> str:
-        """Say which row a date is of, counted from 1."""
+        """Name the row of a date, counted from 1."""
         if not self.is_long:
             return f"data row {date + 1}"
-        channel = int(np.searchsorted(self.spans.dates, date, side="right")) - 1
+        channel = self.spans.channel_of(date)
         return f"row {date - self.spans.dates[channel] + 1} of {self.channels[channel]}"
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What of the flags a table depends on: those of these names; `covariates` one by one.
+class TableOptions:
+    """The flags that a table depends on.
 
-    `target_last` says whether the target is moved to the last channel, as Time-LLM does for every set but ETT.
+    `covariates` is the flag's list; `target_last` says whether the target becomes the last channel, as in Time-LLM for
+    every data set except ETT.
     """
 
     features: str
@@ -132,7 +129,12 @@ class Choice:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
-        """Take it from all flags."""
+        """Take the options from the parsed flags."""
         covariates = tuple(filter(None, (name.strip() for name in args.covariates.split(","))))
         target_last = not args.data.startswith("ETT")
         return cls(args.features, args.target, args.series, covariates, args.seq_len, target_last)
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether the CSV must have the target column: always, except for --features M with the default target."""
+        return self.features != "M" or self.target != "OT"

@@ -1,4 +1,4 @@
-"""Calendar features of timestamps, scaled (``--embed timeF``) or as integers (``fixed``, ``learned``)."""
+"""Calendar features of timestamps, either scaled (``--embed timeF``) or integers (``fixed``, ``learned``)."""
 
 import re
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from data_provider.layouts import LAYOUTS
 from utils.cli.options import FlagGroup
 from utils.errors import UserError
 
-# A scaled feature: the calendar field, the field's smallest value and the range it is divided by.
+# Each scaled feature: the calendar field, the smallest value of the field and the range to divide by.
 _SCALED = {
     "second": (lambda t: t.second, 0, 59),
     "minute": (lambda t: t.minute, 0, 59),
@@ -22,7 +22,7 @@ _SCALED = {
     "month": (lambda t: t.month, 1, 11),
 }
 
-# The features of each step, and the spellings of the step: those of Time-LLM's help and pandas' own.
+# The spellings of each step (those of Time-LLM and pandas), and the features for that step.
 _DAILY = ("weekday", "day", "dayofyear")
 _FEATURES_OF_STEP = (
     (("s", "S"), ("second", "minute", "hour", *_DAILY)),
@@ -44,24 +44,24 @@ class MarkOptions(FlagGroup):
     freq: str
 
     def marks(self, dates: pd.DatetimeIndex) -> np.ndarray:
-        """Return the time marks of dates, (dates, marks) float32."""
+        """Compute the time marks of dates, (dates, marks) float32."""
         if self.embed == "timeF":
             return scaled_features(dates, self.freq)
         return integer_features(dates, LAYOUTS[self.data].quarter_hours)
 
 
 def scaled_features(dates: pd.DatetimeIndex, freq: str) -> np.ndarray:
-    """Return calendar features between -0.5 and 0.5, as GluonTS defines them.
+    """Compute calendar features between -0.5 and 0.5, as GluonTS does.
 
     Args:
-        dates: one timestamp a row.
-        freq: the step of the series, such as ``h``, ``t`` or ``15min``; coarser steps have fewer features.
+        dates: one timestamp per row.
+        freq: the step of the series, such as ``h``, ``t`` or ``15min``; longer steps have fewer features.
 
     Returns:
         float32, (rows, features).
 
     Raises:
-        UserError: if the step cannot be read.
+        UserError: if the step is unknown.
     """
     columns = []
     for name in _feature_names(freq):
@@ -71,10 +71,10 @@ def scaled_features(dates: pd.DatetimeIndex, freq: str) -> np.ndarray:
 
 
 def integer_features(dates: pd.DatetimeIndex, quarter_hours: bool) -> np.ndarray:
-    """Return month, day, weekday, hour and, where asked for, the quarter of the hour.
+    """Compute month, day, weekday, hour and, if requested, the quarter of the hour.
 
     Returns:
-        float32, (rows, 4 or 5); whole numbers, as float like every other array of a batch.
+        float32 like every other array of a batch, (rows, 4 or 5).
     """
     columns = [dates.month, dates.day, dates.day_of_week, dates.hour]
     if quarter_hours:
@@ -87,4 +87,4 @@ def _feature_names(freq: str) -> tuple[str, ...]:
     for spellings, names in _FEATURES_OF_STEP:
         if step and step.group(1) in spellings:
             return names
-    raise UserError(f"--freq {freq!r} is no step of a calendar: give s, t, h, d, b, w or m, or 15min and the like")
+    raise UserError(f"--freq {freq!r} is not a calendar step: give s, t, h, d, b, w or m, or a multiple such as 15min")

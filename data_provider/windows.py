@@ -1,4 +1,4 @@
-"""Windows over series, one channel each, gathered a batch at a time."""
+"""Windows over single channels, gathered in whole batches."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from utils.cli.options import FlagGroup
 Window = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
-# Windows that are read at a time where all are looked through.
+# Windows gathered at a time where all are read.
 _CHUNK = 4096
 
 
 @dataclass(frozen=True)
 class WindowSizes(FlagGroup):
-    """Rows of a window: its context, the end of the context repeated before the target, the rows to forecast."""
+    """The rows of a window: the context, its last rows that seq_y repeats, and the horizon."""
 
     seq_len: int
     label_len: int
@@ -29,12 +29,12 @@ class WindowSizes(FlagGroup):
 
 @dataclass(frozen=True)
 class Spans:
-    """Where the rows of each channel are, in arrays that hold one channel after the other.
+    """The position of each channel in arrays that hold one channel after the other.
 
     Attributes:
-        first: index of the channel's first value, (channels,).
-        rows: number of its values, (channels,).
-        dates: index of its first date, (channels,); channels may share their dates.
+        first: the index of each channel's first value, (channels,).
+        rows: the number of values, (channels,).
+        dates: the index of each channel's first date, (channels,); channels may share their dates.
     """
 
     first: np.ndarray
@@ -43,17 +43,27 @@ class Spans:
 
     @classmethod
     def of_table(cls, rows: int, channels: int) -> Self:
-        """Return the spans of channels of equal length that share their dates."""
+        """Build the spans of channels of equal length that share their dates."""
         return cls(np.arange(channels) * rows, np.full(channels, rows), np.zeros(channels, np.int64))
 
+    @classmethod
+    def of_series(cls, rows: np.ndarray) -> Self:
+        """Build the spans of channels of these lengths, each with its own dates."""
+        first = np.concatenate([[0], rows.cumsum()[:-1]])
+        return cls(first, rows, first)
+
     def part(self, begin: np.ndarray, end: np.ndarray) -> Self:
-        """Return the spans of rows `begin` to `end` of each channel; empty where they are in the wrong order."""
+        """Select rows `begin` to `end` of each channel; none where `end` is not after `begin`."""
         return Spans(self.first + begin, np.maximum(end - begin, 0), self.dates + begin)
 
     def last(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the indices of the last values of each channel and of their dates, (channels, count) each."""
+        """Index the last values of each channel and their dates, (channels, count) each."""
         back = self.rows[:, None] + np.arange(-count, 0)
         return self.first[:, None] + back, self.dates[:, None] + back
+
+    def channel_of(self, places: np.ndarray) -> np.ndarray:
+        """Find the number of the channel to which each value belongs, by the value's index."""
+        return np.searchsorted(self.first, places, side="right") - 1
 
 
 class WindowDataset(Dataset):
@@ -63,14 +73,14 @@ class WindowDataset(Dataset):
     seq_y begins with the last label_len rows of seq_x. An unknown target is NaN in seq_y.
 
     Args:
-        values: (all rows,) float32, the values that windows show.
+        values: (all rows,) float32, the values in the contexts.
         targets: (all rows,) float32, the values to forecast, NaN where unknown; `values` itself if all are known.
         marks: (dates, marks) float32.
         spans: the rows of each channel to take windows from; a channel too short for a window has none.
         channels: the channels' names.
-        sizes: rows of a window.
+        sizes: the rows of a window.
         is_long: whether the channels are the series of a long CSV.
-        covariate_effect: (all rows,) float32, what the covariates explain, which is not in `values`; None without
+        covariate_effect: (all rows,) float32, the covariates' effect, which `values` and `targets` lack; None without
             covariates.
     """
 
@@ -86,7 +96,7 @@ class WindowDataset(Dataset):
         covariate_effect: np.ndarray | None = None,
     ):
         self.values = values
-        # None stands for `values`: a worker process would be sent the same numbers twice.
+        # None stands for `values`; otherwise pickling would send the same array to a worker process twice.
         self.targets = None if targets is values else targets
         self.marks = marks
         self.channels = tuple(channels)
@@ -95,8 +105,8 @@ class WindowDataset(Dataset):
         self.is_long = is_long
         self._covariate_effect = covariate_effect
         counts = np.maximum(spans.rows - self.length + 1, 0)
-        self._ends = counts.cumsum()  # the number after each channel's last window
-        # What to add to a window's number for its first row, and its first date.
+        self._ends = counts.cumsum()  # one more than the number of each channel's last window
+        # The offsets from a window's number to its first row and to its first date.
         self._to_row, self._to_date = (begins - (self._ends - counts) for begins in (spans.first, spans.dates))
 
     def __len__(self) -> int:
@@ -104,16 +114,16 @@ class WindowDataset(Dataset):
 
     @property
     def has_gaps(self) -> bool:
-        """Whether some targets may be unknown."""
+        """Whether some targets are unknown."""
         return self.targets is not None
 
     @property
     def has_covariates(self) -> bool:
-        """Whether covariates explain a part of the series that is not in the windows."""
+        """Whether the covariates' effect was subtracted from the windows."""
         return self._covariate_effect is not None
 
-    def knows_a_target(self, indices: Sequence[int]) -> bool:
-        """Return whether any target of these windows is known."""
+    def has_known_target(self, indices: Sequence[int]) -> bool:
+        """Return whether any value in the horizon of these windows is known."""
         if self.targets is None:
             return len(indices) > 0
         rows, _ = self._places(indices)
@@ -125,13 +135,12 @@ class WindowDataset(Dataset):
         return tuple(part[0].numpy() for part in self.__getitems__([index % len(self)]))
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Return the windows of a whole batch; each part is (batch, rows, columns).
+        """Gather the windows of a whole batch; each part is (batch, rows, columns).
 
-        torch's DataLoader calls this instead of `__getitem__`; no collation is needed after it.
+        PyTorch's DataLoader calls this instead of `__getitem__`; the result needs no collation.
         """
         rows, dates = self._places(indices)
-        # Views are made here and not kept: they cost microseconds, and a kept view would be written out
-        # in full when the dataset is sent to a worker process.
+        # The views are not attributes: pickling a view for a worker process would copy every window.
         values = torch.from_numpy(sliding_window_view(self.values, self.length)[rows, :, None])
         targets = values
         if self.targets is not None:
@@ -141,20 +150,20 @@ class WindowDataset(Dataset):
         return values[:, :context], targets[:, repeated:], marks[:, :context], marks[:, repeated:]
 
     def in_chunks(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
-        """Yield windows a few thousand at a time: their indices, contexts (B, seq_len) and targets (B, pred_len)."""
+        """Yield windows in chunks: their numbers, contexts (B, seq_len) and targets (B, pred_len)."""
         for some in chunks(indices):
             context, following, *_ = self.__getitems__(some)
             yield some, context[..., 0], following[:, -self.pred_len :, 0]
 
     def with_covariate_effect(self, indices: Sequence[int], forecast: np.ndarray) -> np.ndarray:
-        """Return forecasts or targets of windows, (B, pred_len), with what the covariates explain added."""
+        """Add the covariates' effect to forecasts or targets of windows, (B, pred_len)."""
         if self._covariate_effect is None:
             return forecast
         rows, _ = self._places(indices)
         return forecast + sliding_window_view(self._covariate_effect, self.length)[rows, self.seq_len :]
 
     def whole_context(self, index: int) -> np.ndarray:
-        """Return the context of a window with what the covariates explain, (seq_len,)."""
+        """Return the context of a window with the covariates' effect, (seq_len,)."""
         (row,), _ = self._places([index])
         context = self.values[row : row + self.seq_len]
         if self._covariate_effect is None:
@@ -162,23 +171,23 @@ class WindowDataset(Dataset):
         return context + self._covariate_effect[row : row + self.seq_len]
 
     def _places(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the first row and the first date of windows."""
+        """Index the first rows and the first dates of windows."""
         indices = np.asarray(indices)
         channels = self.channel_of(indices)
         return indices + self._to_row[channels], indices + self._to_date[channels]
 
     def channel_of(self, indices: Sequence[int]) -> np.ndarray:
-        """Return the channel number of each window."""
+        """Find the number of each window's channel."""
         return self._ends.searchsorted(indices, side="right")
 
 
 def evenly_spaced(windows: int, at_most: int) -> np.ndarray:
-    """Return at most `at_most` window numbers out of `windows`, evenly spaced, first and last included."""
+    """Choose at most `at_most` of `windows` window numbers, evenly spaced, including the first and the last."""
     if windows <= at_most:
         return np.arange(windows)
     return np.linspace(0, windows - 1, at_most).round().astype(np.int64)
 
 
 def chunks(numbers: Sequence[int]) -> list[np.ndarray]:
-    """Return window numbers in parts that are read at a time."""
+    """Split window numbers into chunks of a few thousand."""
     return np.array_split(np.asarray(numbers), -(-len(numbers) // _CHUNK) or 1)

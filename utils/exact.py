@@ -1,23 +1,23 @@
-"""Mean and variance that come out alike on every machine."""
+"""Mean and variance that are identical on every machine."""
 
 import math
 
 import numpy as np
 
-# Deviations from the mean beyond which the squares of an error would leave float32.
+# The largest distance from the mean, in standard deviations, whose squared errors stay well within float32.
 FARTHEST = 1e12
 
-# Numbers beyond which a sum of squares would leave float64.
+# The largest magnitude whose sums of squares stay within float64.
 HUGE = 1e150
 
 
 def mean_and_variance(values: np.ndarray) -> tuple[float, float]:
-    """Return the mean and the variance (over n) of some float64 numbers, (n,).
+    """Compute the mean and the population variance of float64 values, (n,).
 
-    The last digits of a sum depend on the order in which the CPU at hand adds; `math.fsum` rounds once, at the
-    end. Everything else here is a single operation, whose result IEEE 754 prescribes. So neither the CPU, nor a
-    library's version, nor the order of the values changes a bit.
+    The rounding of an ordinary sum depends on the order in which a CPU adds; `math.fsum` rounds only once, at the end.
+    IEEE 754 defines every other operation here exactly. So no bit depends on the CPU, the versions of libraries or the
+    order of the values.
     """
     mean = math.fsum(values.tolist()) / len(values)
-    apart = values - mean
-    return mean, math.fsum((apart * apart).tolist()) / len(values)
+    deviations = values - mean
+    return mean, math.fsum((deviations * deviations).tolist()) / len(values)

@@ -136,7 +136,7 @@ def test_a_gap_is_filled_with_what_is_left_before_it(tmp_path):
 def test_a_covariate_that_is_the_target_is_warned_of(score):
     frame = sales(to_come=0)[["date", "a", "b"]]
     done = score("leak", frame.assign(same=2 * frame["b"] + 1), "--covariates", "same")
-    assert "the covariates explain b almost wholly" in done.out
+    assert "the covariates explain b almost completely" in done.out
 
 
 def test_a_penalty_is_chosen_in_the_order_of_time(tmp_path):
@@ -160,7 +160,7 @@ def test_a_penalty_is_chosen_in_the_order_of_time(tmp_path):
         (lambda f: f, ["--covariates", "date"], ["--covariates date", "date"]),
         (lambda f: f, ["--covariates", "a", "--target", "a", "--features", "MS"], ["--covariates a", "forecast"]),
         (lambda f: f.assign(price=f.price.where(f.index != 7)), ["--covariates", "price"], ["data row 8", "'price'"]),
-        (lambda f: f.assign(price=f.price.where(f.index < 905)), ["--covariates", "price"], ["row 906", "to come"]),
+        (lambda f: f.assign(price=f.price.where(f.index < 905)), ["--covariates", "price"], ["row 906", "to forecast"]),
         (lambda f: f.assign(price=np.inf), ["--covariates", "price"], ["data row 1", "inf"]),
         (lambda f: f.assign(day=f.date.astype(str)), ["--covariates", "day"], ["'day' has", "different texts"]),
         (lambda f: f.head(905), ["--covariates", "price", "--predict"], ["needs 12 rows", "there are 5"]),
@@ -168,7 +168,7 @@ def test_a_penalty_is_chosen_in_the_order_of_time(tmp_path):
         (
             lambda f: as_long(f, ["price"]).iloc[:-3],
             ["--covariates", "price", "--predict"],
-            ["12 rows behind the last known one of series 'b'", "there are 9"],
+            ["12 rows after the last known one of series 'b'", "there are 9"],
         ),
     ],
 )
@@ -185,7 +185,7 @@ def test_a_forecast_that_lacks_something_writes_nothing(score, run, tmp_path):
     here += ["--covariates", "price,holiday", "--is_training", "0", "--predict", "--checkpoint", folder]
     for name, changed, words in (
         ("too few", frame.head(905), "there are 5"),
-        ("text", frame.assign(price="much"), "'price' was numbers in training"),
+        ("text", frame.assign(price="much"), "'price' was numeric in training"),
         ("long", as_long(frame, ["price", "holiday"]), "is a long CSV"),
     ):
         changed.to_csv(tmp_path / "few.csv", index=False)
@@ -197,12 +197,12 @@ def test_a_forecast_that_lacks_something_writes_nothing(score, run, tmp_path):
 def test_what_never_changes_is_no_leak(score):
     frame = sales(to_come=0)[["date", "a", "price"]].assign(still=3.0)
     done = score("still", frame, "--covariates", "price")
-    assert "almost wholly" not in done.out
+    assert "almost completely" not in done.out
     assert "Covariates | still: price +0 (explain 0.0% of its training rows)" in done.out
 
 
 @pytest.mark.parametrize(
-    ("cell", "words"), [("5,0", "'5,0' stands among numbers"), (1e200, "covariate 'price' is 1e+200")]
+    ("cell", "words"), [("5,0", "'5,0' is text in a column of numbers"), (1e200, "covariate 'price' is 1e+200")]
 )
 def test_a_cell_of_another_kind_is_named(assert_refused, tmp_path_factory, cell, words):
     folder = tmp_path_factory.mktemp("odd")

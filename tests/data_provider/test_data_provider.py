@@ -192,10 +192,10 @@ def test_windows_are_not_written_out_when_sent_to_a_worker(tmp_path):
         (lambda f: f.assign(b=f.b.where(f.index != 41, np.inf)), [], ["row 42", "'b'", "inf"]),
         (lambda f: f.assign(date=f.date.astype(str).where(f.index != 9, "soon")), [], ["row 10", "soon"]),
         (lambda f: f[["date"]], [], ["nothing to forecast"]),
-        (lambda f: f.head(40), ["--seq_len", "26"], ["train split", "29 rows needed", "28 there"]),
+        (lambda f: f.head(40), ["--seq_len", "26"], ["train split", "29 rows needed", "28 available"]),
         (lambda f: f.head(0), [], ["0 data rows"]),
-        (lambda f: f, ["--data", "ETTh1", "--data_path", "custom.csv"], ["14400 rows needed", "100 there"]),
-        (lambda f: f, ["--pred_len", "30"], ["val split", "46 rows needed", "26 there"]),
+        (lambda f: f, ["--data", "ETTh1", "--data_path", "custom.csv"], ["14400 rows needed", "100 available"]),
+        (lambda f: f, ["--pred_len", "30"], ["val split", "46 rows needed", "26 available"]),
         (lambda f: f.assign(b=f.b.where(f.index != 90, 1e300)), [], ["row 91", "'b'", "1e+300"]),
         (
             lambda f: f.assign(

@@ -175,7 +175,7 @@ def test_a_headline_of_which_nothing_is_known_is_refused(assert_refused, tmp_pat
     frame.to_csv(folder / "x.csv", index=False)
     flags = ["--data", "custom", "--root_path", folder, "--data_path", "x.csv", "--seq_len", "24", "--label_len", "8"]
     flags += ["--pred_len", "8", "--model", "DLinear"]
-    assert_refused([*flags, "--features", "MS"], "no window of --target OT with a known target")
+    assert_refused([*flags, "--features", "MS"], "no evaluated window of --target OT has a known value")
     assert_refused([*flags, "--level", "80"], "--level 80 needs 4 validation windows of each channel, but there are 0")
 
 

@@ -91,7 +91,7 @@ def test_what_is_wrong_is_said(run, flags, whole, tmp_path):
     with pytest.raises(UserError, match="--level 0"):
         trained.predict(whole, level=[0])
     for level in (80.0, [80.5], "80"):
-        with pytest.raises(UserError, match="levels are whole per cents"):
+        with pytest.raises(UserError, match="levels are whole percentages"):
             trained.predict(whole, level=level)
     with pytest.raises(UserError, match="no flag nonsense"):
         load_run(run(*flags, "--model", "DLinear").folder, nonsense=3)

@@ -1,4 +1,4 @@
-"""Whether the flags make sense together, and what they name is there."""
+"""Check that the flags fit together and that the files and folders they name exist."""
 
 import argparse
 import os
@@ -11,18 +11,13 @@ from utils.cli.options import FLAGS, has_llm, has_patches
 from utils.cli.places import csv_path, is_demo_default, looks_like_a_path, run_folder, trained_folder
 from utils.errors import UserError
 
-# Of every common file system.
-MAX_FILE_NAME = 255
-
-# Of Windows, unless it is told to take longer ones.
-MAX_PATH = 259
-
-# Of numpy's generators.
-MAX_SEED = 2**32
+MAX_FILE_NAME = 255  # bytes, on every common file system
+MAX_PATH = 259  # characters, on Windows without long paths
+MAX_SEED = 2**32  # numpy accepts seeds below
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse values that contradict each other or make no sense.
+    """Refuse flag values that are out of range or contradict each other.
 
     Raises:
         UserError: names the flag and what to give instead.
@@ -36,43 +31,42 @@ def check_options(args: argparse.Namespace) -> None:
     for name in ("model_id", "model_comment", "des"):
         bad = sorted(set(getattr(args, name)) & set('<>:"/\\|?*\n\r\t'))
         if bad:
-            raise UserError(f"--{name} names a folder and cannot hold {' '.join(map(repr, bad))}: leave it out")
+            raise UserError(
+                f"--{name} names a folder and cannot contain {' '.join(map(repr, bad))}: choose another name"
+            )
 
 
 def _contradictions(args: argparse.Namespace) -> Iterator[str]:
-    """Yield messages for flags that do not fit together."""
+    """Yield a message for each contradiction between flags."""
+    levels = " ".join(map(str, args.level))
     if not 0 <= args.seed <= MAX_SEED - args.itr:
         yield f"--seed {args.seed} must be at least 0 and, with --itr {args.itr}, at most {MAX_SEED - args.itr}"
     if args.seq_len < args.patch_len and has_patches(args):
         yield f"--seq_len {args.seq_len} is shorter than one patch: give at least --patch_len {args.patch_len}"
     if args.d_model % args.n_heads and args.model == "PatchTST":
-        yield f"--d_model {args.d_model} does not divide among --n_heads {args.n_heads}: PatchTST's heads share it"
+        yield f"--d_model {args.d_model} is not divisible by --n_heads {args.n_heads}, as PatchTST needs: change one"
     if not all(1 <= level <= 99 for level in args.level):
-        yield f"--level {_spaced(args.level)}: levels are whole per cents from 1 to 99"
+        yield f"--level {levels}: levels are whole percentages from 1 to 99"
     if len(set(args.level)) < len(args.level):
-        yield f"--level {_spaced(args.level)} has a level twice: give each once"
+        yield f"--level {levels} repeats a level: give each once"
     if args.label_len > args.seq_len:
-        yield f"--label_len {args.label_len} is longer than the window: give at most --seq_len {args.seq_len}"
+        yield f"--label_len {args.label_len} is longer than the context: give at most --seq_len {args.seq_len}"
     if args.llm_layers is not None and args.llm_layers < 1:
         yield f"--llm_layers {args.llm_layers} must be at least 1 (leave it out for the default)"
     if args.content and args.prompt_file:
-        yield "--content and --prompt_file both describe the data set: give one of them"
+        yield "--content and --prompt_file both describe the data set: give only one of them"
     if args.resume and not args.is_training:
         yield "--resume continues training: leave it out with --is_training 0"
     if args.checkpoint and args.is_training:
-        yield "--checkpoint names a run to test: it goes with --is_training 0"
+        yield "--checkpoint names a run to test: add --is_training 0"
     if args.ablation != "none" and not has_llm(args):
-        yield f"--ablation {args.ablation} is a change of TimeLLM: leave it out with --model {args.model}"
+        yield f"--ablation {args.ablation} applies only to TimeLLM: leave it out with --model {args.model}"
     if args.residual != "none" and not has_llm(args):
-        yield f"--residual {args.residual} is a part of TimeLLM: leave it out with --model {args.model}"
-
-
-def _spaced(levels: list[int]) -> str:
-    return " ".join(map(str, levels))
+        yield f"--residual {args.residual} applies only to TimeLLM: leave it out with --model {args.model}"
 
 
 def check_paths(args: argparse.Namespace) -> None:
-    """Refuse files and folders that are not there.
+    """Refuse files and folders that do not exist.
 
     Raises:
         UserError: names the missing path and the flag that points to it.
@@ -83,45 +77,46 @@ def check_paths(args: argparse.Namespace) -> None:
         raise UserError(f"no data file {csv}: check --root_path and --data_path{fetch}")
     if args.prompt_file and not Path(args.prompt_file).is_file():
         raise UserError(f"no prompt file {args.prompt_file}: check --prompt_file")
-    is_there = (Path(args.llm_model_path) / "config.json").is_file() or is_demo_default(args, "llm_model_path")
-    if has_llm(args) and looks_like_a_path(args.llm_model_path) and not is_there:
+    llm_exists = (Path(args.llm_model_path) / "config.json").is_file() or is_demo_default(args, "llm_model_path")
+    if has_llm(args) and looks_like_a_path(args.llm_model_path) and not llm_exists:
         raise UserError(
-            f"no LLM in {args.llm_model_path}: --llm_model_path takes a folder with a config.json"
-            " (python scripts/fetch.py smollm2 fetches one)"
+            f"no LLM in {args.llm_model_path}: --llm_model_path needs a folder with a config.json"
+            " (python scripts/fetch.py smollm2 downloads one)"
         )
     for place in (Path(args.checkpoints), *Path(args.checkpoints).parents):
         if place.exists() and not place.is_dir():
-            raise UserError(f"{place} is a file: --checkpoints names a folder")
+            raise UserError(f"{place} is a file: --checkpoints must name a folder")
     _check_lengths(args)
     first = run_folder(args, 0)
     if args.resume == "yes" and not (first / "last").is_file():
         raise UserError(f"no state to resume from in {first}: leave out --resume, or give --resume auto to start fresh")
     if not args.is_training:
-        for repetition in range(args.itr):
-            folder = trained_folder(args, repetition)
+        for folder in (trained_folder(args, repetition) for repetition in range(args.itr)):
             if not (folder / "checkpoint").is_file():
                 raise UserError(f"no checkpoint in {folder}: train first, or name a run's folder with --checkpoint")
 
 
 def _check_lengths(args: argparse.Namespace) -> None:
-    """Refuse what the file system would: under Windows that looks as if a folder were missing."""
+    """Refuse paths that are too long; Windows itself would report a missing folder."""
     folder, remedy = run_folder(args, args.itr), "shorten --model_id, --model_comment or --des"
-    longest = len(folder.name.encode())
-    if longest > MAX_FILE_NAME:
-        raise UserError(f"the run folder's name has {longest} bytes: {remedy}")
-    file = "calibration.npz.01234567.unfinished"  # the longest of a run's, while it is written
-    if args.report_to == "tensorboard":  # time, host, process and number
-        file = f"tensorboard/events.out.tfevents.{2**31}.{platform.node()}.{2**31}.99"
-    path = os.path.abspath(folder / file)  # noqa: PTH100 - without .., as Windows counts, but with its links
-    characters = 0 if path.startswith("\\\\?\\") else len(path)  # what begins so may be of any length
-    if characters > MAX_PATH and not _takes_long_paths():
+    name_bytes = len(folder.name.encode())
+    if name_bytes > MAX_FILE_NAME:
+        raise UserError(f"the run folder's name has {name_bytes} bytes, {MAX_FILE_NAME} are allowed: {remedy}")
+    longest_file = "calibration.npz.01234567.unfinished"  # a run's longest file name, while it is being written
+    if args.report_to == "tensorboard":  # time, host, process id and counter
+        longest_file = f"tensorboard/events.out.tfevents.{2**31}.{platform.node()}.{2**31}.99"
+    # Windows counts a path without "..", but with symbolic links unresolved.
+    path = os.path.abspath(folder / longest_file)  # noqa: PTH100
+    length = 0 if path.startswith("\\\\?\\") else len(path)  # Windows does not limit paths with this prefix
+    if length > MAX_PATH and not _takes_long_paths():
         raise UserError(
-            f"this Windows takes paths of {MAX_PATH} characters, and the run would have some of {characters}: {remedy},"
-            " name a shorter folder with --checkpoints, or turn long paths on (LongPathsEnabled in the registry)"
+            f"the run's longest path would have {length} characters, this Windows allows {MAX_PATH}: {remedy}, name a"
+            " shorter folder with --checkpoints, or enable long paths (LongPathsEnabled in the registry)"
         )
 
 
 def _takes_long_paths() -> bool:
+    """Return whether the system allows paths longer than `MAX_PATH`."""
     if sys.platform != "win32":
         return True
     import winreg
@@ -129,5 +124,5 @@ def _takes_long_paths() -> bool:
     try:
         with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"SYSTEM\CurrentControlSet\Control\FileSystem") as key:
             return bool(winreg.QueryValueEx(key, "LongPathsEnabled")[0])
-    except OSError:  # it has never been set
+    except OSError:  # the value does not exist until someone sets it
         return False

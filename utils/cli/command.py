@@ -1,4 +1,4 @@
-"""What the project's command lines share: one line for an error, exit codes, child processes."""
+"""Building blocks of the command lines: one-line errors, exit codes, child processes."""
 
 import argparse
 import contextlib
@@ -11,22 +11,22 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from utils.cli.signals import Interrupts
+from utils.cli.signals import SIGNALS, Interrupts
 from utils.errors import UserError
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser that reports an error in one line."""
 
     def error(self, message: str) -> None:
-        """Print one line and leave with exit code 2."""
+        """Print the error in one line and exit with code 2."""
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
 def is_first_process() -> bool:
-    """Return whether this is the process that speaks; known before torch is loaded."""
-    # A rank alone, or one that is no number, is a mistake that must be told.
+    """Return whether this is the process that prints; works before torch is imported."""
+    # With an incomplete or invalid rank every process prints, so that the error is seen.
     rank = os.environ.get("RANK", "0")
     return "WORLD_SIZE" not in os.environ or not rank.isdecimal() or int(rank) == 0
 
@@ -34,22 +34,21 @@ def is_first_process() -> bool:
 def exit_code_of(
     work: Callable[[], int | None], after_interrupt: str | Callable[[], str], interrupts: Interrupts | None = None
 ) -> int:
-    """Do the work of a command line and return its exit code.
+    """Run a command line's work and return its exit code; only the first process prints.
 
-    0, or what the work returns; 2, with one line, if the input is wrong; 130 if it was interrupted. However many
-    processes there are, one speaks.
+    The code is the work's own (0 for None), 2 with a one-line error for invalid input, or 130 after an interrupt.
 
     Args:
-        work: what to do; argparse may leave in it.
-        after_interrupt: what to say then of how to go on, or a function that finds that out.
-        interrupts: for work that defers them.
+        work: the work, which argparse may end with SystemExit.
+        after_interrupt: the hint to print after an interrupt, or a function that returns the hint.
+        interrupts: the signal handler of work that defers signals.
     """
-    with _missing_letters_escaped(), interrupts or Interrupts() as interrupts:
+    with _unencodable_characters_escaped(), interrupts or Interrupts() as interrupts:
         try:
             with interrupts.none_lost():
                 return work() or 0
-        except SystemExit as leave:
-            return int(leave.code or 0)
+        except SystemExit as stop:
+            return int(stop.code or 0)
         except UserError as problem:
             line, code = f"error: {problem}", 2
         except KeyboardInterrupt:
@@ -62,12 +61,9 @@ def exit_code_of(
 
 
 @contextlib.contextmanager
-def _missing_letters_escaped() -> Iterator[None]:
-    """Let print() write \\u6570 for a letter that a console or a redirected file cannot hold, as stderr does, not fail.
-
-    Otherwise a folder with Chinese letters would end a run under a Western Windows.
-    """
-    # Under pythonw there is none, in a notebook another; whoever chose how it fails meant it.
+def _unencodable_characters_escaped() -> Iterator[None]:
+    """Let print() escape characters that stdout cannot encode, such as Chinese under a Western Windows."""
+    # stdout is None under pythonw and another class in a notebook; an error handler set by the caller stays.
     if not isinstance(sys.stdout, io.TextIOWrapper) or sys.stdout.errors != "strict":
         yield
         return
@@ -80,35 +76,34 @@ def _missing_letters_escaped() -> Iterator[None]:
 
 
 def command_line(words: Sequence[str]) -> str:
-    """Return a command as the shells of this system take it."""
+    """Quote a command for the shells of this system."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def run_child(command: Sequence[str], folder: Path | None = None) -> int:
-    """Run a command. A signal to stop is for the child: it saves its state, and is waited for.
+    """Run a command; after a signal, wait for the child to save its state and exit.
 
     Args:
-        command: program and words.
-        folder: to run it in, None for this process's own.
+        command: program and arguments.
+        folder: working directory, None for that of this process.
 
     Returns:
-        its exit code; 130 if this process was told to stop meanwhile.
+        the child's exit code, or 130 if this process received a signal meanwhile.
     """
-    stops = []
+    received = []
 
     def stop(number: int, _frame: object) -> None:
-        stops.append(number)
-        if number == signal.SIGTERM:  # Ctrl-C and Ctrl-Break reach the child by themselves
+        received.append(number)
+        if number == signal.SIGTERM:  # the terminal itself sends Ctrl-C and Ctrl-Break to the child
             child.terminate()
 
     child = subprocess.Popen(command, cwd=folder)
-    names = ("SIGINT", "SIGTERM", "SIGBREAK")
-    before = {number: signal.signal(number, stop) for name in names if (number := getattr(signal, name, None))}
+    previous = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         code = child.wait()
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-    if stops:
+    if received:
         return 130
-    return code if code >= 0 else 128 - code  # killed by a signal: what a shell makes of it
+    return code if code >= 0 else 128 - code  # the shells' code for a process killed by a signal

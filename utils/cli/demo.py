@@ -1,61 +1,55 @@
-"""What --demo says, so that the next command is the reader's own."""
+"""Print what --demo does and which commands to try next."""
 
 import argparse
 from collections.abc import Sequence
 
 from utils.cli.command import command_line
-from utils.cli.options import get_parser, has_llm
+from utils.cli.options import FLAGS, has_llm
 from utils.cli.places import csv_path, is_demo_default
 
 
 def command_behind(args: argparse.Namespace) -> str:
-    """Return the command that --demo stands for, with all flags that are not at their defaults."""
+    """Write out the command that --demo stands for, with every flag that differs from its default."""
     words = ["python", "run_main.py"]
-    parser = get_parser()
-    for action in parser._actions:
-        value = getattr(args, action.dest, None)
-        if action.dest in ("help", "demo") or value == parser.get_default(action.dest):
+    for name, flag in FLAGS.items():
+        value = getattr(args, name)
+        if name == "demo" or value == flag.default:
             continue
-        words.append(action.option_strings[0])
-        if action.nargs != 0:  # else it is a switch
-            words.append(str(value))
+        words.append(f"--{name}")
+        if flag.type is not bool:
+            words += map(str, value if isinstance(value, list) else [value])
     return command_line(words)
 
 
 def introduction(args: argparse.Namespace) -> str:
-    """Return what to print before the demo runs."""
-    made = [f"a series, {csv_path(args)}"] if is_demo_default(args, "data_path") else []
+    """Write the text to print before the demo runs."""
+    created = [f"a synthetic series, {csv_path(args)}"] if is_demo_default(args, "data_path") else []
     if has_llm(args) and is_demo_default(args, "llm_model_path"):
-        made.append(f"a tiny LLM, {args.llm_model_path}")
-    return (
-        f"The demo makes {' and '.join(made)}. " if made else ""
-    ) + f"It stands for\n    {command_behind(args)}\nEach of these flags may be given beside --demo."
+        created.append(f"a tiny LLM, {args.llm_model_path}")
+    creates = f"The demo creates {' and '.join(created)}. " if created else ""
+    return f"{creates}It stands for\n    {command_behind(args)}\nAny of these flags can be given along with --demo."
 
 
 def _without(argv: Sequence[str], switch: str, flag: str) -> list[str]:
-    """Return a command line without a switch, and without a flag and its value."""
+    """Remove a switch, and a flag with its value, from a command line."""
     words = [word for word in argv if word != switch and not word.startswith(f"{flag}=")]
     return [word for before, word in zip(["", *words], words, strict=False) if flag not in (before, word)]
 
 
 def farewell(argv: Sequence[str]) -> str:
-    """Return what to print when the demo has run: what to type next.
+    """Write the text to print after the demo: what to type next.
 
     Args:
         argv: the demo's own command line.
     """
-    again = command_line(["python", "run_main.py", *_without(argv, "--predict", "--is_training"), "--is_training", "0"])
-    yours = "python run_main.py --data custom --data_path my.csv --seq_len 96 --pred_len 24 --predict"
-    return "\n".join(
-        (
-            "What to type next, to test the trained layers again, and to forecast again when the CSV has grown:",
-            f"    {again}",
-            f"    {again} --predict",
-            "For a real LLM, of 0.3 GB or of 6 GB:",
-            "    python scripts/fetch.py smollm2",
-            "    python scripts/fetch.py qwen2.5-3b",
-            "For your own CSV in dataset/, with a column 'date' and columns of numbers:",
-            f"    {yours} --llm_model_path base_models/SmolLM2-135M",
-            f"    {yours} --llm_model QWEN --load_in_4bit",
-        )
-    )
+    test = command_line(["python", "run_main.py", *_without(argv, "--predict", "--is_training"), "--is_training", "0"])
+    own = "python run_main.py --data custom --data_path my.csv --seq_len 96 --pred_len 24 --predict"
+    return f"""What to type next, to test the trained layers again, or to forecast again once the CSV has grown:
+    {test}
+    {test} --predict
+For a real LLM, of 0.3 GB or of 6 GB:
+    python scripts/fetch.py smollm2
+    python scripts/fetch.py qwen2.5-3b
+For your own CSV in dataset/, with a column 'date' and numeric columns:
+    {own} --llm_model_path base_models/SmolLM2-135M
+    {own} --llm_model QWEN --load_in_4bit"""

@@ -1,6 +1,6 @@
-"""The flags of `run_main.py`: one table, and the parser, the range checks and the groups of values made from it.
+"""The flags of `run_main.py`: one table, from which the parser, the checks and the groups of flags are built.
 
-Nothing here imports torch, so that ``--help`` and a typo answer at once.
+Nothing here imports torch, so that ``--help`` and a typo are answered at once.
 """
 
 import argparse
@@ -17,7 +17,7 @@ MODEL_NAMES = ("TimeLLM", "PatchTST", "DLinear", "SeasonalNaive", "LastValue")
 
 COMPATIBILITY = "kept for compatibility with Time-LLM scripts"
 
-# Presets of --demo. Any of these given on the command line still wins.
+# Presets of --demo; a flag on the command line overrides its preset.
 DEMO_DEFAULTS = {
     "data": "custom",
     "root_path": "./dataset",
@@ -39,21 +39,21 @@ DEMO_DEFAULTS = {
     "predict": True,
 }
 
-# What a flag affects besides the run itself.
+# Tags: what a flag affects besides the run itself.
 MUST_MATCH_CHECKPOINT = "a checkpoint cannot be used with another value"
-WARN_IF_CHANGED = "with another value a checkpoint forecasts differently: a note says so"
-RESUME_MAY_CHANGE = "a run may be resumed with another value: it changes no weight, or says when to stop"
-NOT_RUN_IDENTITY = "a run with another value is still the same run: it changes no weight and no score"
-RESERVED_BY_COMPARE = "compare.py sets it, or there would be no scores to compare"
+WARN_IF_CHANGED = "a checkpoint used with another value forecasts differently, so a note is printed"
+RESUME_MAY_CHANGE = "a run can be resumed with another value, which changes no weight or only when training stops"
+NOT_RUN_IDENTITY = "a run with another value is the same run: no weight and no score changes"
+RESERVED_BY_COMPARE = "compare.py sets the flag itself, or could not compare scores with it"
 
 
 def must_match_for(model: str) -> str:
-    """Return the tag of a flag that is `MUST_MATCH_CHECKPOINT` for the checkpoints of one model."""
+    """Build the tag of a flag that is `MUST_MATCH_CHECKPOINT` only for checkpoints of one model."""
     return f"{MUST_MATCH_CHECKPOINT}, of {model}"
 
 
 class Range(NamedTuple):
-    """The values that a number may have: a test, and the words for it."""
+    """The valid values of a number, as a predicate and in words."""
 
     holds: Callable[[float], bool]
     words: str
@@ -73,16 +73,16 @@ _PERCENT = Range(lambda value: 1 <= value <= 100, "at least 1 and at most 100")
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag: a row of the table.
+    """A command line flag, one row of the table.
 
     Attributes:
-        name: without the dashes.
-        default: its value if it is not given; False makes it a switch.
-        help: for --help.
-        tags: what it affects, see above.
-        choices: its values, where they are few.
-        range: its values, where it is a number; of a number that is out of it, the command line says so.
-        kind: its type, where the default does not tell.
+        name: the flag's name without dashes.
+        default: the value if the flag is not given; False makes the flag a switch.
+        help: the text for --help.
+        tags: what the flag affects besides the run itself, see above.
+        choices: the valid values, if there are only a few.
+        range: the valid values of a number; `utils.cli.checks.check_options` refuses others.
+        kind: the type of the value if the default does not show it.
         settings: further arguments of `ArgumentParser.add_argument`.
     """
 
@@ -97,25 +97,25 @@ class Flag:
 
     @property
     def type(self) -> type:
-        """The type of its value; of each value, where it takes several."""
+        """The type of the flag's value, or of each value if the flag takes several."""
         return self.kind or type(self.default)
 
     def add_to(self, group: argparse._ArgumentGroup) -> None:
-        """Define the flag on a command line."""
-        how = {"action": "store_true"} if self.type is bool else {"type": self.type, "choices": self.choices}
-        group.add_argument(f"--{self.name}", default=self.default, help=self.help, **how, **(self.settings or {}))
+        """Add the flag to a parser's argument group."""
+        kind = {"action": "store_true"} if self.type is bool else {"type": self.type, "choices": self.choices}
+        group.add_argument(f"--{self.name}", default=self.default, help=self.help, **kind, **(self.settings or {}))
 
     def accepts(self, value: object) -> bool:
-        """Return whether the command line could have made a value, as to its type and choices."""
-        takes_list = bool(self.settings) and self.settings.get("nargs") == "+"
-        parts = value if takes_list and isinstance(value, list) else [value]
-        kinds = {float, int} if self.type is float else {self.type}
+        """Return whether the command line could produce a value, judging by its type and the choices."""
         if value == self.default and type(value) is type(self.default) and self.name != "data":
             return True
-        return all(type(part) in kinds for part in parts) and (self.choices is None or value in self.choices)
+        takes_list = bool(self.settings) and self.settings.get("nargs") == "+"
+        items = value if takes_list and isinstance(value, list) else [value]
+        types = {float, int} if self.type is float else {self.type}
+        return all(type(item) in types for item in items) and (self.choices is None or value in self.choices)
 
 
-# Frequent sets of tags, of choices, and ranges.
+# Frequent combinations of tags.
 _RESUME = (RESUME_MAY_CHANGE,)
 _FREE = (RESUME_MAY_CHANGE, NOT_RUN_IDENTITY)
 _MATCH = (MUST_MATCH_CHECKPOINT,)
@@ -124,162 +124,158 @@ _OF_TIMELLM = (must_match_for("TimeLLM"),)
 _OF_PATCHES = (must_match_for("TimeLLM"), must_match_for("PatchTST"))
 _COMPARE = (RESERVED_BY_COMPARE,)
 
+# Frequent help texts.
+_IN_NAME = "part of the run folder's name"
+_IGNORED = "ignored by TimeLLM"
+_FROM_CSV = f"{COMPATIBILITY}: the channels are read from the CSV"
+
 # fmt: off
-# One row a flag, by group; a group may have a description.
+# The flags by group, each group with an optional description.
 TABLE: dict[str, tuple[str | None, tuple[Flag, ...]]] = {
     "basic": (None, (
-        Flag("demo", False, "synthetic data and a tiny LLM, nothing to download", _FREE),
-        Flag("plan", False, "print the memory that the run needs, and do not run", _FREE + _COMPARE),
-        Flag("task_name", "long_term_forecast", "names the run", (), ("long_term_forecast", "short_term_forecast")),
+        Flag("demo", False, "run on synthetic data with a tiny LLM, without any download", _FREE),
+        Flag("plan", False, "print how much memory the run needs, without running it", _FREE + _COMPARE),
+        Flag("task_name", "long_term_forecast", _IN_NAME, (), ("long_term_forecast", "short_term_forecast")),
         Flag("is_training", 1, "1: train, then test; 0: only test", _RESUME + _COMPARE, (0, 1)),
-        Flag("model_id", "", "names the run; empty: {data}_{seq_len}_{pred_len}"),
-        Flag("model_comment", "none", "names the run"),
+        Flag("model_id", "", f"{_IN_NAME}; empty: {{data}}_{{seq_len}}_{{pred_len}}"),
+        Flag("model_comment", "none", _IN_NAME),
         Flag("model", "TimeLLM", "the forecaster; PatchTST: a transformer over patches; DLinear: two linear maps;"
              " SeasonalNaive: repeats the last season; LastValue: repeats the last value", _MATCH, MODEL_NAMES),
         Flag("seed", 2021, "random seed of the first repetition"),
     )),
     "data": (None, (
-        Flag("data", None, "which data set, hence its train/val/test borders; required", (), DATA_NAMES, kind=str),
+        Flag("data", None, "data set, which also sets the train/val/test borders; required", (), DATA_NAMES, kind=str),
         Flag("root_path", "./dataset", "folder of the CSV", _RESUME),
         Flag("data_path", "", "file name of the CSV; empty: {data}.csv", _RESUME),
-        Flag("features", "M", "M: every channel; S: only the target; MS: every channel, the headline metric is the"
-             " target's", (), ("M", "S", "MS")),
-        Flag("target", "OT", "the column that S and MS refer to"),
-        Flag("series", "", "of a long CSV (unique_id, ds, y): only these series, names or patterns such as shop-*"
-             " between commas"),
-        Flag("covariates", "", "columns known in advance, between commas: they explain the channels and are not"
-             " forecast", _MATCH),
+        Flag("features", "M", "M: all channels; S: only the target; MS: all channels, with the target's error as the"
+             " headline metric", (), ("M", "S", "MS")),
+        Flag("target", "OT", "target channel of --features S and MS"),
+        Flag("series", "", "series of a long CSV (unique_id, ds, y): comma-separated names or patterns (shop-*)"),
+        Flag("covariates", "", "comma-separated columns known in advance, which help to forecast the channels and are"
+             " not forecast themselves", _MATCH),
         Flag("loader", "modal", COMPATIBILITY),
-        Flag("freq", "h", "step of the time marks: h, t, 15min, d and so on; TimeLLM does not read them"),
+        Flag("freq", "h", f"frequency of the time features, for example h, t, 15min or d; {_IGNORED}"),
         Flag("checkpoints", "./checkpoints/", "folder of the run folders", _RESUME + _COMPARE),
-        Flag("percent", 100, "share of the training rows to use (few-shot)", range=_PERCENT),
-        Flag("num_workers", 0, "loader processes; batches are cheap, 0 is fastest", _FREE, range=_AT_LEAST_0),
+        Flag("percent", 100, "percentage of the training rows to use (few-shot)", range=_PERCENT),
+        Flag("num_workers", 0, "worker processes of the data loader; 0 is usually fastest", _FREE, range=_AT_LEAST_0),
     )),
     "windows": (None, (
-        Flag("seq_len", 96, "rows that the model sees", _MATCH, range=_ROWS),
-        Flag("label_len", 48, "past rows repeated before the target's; TimeLLM does not read them", range=_AT_LEAST_0),
-        Flag("pred_len", 96, "rows to forecast", _MATCH, range=_ROWS),
+        Flag("seq_len", 96, "context length: rows that the model sees", _MATCH, range=_ROWS),
+        Flag("label_len", 48, f"context rows repeated before the horizon in a target; {_IGNORED}", range=_AT_LEAST_0),
+        Flag("pred_len", 96, "horizon: rows to forecast", _MATCH, range=_ROWS),
         Flag("seasonal_patterns", "Monthly", COMPATIBILITY),
     )),
-    "model": ("of TimeLLM and PatchTST, except where noted", (
-        Flag("enc_in", 7, f"{COMPATIBILITY}: the channels are read from the CSV"),
-        Flag("dec_in", 7, f"{COMPATIBILITY}: the channels are read from the CSV"),
-        Flag("c_out", 7, f"{COMPATIBILITY}: the channels are read from the CSV"),
+    "model": ("for TimeLLM and PatchTST, except where noted", (
+        Flag("enc_in", 7, _FROM_CSV),
+        Flag("dec_in", 7, _FROM_CSV),
+        Flag("c_out", 7, _FROM_CSV),
         Flag("d_model", 16, "width of the patch embedding", range=_AT_LEAST_1),
-        Flag("n_heads", 8, "heads of the reprogramming attention, or of PatchTST's", (must_match_for("PatchTST"),),
-             range=_AT_LEAST_1),
-        Flag("e_layers", 2, "layers of PatchTST; TimeLLM: only names the run", range=_AT_LEAST_1),
-        Flag("d_layers", 1, f"{COMPATIBILITY}: only names the run"),
-        Flag("d_ff", 32, "width of a reprogramming head, and LLM columns kept; PatchTST: width of the feed-forward"
-             " layer", range=_AT_LEAST_1),
-        Flag("moving_avg", 25, "DLinear: rows of the moving average", (must_match_for("DLinear"),), range=_AT_LEAST_1),
-        Flag("season", 0, "SeasonalNaive: rows of a season; 0: a day, a week for daily rows, a year for longer ones",
+        Flag("n_heads", 8, "attention heads", (must_match_for("PatchTST"),), range=_AT_LEAST_1),
+        Flag("e_layers", 2, f"PatchTST: encoder layers; TimeLLM: only {_IN_NAME}", range=_AT_LEAST_1),
+        Flag("d_layers", 1, f"{COMPATIBILITY}: only {_IN_NAME}"),
+        Flag("d_ff", 32, "TimeLLM: width of a reprogramming head and number of LLM output columns kept; PatchTST: width"
+             " of the feed-forward layer", range=_AT_LEAST_1),
+        Flag("moving_avg", 25, "DLinear: rows in the moving average", (must_match_for("DLinear"),), range=_AT_LEAST_1),
+        Flag("season", 0, "SeasonalNaive: rows in a season; 0: a day, for daily rows a week, for longer steps a year",
              (RESUME_MAY_CHANGE, must_match_for("SeasonalNaive")), range=_AT_LEAST_0),
-        Flag("factor", 1, f"{COMPATIBILITY}: only names the run"),
-        Flag("dropout", 0.1, "dropout of the trainable layers", range=_BELOW_1),
-        Flag("embed", "timeF", "time marks of a batch, scaled (timeF) or calendar integers (fixed, learned); TimeLLM"
-             " does not read them", (), ("timeF", "fixed", "learned")),
+        Flag("factor", 1, f"{COMPATIBILITY}: only {_IN_NAME}"),
+        Flag("dropout", 0.1, "dropout rate of the trainable layers", range=_BELOW_1),
+        Flag("embed", "timeF", f"time features: scaled (timeF) or calendar integers (fixed, learned); {_IGNORED}", (),
+             ("timeF", "fixed", "learned")),
         Flag("activation", "gelu", COMPATIBILITY),
         Flag("output_attention", False, COMPATIBILITY),
-        Flag("patch_len", 16, "rows of a patch", _OF_PATCHES, range=_AT_LEAST_1),
-        Flag("stride", 8, "rows from one patch to the next", _OF_PATCHES, range=_AT_LEAST_1),
-        Flag("mapping", "compact", "text prototypes with llm_dim (compact) or vocab_size (full, as in Time-LLM) weights"
-             " each; both reach the same prototypes", (), ("compact", "full")),
-        Flag("normalize_prototypes", False, "TimeLLM: scale each text prototype to entries of mean square 1, so that"
-             " patches differ from the start", _OF_TIMELLM),
+        Flag("patch_len", 16, "rows in a patch", _OF_PATCHES, range=_AT_LEAST_1),
+        Flag("stride", 8, "rows from the start of one patch to the next", _OF_PATCHES, range=_AT_LEAST_1),
+        Flag("mapping", "compact", "weights of each text prototype: llm_dim (compact) or vocab_size (full, as in"
+             " Time-LLM); both can represent the same prototypes", (), ("compact", "full")),
+        Flag("normalize_prototypes", False, "TimeLLM: scale each text prototype to a mean square of 1, so that patches"
+             " differ from the start of training", _OF_TIMELLM),
         Flag("residual", "none", "TimeLLM; linear: add a linear map of the scaled window, so that the LLM learns the"
              " residual of a linear forecast", _OF_TIMELLM, ("none", "linear")),
     )),
-    "prompt": ("of TimeLLM", (
-        Flag("prompt_domain", 0, "1: describe the data set from dataset/prompt_bank; 0: Time-LLM's one sentence on ETT",
-             _WARN, (0, 1)),
-        Flag("content", "", "description of the data set, used as it is; overrides the others", _WARN),
-        Flag("prompt_file", "", "UTF-8 file with the description, used as it is; overrides --prompt_domain", _WARN),
+    "prompt": ("for TimeLLM", (
+        Flag("prompt_domain", 0, "1: read the description of the data set from dataset/prompt_bank; 0: use Time-LLM's"
+             " sentence on ETT", _WARN, (0, 1)),
+        Flag("content", "", "description of the data set, used verbatim; overrides --prompt_domain", _WARN),
+        Flag("prompt_file", "", "UTF-8 file with the description, used verbatim; overrides --prompt_domain", _WARN),
         Flag("prompt_decimals", -1, "decimals of the statistics; -1: all", _WARN, range=_DECIMALS),
-        Flag("prompt_padding", "left", "left: pads are masked, forecasts do not depend on batch-mates; right: as in"
-             " Time-LLM, pads are attended to", _WARN, ("left", "right")),
+        Flag("prompt_padding", "left", "left: padding is masked, and a forecast does not depend on the other windows in"
+             " its batch; right: as in Time-LLM, padding is attended to", _WARN, ("left", "right")),
     )),
-    "frozen LLM": ("of TimeLLM", (
+    "frozen LLM": ("for TimeLLM", (
         Flag("llm_model", "LLAMA", "a known LLM, from ./base_models/ or the Hub", _RESUME,
              ("LLAMA", "GPT2", "BERT", "QWEN")),
         Flag("llm_model_path", "", "local folder or Hub id of any LLM; overrides --llm_model", _RESUME),
         Flag("llm_dim", 0, "hidden size; 0: read from the LLM", range=_AT_LEAST_0),
-        Flag("llm_layers", None, "use the first N layers; default: 6 for LLAMA, GPT2 and BERT by name, all otherwise",
-             kind=int),
-        Flag("load_in_4bit", False, "NF4 weights with double quantisation"),
-        Flag("llm_dtype", "auto", "precision that the LLM computes in; auto: float32 on a CPU, bfloat16 on a GPU that"
-             " has it, else float16", (), ("auto", "float32", "bfloat16", "float16")),
-        Flag("no_prefix_cache", False, "run prompt and patches through the LLM in one pass, as Time-LLM does: slower,"
-             " the same forecasts", _RESUME),
-        Flag("gradient_checkpointing", False, "recompute the LLM's activations in backward: much less memory, slower"
-             " steps, the same gradients", _FREE),
-        Flag("ablation", "none", "no_llm: the reprogrammed patches go straight to the head; random_llm: random weights"
-             " in the LLM, drawn from --seed", _OF_TIMELLM, ("none", "no_llm", "random_llm")),
+        Flag("llm_layers", None, "use the first N layers; default: 6 for LLAMA, GPT2 and BERT, else all", kind=int),
+        Flag("load_in_4bit", False, "quantize the LLM to NF4, with double quantization"),
+        Flag("llm_dtype", "auto", "precision in which the LLM computes; auto: float32 on a CPU, bfloat16 on a GPU that"
+             " supports it, otherwise float16", (), ("auto", "float32", "bfloat16", "float16")),
+        Flag("no_prefix_cache", False, "run prompt and patches in one pass, as Time-LLM: slower, same result", _RESUME),
+        Flag("gradient_checkpointing", False, "recompute the LLM's activations in the backward pass: much less memory,"
+             " slower steps, same gradients", _FREE),
+        Flag("ablation", "none", "no_llm: pass the reprogrammed patches straight to the head; random_llm: draw the"
+             " LLM's weights at random from --seed", _OF_TIMELLM, ("none", "no_llm", "random_llm")),
     )),
-    "optimisation": (None, (
-        Flag("itr", 1, "repetitions, with seeds seed, seed+1 and so on", _FREE + _COMPARE, range=_AT_LEAST_1),
-        Flag("train_epochs", 10, "largest number of epochs", _RESUME, range=_AT_LEAST_1),
+    "optimization": (None, (
+        Flag("itr", 1, "number of repetitions, with seeds seed, seed+1 and so on", _FREE + _COMPARE, range=_AT_LEAST_1),
+        Flag("train_epochs", 10, "maximum number of epochs", _RESUME, range=_AT_LEAST_1),
         Flag("align_epochs", 10, COMPATIBILITY),
-        Flag("batch_size", 32, "windows of a training batch, per process", range=_AT_LEAST_1),
-        Flag("eval_batch_size", 0, "windows of an evaluation batch; 0: batch_size", _FREE, range=_AT_LEAST_0),
+        Flag("batch_size", 32, "windows in a training batch, per process", range=_AT_LEAST_1),
+        Flag("eval_batch_size", 0, "windows in an evaluation batch; 0: batch_size", _FREE, range=_AT_LEAST_0),
         Flag("patience", 10, "validations without improvement before early stopping", _RESUME, range=_AT_LEAST_1),
         Flag("learning_rate", 1e-4, "peak learning rate", range=_RATE),
-        Flag("mapping_rate", 1.0, "TimeLLM: learning rate of the map to the text prototypes, as a share of"
-             " --learning_rate", range=_RATE),
-        Flag("residual_rate", 0.01, "TimeLLM: learning rate of the map of --residual linear, as a share of"
-             " --learning_rate", range=_RATE),
-        Flag("optimizer", "adam", "8bit: state in 8 bits, by bitsandbytes; paged: moved to host memory when a GPU is"
-             " full", (), ("adam", "adamw", "adamw8bit", "paged_adamw8bit")),
-        Flag("auto_batch_size", False, "if a batch does not fit into memory, halve it and raise --grad_accum, before"
-             " training starts", _RESUME),
-        Flag("des", "test", "names the run", _COMPARE),
+        Flag("mapping_rate", 1.0, "TimeLLM: learning rate of --mapping relative to --learning_rate", range=_RATE),
+        Flag("residual_rate", 0.01, "TimeLLM: learning rate of --residual relative to --learning_rate", range=_RATE),
+        Flag("optimizer", "adam", "8bit: optimizer state in 8 bits (bitsandbytes); paged: moved to host memory when the"
+             " GPU is full", (), ("adam", "adamw", "adamw8bit", "paged_adamw8bit")),
+        Flag("auto_batch_size", False, "before training starts, halve the batch size until a batch fits into memory,"
+             " and raise --grad_accum accordingly", _RESUME),
+        Flag("des", "test", _IN_NAME, _COMPARE),
         Flag("loss", "MSE", "training loss", (), ("MSE", "MAE")),
         Flag("lradj", "type1", "learning rate schedule", (),
              ("type1", "type2", "type3", "PEMS", "TST", "COS", "constant")),
-        Flag("pct_start", 0.2, "share of warm-up steps, only for --lradj TST", range=_SHARE),
-        Flag("use_amp", False, "automatic mixed precision for the trainable layers"),
-        Flag("grad_accum", 1, "batches of an optimiser step", range=_AT_LEAST_1),
-        Flag("grad_clip", 0.0, "largest gradient norm; 0: off", range=_NORM),
-        Flag("max_steps", 0, "stop training after N optimiser steps; 0: off", _RESUME, range=_AT_LEAST_0),
-        Flag("resume", "", "continue from the run's last state; it is an error if there is none, with auto a fresh"
-             " start", _FREE + _COMPARE, ("yes", "auto"), settings={"nargs": "?", "const": "yes"}),
-        Flag("report_to", "none", "log validations to TensorBoard, too, in the run folder, by accelerate's tracker",
+        Flag("pct_start", 0.2, "fraction of the steps to warm up for, with --lradj TST only", range=_SHARE),
+        Flag("use_amp", False, "use automatic mixed precision for the trainable layers"),
+        Flag("grad_accum", 1, "batches per optimizer step", range=_AT_LEAST_1),
+        Flag("grad_clip", 0.0, "maximum gradient norm; 0: no clipping", range=_NORM),
+        Flag("max_steps", 0, "stop training after N optimizer steps; 0: no limit", _RESUME, range=_AT_LEAST_0),
+        Flag("resume", "", "continue from the run's last state; if there is none, stop with an error or, with auto,"
+             " start fresh", _FREE + _COMPARE, ("yes", "auto"), settings={"nargs": "?", "const": "yes"}),
+        Flag("report_to", "none", "also log validations to TensorBoard, in the run folder, with accelerate's tracker",
              _FREE, ("none", "tensorboard")),
-        Flag("save_steps", 0, "save the state to resume from every N steps, too; 0: every epoch", _FREE,
-             range=_AT_LEAST_0),
-        Flag("deterministic", False, "repeat CUDA runs to the bit, where the kernels allow it"),
+        Flag("save_steps", 0, "also save the --resume state every N steps; 0: each epoch", _FREE, range=_AT_LEAST_0),
+        Flag("deterministic", False, "make CUDA runs repeatable to the bit, where the kernels allow it"),
     )),
     "evaluation": (None, (
-        Flag("eval_windows", 0, "at most N evenly spaced windows; 0: all", range=_AT_LEAST_0),
-        Flag("test_windows", -1, "the final test on at most N evenly spaced windows; 0: all; -1: as --eval_windows",
+        Flag("eval_windows", 0, "evaluate on at most N evenly spaced windows; 0: all", range=_AT_LEAST_0),
+        Flag("test_windows", -1, "run the final test on at most N evenly spaced windows; 0: all; -1: as --eval_windows",
              _RESUME, range=_AT_LEAST_MINUS_1),
-        Flag("eval_steps", 0, "validate every N optimiser steps; 0: once an epoch", range=_AT_LEAST_0),
-        Flag("skip_epoch_test", False, "no test pass while training", _FREE),
-        Flag("predict", False, "write the forecast after the last row of the CSV, as CSV and picture",
-             _FREE + _COMPARE),
-        Flag("level", [], "prediction intervals of these levels, in per cent, calibrated on the validation windows,"
-             " e.g. 80 95", _RESUME, kind=int, settings={"nargs": "+"}),
-        Flag("save_predictions", False, "keep the test forecasts, pred.npy and true.npy, and a picture of three of"
-             " them", _FREE),
+        Flag("eval_steps", 0, "validate every N optimizer steps; 0: every epoch", range=_AT_LEAST_0),
+        Flag("skip_epoch_test", False, "do not test during training", _FREE),
+        Flag("predict", False, "forecast beyond the last row of the CSV; saved as CSV and picture", _FREE + _COMPARE),
+        Flag("level", [], "levels of the prediction intervals in percent, for example 80 95; calibrated on the"
+             " validation windows", _RESUME, kind=int, settings={"nargs": "+"}),
+        Flag("save_predictions", False, "save the test forecasts (pred.npy, true.npy) and a picture of three", _FREE),
         Flag("checkpoint", "", "run folder to test instead of the run's own", _RESUME + _COMPARE),
     )),
 }
 # fmt: on
 
 FLAGS = {flag.name: flag for _, flags in TABLE.values() for flag in flags}
-DEFAULTS = {name: flag.default for name, flag in FLAGS.items()}  # what a run did before it had the flag
+DEFAULTS = {name: flag.default for name, flag in FLAGS.items()}  # also for runs saved before a flag existed
 
 
 def flags_tagged(tag: str) -> frozenset[str]:
-    """Return the names of the flags that have a tag."""
+    """List the names of the flags with a tag."""
     return frozenset(name for name, flag in FLAGS.items() if tag in flag.tags)
 
 
 def check_types(flags: Mapping[str, object]) -> None:
-    """Check values that did not come from the command line, but from a file or from Python.
+    """Check flag values that come from a file or from Python instead of the command line.
 
     Raises:
-        ValueError: names the first flag whose value the command line would not have let through.
+        ValueError: names the first flag with a value that the command line would not accept.
     """
     for name, value in flags.items():
         if name in FLAGS and not FLAGS[name].accepts(value):
@@ -288,23 +284,22 @@ def check_types(flags: Mapping[str, object]) -> None:
 
 
 class FlagGroup:
-    """A frozen dataclass of flags that belong together; its fields are named as the flags are."""
+    """The base of a frozen dataclass of flags that belong together; each field has the name of its flag."""
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
-        """Take this group's flags from all."""
+        """Select this group's flags from all flags."""
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
 
 class OptionParser(OneLineParser):
-    """An ArgumentParser whose errors are one line and whose namespaces are complete.
+    """An ArgumentParser with one-line errors that also fills in the defaults that depend on other flags.
 
-    Defaults that depend on other flags (``--model_id``, ``--data_path``, the presets of ``--demo``) are filled in by
-    `parse_known_args`, so that every namespace can be handed to `models` and `data_provider` as it is.
+    `models` and `data_provider` can therefore use every parsed namespace as it is.
     """
 
     def error(self, message: str) -> None:
-        """Print one line, with the flag that may have been meant, and exit with code 2."""
+        """Print the error in one line, suggest the flag that was probably meant, and exit with code 2."""
         marker = "unrecognized arguments: "
         if message.startswith(marker):
             word = message.removeprefix(marker).split()[0].split("=")[0]
@@ -315,17 +310,7 @@ class OptionParser(OneLineParser):
     def parse_known_args(self, args=None, namespace=None):
         parsed, rest = super().parse_known_args(args, namespace)
         if parsed.demo:
-            # Whether an LLM was named at all: even the default's name is not the tiny one's.
-            unnamed, _ = self._parse_with_defaults({"llm_model": None}, args)
-            presets = dict(DEMO_DEFAULTS)
-            # A preset must not contradict a flag given beside --demo.
-            if parsed.prompt_file or parsed.prompt_domain:
-                del presets["content"]
-            if unnamed.llm_model:
-                del presets["llm_model_path"]
-            if not parsed.is_training:  # there --predict would mean a forecast without a test
-                del presets["predict"]
-            parsed, rest = self._parse_with_defaults(presets, args, namespace)
+            parsed, rest = self._parse_with_defaults(self._demo_presets(parsed, args), args, namespace)
         if parsed.data is None and not rest:
             self.error(f"--data is required (one of {', '.join(DATA_NAMES)}); --demo needs no data")
         parsed.level = sorted(parsed.level)
@@ -333,8 +318,20 @@ class OptionParser(OneLineParser):
         parsed.model_id = parsed.model_id or f"{parsed.data}_{parsed.seq_len}_{parsed.pred_len}"
         return parsed, rest
 
+    def _demo_presets(self, parsed: argparse.Namespace, args=None) -> dict:
+        """Return the presets of --demo without those that contradict a given flag."""
+        presets = dict(DEMO_DEFAULTS)
+        if parsed.prompt_file or parsed.prompt_domain:
+            del presets["content"]
+        # Without its default, --llm_model is set only if it was given, be it with the default value.
+        if self._parse_with_defaults({"llm_model": None}, args)[0].llm_model:
+            del presets["llm_model_path"]
+        if not parsed.is_training:  # with --is_training 0, --predict skips the test
+            del presets["predict"]
+        return presets
+
     def _parse_with_defaults(self, defaults: dict, args=None, namespace=None):
-        """Parse with other defaults, this once."""
+        """Parse with other defaults, only this time."""
         ordinary = {name: self.get_default(name) for name in defaults}
         self.set_defaults(**defaults)
         try:
@@ -344,7 +341,7 @@ class OptionParser(OneLineParser):
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """Return the parser of `run_main.py`; every flag of Time-LLM's keeps its name, type and default."""
+    """Build the parser of `run_main.py`, in which Time-LLM's flags keep their names, types and defaults."""
     parser = OptionParser(
         prog="run_main.py",
         description="Time-LLM: forecast time series by reprogramming a frozen large language model.",
@@ -359,22 +356,22 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def has_llm(args: argparse.Namespace) -> bool:
-    """Return whether the forecaster that --model names is built around an LLM."""
+    """Return whether the forecaster of --model contains an LLM."""
     return args.model == "TimeLLM"
 
 
 def has_patches(args: argparse.Namespace) -> bool:
-    """Return whether the forecaster that --model names cuts windows into patches."""
+    """Return whether the forecaster of --model cuts windows into patches."""
     return args.model in ("TimeLLM", "PatchTST")
 
 
 def flags_of_repetition(args: argparse.Namespace, repetition: int) -> argparse.Namespace:
-    """Return the flags that run repetition 0, 1, ... by itself: those of all, with its own seed."""
+    """Return the flags of a single repetition, which differ only in the seed; repetitions count from 0."""
     return argparse.Namespace(**{**vars(args), "seed": args.seed + repetition})
 
 
 def flags_of_final_test(args: argparse.Namespace) -> argparse.Namespace:
-    """Return the flags of the test at the end: its --eval_windows is --test_windows, if that is given."""
+    """Return the flags of the final test, where --test_windows, if given, replaces --eval_windows."""
     windows = args.eval_windows if args.test_windows < 0 else args.test_windows
     return argparse.Namespace(**{**vars(args), "eval_windows": windows})
 

@@ -1,16 +1,15 @@
-"""Where a run's files are."""
+"""Locate a run's files and folders."""
 
 import argparse
 from pathlib import Path
 
 from utils.cli.options import DEMO_DEFAULTS
 
-# The folder of the user's LLMs.
-BASE_MODELS = "base_models"
+BASE_MODELS = "base_models"  # the folder of downloaded LLMs
 
 
 def is_demo_default(args: argparse.Namespace, name: str) -> bool:
-    """Return whether --demo makes what this flag points to, if it is not there."""
+    """Return whether a flag points to a file or folder that --demo creates if it is missing."""
     return args.demo and getattr(args, name) == DEMO_DEFAULTS[name]
 
 
@@ -20,24 +19,24 @@ def csv_path(args: argparse.Namespace) -> Path:
 
 
 def looks_like_a_path(source: str) -> bool:
-    """Tell a local folder, there or not, from a Hub id such as ``gpt2`` or ``Qwen/Qwen2.5-3B``."""
+    """Return whether a source is a local folder, existing or not, rather than a Hub id such as ``gpt2`` or ``a/b``."""
     if not source:
         return False
     path = Path(source)
     if path.exists() or path.is_absolute() or source.startswith((".", "~")) or "\\" in source:
         return True
-    if path.parts[0] == BASE_MODELS:  # wherever this was started from: nobody may supply an LLM by that name
+    if path.parts[0] == BASE_MODELS:  # in any working directory: nobody else can publish an LLM under this name
         return True
     return len(path.parts) > 2 or (len(path.parts) == 2 and Path(path.parts[0]).is_dir())
 
 
 def is_local(source: str) -> bool:
-    """Return whether a source of an LLM is a folder on this disk."""
+    """Return whether the source of an LLM is an existing folder."""
     return Path(source).is_dir()
 
 
 def run_folder(args: argparse.Namespace, repetition: int) -> Path:
-    """Return the folder of repetition 0, 1, ... of a run, named by its flags as in Time-LLM."""
+    """Build the path of a repetition's run folder, named after the flags as in Time-LLM; repetitions count from 0."""
     name = (
         f"{args.task_name}_{args.model_id}_{args.model}_{args.data}_ft{args.features}"
         f"_sl{args.seq_len}_ll{args.label_len}_pl{args.pred_len}_dm{args.d_model}_nh{args.n_heads}"
@@ -48,7 +47,7 @@ def run_folder(args: argparse.Namespace, repetition: int) -> Path:
 
 
 def hint_after_interrupt(args: argparse.Namespace) -> str:
-    """Return how to go on with a run that was stopped."""
+    """Say how to continue an interrupted run."""
     folders = [run_folder(args, repetition) for repetition in range(args.itr)]
     if args.is_training and any((folder / "last").is_file() for folder in folders):
         return "the state is saved, the same command with --resume goes on from there"

@@ -1,4 +1,4 @@
-"""Ctrl-C, Ctrl-Break and SIGTERM: each ends a command, none is lost. Nothing here imports torch."""
+"""Handle Ctrl-C, Ctrl-Break and SIGTERM so that each ends a command and none is lost. Nothing here imports torch."""
 
 import _thread
 import contextlib
@@ -9,46 +9,45 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-# Seconds in which a further signal does not disturb the end that the first one has begun.
-_SETTLING = 1.0
+# Seconds after a KeyboardInterrupt in which further signals are ignored, so that they do not disturb the shutdown.
+_SHUTDOWN_SECONDS = 1.0
 
-# Seconds until a KeyboardInterrupt that Python could only print is raised again.
-_AGAIN_AFTER = 0.02
+# Seconds until a KeyboardInterrupt that Python could not propagate is raised again.
+_RAISE_AGAIN_AFTER = 0.02
 
-
-_NAMES = ("SIGINT", "SIGTERM", "SIGBREAK")  # those of every system; each has some
-_NUMBERS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+# The signals that end a command, as far as the system has them.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 
 
 def leave(main: Callable[[], int]) -> NoReturn:
-    """Run a command line and leave the process with its exit code; only while it is at work does it hear signals.
+    """Run a command line and exit with its code.
 
-    One that comes later, when Python is about to end, would change the exit code.
+    Signals are ignored unless `main` handles them: one during the interpreter's shutdown would change the exit code.
     """
-    for number in _NUMBERS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     sys.exit(main())
 
 
 class Interrupts:
-    """While it is entered, a signal raises KeyboardInterrupt, but for the time that `deferred` takes.
+    """A context in which a signal raises KeyboardInterrupt.
 
-    Then the first signal is only remembered, and the second raises.
+    Inside `deferred`, the first signal is only recorded; a second one raises.
 
     Attributes:
-        is_requested: whether a signal is remembered.
+        is_requested: whether a signal has been recorded.
     """
 
     def __init__(self):
         self.is_requested = self._deferring = self._ignoring = self._has_raised = False
-        self._raised_at = -_SETTLING
+        self._raised_at = -_SHUTDOWN_SECONDS
         self._handlers = {}
-        self._again: threading.Timer | None = None
+        self._timer: threading.Timer | None = None
         self._unraisable = sys.unraisablehook
 
     def __enter__(self) -> "Interrupts":
-        if threading.current_thread() is threading.main_thread():  # no other may install handlers
-            for number in _NUMBERS:
+        if threading.current_thread() is threading.main_thread():  # only the main thread may install handlers
+            for number in SIGNALS:
                 self._handlers[number] = signal.signal(number, self._handle)
             self._unraisable, sys.unraisablehook = sys.unraisablehook, self._raise_again
         return self
@@ -56,39 +55,39 @@ class Interrupts:
     def __exit__(self, *problem) -> None:
         if not self._handlers:
             return
-        if self._again:
-            self._again.cancel()
+        if self._timer:
+            self._timer.cancel()
         sys.unraisablehook = self._unraisable
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
 
     def _handle(self, *_signal) -> None:
-        if self._ignoring or time.monotonic() - self._raised_at < _SETTLING:
+        if self._ignoring or time.monotonic() - self._raised_at < _SHUTDOWN_SECONDS:
             return
         if self._deferring and not self.is_requested:
             self.is_requested = True
-            with contextlib.suppress(RuntimeError):  # stderr was being printed to: it cannot be entered twice
+            with contextlib.suppress(RuntimeError):  # the signal interrupted a print to stderr, which is not reentrant
                 print("stopping after this step; once more stops at once", file=sys.stderr, flush=True)
             return
         self._has_raised, self._raised_at = True, time.monotonic()
         raise KeyboardInterrupt
 
     def _raise_again(self, unraisable) -> None:
-        """Raise a KeyboardInterrupt again, soon: of one in a weakref's callback or a `__del__` Python only tells."""
+        """Raise a KeyboardInterrupt again that Python only reports, from a weakref callback or a ``__del__``."""
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):
             self._unraisable(unraisable)
             return
-        self._raised_at = -_SETTLING
-        self._again = threading.Timer(_AGAIN_AFTER, _thread.interrupt_main)
-        self._again.daemon = True
-        self._again.start()
+        self._raised_at = -_SHUTDOWN_SECONDS
+        self._timer = threading.Timer(_RAISE_AGAIN_AFTER, _thread.interrupt_main)
+        self._timer.daemon = True
+        self._timer.start()
 
     @contextlib.contextmanager
     def none_lost(self) -> Iterator[None]:
-        """Let the work end with KeyboardInterrupt if a signal has raised one, whatever became of that on its way.
+        """End the work with KeyboardInterrupt if a signal has raised one, even if a library hid it.
 
-        Torch makes a RuntimeError of one that comes in the middle of its writing; others are swallowed.
+        torch, for example, turns a KeyboardInterrupt during `torch.save` into a RuntimeError.
         """
         try:
             yield
@@ -103,7 +102,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Remember the first signal instead of raising; raise at the end if nobody has asked for it meanwhile."""
+        """Record the first signal instead of raising; raise at the end if a signal was recorded."""
         self._deferring = True
         try:
             yield
@@ -113,5 +112,5 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def ignore(self) -> None:
-        """Let further signals do nothing: the command is about to end."""
+        """Ignore further signals: the command is about to end."""
         self._ignoring = True

@@ -1,7 +1,7 @@
-"""Choose an LLM by the flags: where it is, its config, the layers in use, its precision."""
+"""Choose an LLM by the flags: its source, its config, its layers and its precision."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from utils.errors import UserError, first_line
 from utils.llm.quiet import quiet_transformers
 from utils.system.gpu import has_bfloat16
 
-# Far beyond any LLM: sizes that a damaged or foreign config would have memory or minutes for.
+# Limits far above any LLM: larger sizes, from a damaged or foreign config, would exhaust memory or take minutes.
 _LARGEST_SIZES = {
     "num_hidden_layers": 1_000,
     "hidden_size": 100_000,
@@ -26,7 +26,7 @@ _LARGEST_SIZES = {
 
 @dataclass(frozen=True)
 class KnownLLM:
-    """An LLM that `--llm_model` names: its folder under base_models/, its Hub id, Time-LLM's layer count."""
+    """An LLM that `--llm_model` names: its folder in base_models/, its Hub id, and Time-LLM's number of layers."""
 
     folder: str
     hub_id: str
@@ -43,7 +43,7 @@ KNOWN_LLMS = {
 
 @dataclass(frozen=True)
 class LLMFlags(FlagGroup):
-    """Which LLM, and how to run it."""
+    """The flags that choose an LLM and say how to run it."""
 
     llm_model: str
     llm_model_path: str
@@ -59,25 +59,25 @@ class LLMFlags(FlagGroup):
 
 @dataclass(frozen=True)
 class LLMChoice:
-    """The LLM that the flags name, as far as its config tells.
+    """The LLM that the flags name, before its weights are loaded.
 
     Attributes:
         source: folder or Hub id.
-        config: its config, cut to the layers in use.
-        layers_there: the layers of the whole model.
-        in_4bit: whether its linear layers are, or will be, NF4.
-        is_quantized: whether they are so in its files already.
+        config: the LLM's config, cut to the layers in use.
+        total_layers: number of layers of the whole LLM.
+        in_4bit: whether the linear layers are NF4 once loaded.
+        is_quantized: whether the files already hold NF4 weights.
     """
 
     source: str
     config: PretrainedConfig
-    layers_there: int
+    total_layers: int
     in_4bit: bool
     is_quantized: bool
 
     @property
     def text_config(self) -> PretrainedConfig:
-        """The part of the config that is about the language model."""
+        """The language model's part of the config."""
         return self.config.get_text_config()
 
 
@@ -85,50 +85,49 @@ def choose_llm(flags: LLMFlags) -> LLMChoice:
     """Read the config of the LLM that the flags name.
 
     Raises:
-        UserError: if the model is not there, has fewer layers or another width than asked for.
+        UserError: if the LLM does not exist, or does not have the layers or the hidden size that the flags ask for.
     """
-    source, layers = choose_source(flags)
-    layers = flags.llm_layers or layers
+    source, default_layers = choose_source(flags)
     config = load_pretrained(AutoConfig, source)
     text_config = _text_config(config, source)
-    layers_there = text_config.num_hidden_layers
-    layers = layers or layers_there
-    if layers > layers_there:
-        raise UserError(f"--llm_layers {layers} is more than {source} has: give at most {layers_there}")
+    total_layers = text_config.num_hidden_layers
+    layers = flags.llm_layers or default_layers or total_layers
+    if layers > total_layers:
+        raise UserError(f"--llm_layers {layers} is more than {source} has: give at most {total_layers}")
     if flags.ablation != "no_llm":
-        _use_first_layers(text_config, layers, source)
+        use_first_layers(text_config, layers, source)
     else:
-        with contextlib.suppress(UserError):  # its embeddings are needed; whatever layers there are, none is run
-            _use_first_layers(text_config, 1, source)
+        with contextlib.suppress(UserError):  # no layer is run, so an LLM that cannot be cut may keep all of them
+            use_first_layers(text_config, 1, source)
     if flags.llm_dim not in (0, text_config.hidden_size):
         raise UserError(
-            f"--llm_dim {flags.llm_dim} is not the hidden size of {source}: give {text_config.hidden_size},"
-            " or 0 to read it from the model"
+            f"--llm_dim {flags.llm_dim} is not the hidden size of {source}: give {text_config.hidden_size}, or 0 to"
+            " read the size from the LLM"
         )
     is_quantized = _is_nf4(config, source)
-    return LLMChoice(source, config, layers_there, flags.load_in_4bit or is_quantized, is_quantized)
+    return LLMChoice(source, config, total_layers, flags.load_in_4bit or is_quantized, is_quantized)
 
 
 def _text_config(config: PretrainedConfig, source: str) -> PretrainedConfig:
-    """Return the part of a config that is about the language model, if it has what we need."""
+    """Return the language model's part of a config; refuse missing, wrong or huge sizes."""
     text_config = config.get_text_config()
     if config.is_encoder_decoder:
-        raise UserError(f"{source} is an encoder-decoder: take a decoder-only or an encoder-only LLM")
+        raise UserError(f"{source} is an encoder-decoder: use a decoder-only or an encoder-only LLM")
     for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
         if not isinstance(getattr(text_config, name, None), int):
-            raise UserError(f"{source} is no language model that we know how to run: its config has no {name}")
+            raise UserError(f"{source} is not a supported language model: its config has no {name}")
     for name, largest in _LARGEST_SIZES.items():
         size = getattr(text_config, name, None)
         if isinstance(size, int) and not 0 <= size <= largest:
-            raise UserError(f"{source} is damaged: its config has {name} {size}, no LLM has more than {largest}")
+            raise UserError(f"{source} is damaged: its config has {name} {size}, not 0 to {largest}")
     _check_files(text_config, source)
     return text_config
 
 
 def _check_files(config: PretrainedConfig, source: str) -> None:
-    """Refuse a folder whose files are far smaller than its config says: the model would be built for minutes first."""
+    """Refuse a folder whose files are far smaller than its config asks for, before the model is built for minutes."""
     files = sum(file.stat().st_size for file in Path(source).glob("*.safetensors")) if is_local(source) else 0
-    # No model here has fewer weights, and none takes less than half a byte for one.
+    # A lower bound of the number of weights; each takes at least half a byte.
     weights = config.hidden_size * (
         config.vocab_size + config.num_hidden_layers * (getattr(config, "intermediate_size", None) or 0)
     )
@@ -140,7 +139,7 @@ def _check_files(config: PretrainedConfig, source: str) -> None:
 
 
 def choose_source(flags: LLMFlags) -> tuple[str, int | None]:
-    """Return the folder or Hub id of the LLM and the layers to use by default, None for all."""
+    """Return the folder or Hub id of the LLM and its default number of layers, None for all."""
     if not flags.llm_model_path:
         known = KNOWN_LLMS[flags.llm_model]
         folder = Path(BASE_MODELS) / known.folder
@@ -149,7 +148,7 @@ def choose_source(flags: LLMFlags) -> tuple[str, int | None]:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return what the LLM computes in; `auto` picks by what the device has in hardware."""
+    """Return the dtype in which the LLM computes; `auto` is the best one that the device supports in hardware."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":
@@ -157,7 +156,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16(device) else torch.float16
 
 
-def _use_first_layers(config: PretrainedConfig, layers: int, source: str) -> None:
+def use_first_layers(config: PretrainedConfig, layers: int, source: str) -> None:
+    """Cut an LLM's config to its first layers.
+
+    Raises:
+        UserError: if the kind of LLM cannot be cut.
+    """
     if layers == config.num_hidden_layers:
         return
     try:
@@ -169,51 +173,52 @@ def _use_first_layers(config: PretrainedConfig, layers: int, source: str) -> Non
 
 
 def _is_nf4(config: PretrainedConfig, source: str) -> bool:
-    """Return whether a model's files hold NF4 weights (scripts/quantize_llm.py writes such)."""
-    how = getattr(config, "quantization_config", None)
-    if how is None:
+    """Return whether an LLM's files hold NF4 weights, as scripts/quantize_llm.py writes them."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
         return False
-    how = how if isinstance(how, dict) else how.to_dict()
-    if how.get("quant_method") != "bitsandbytes" or how.get("bnb_4bit_quant_type") != "nf4":
-        raise UserError(f"{source} is quantised otherwise than by NF4: take the model itself, with --load_in_4bit")
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    if settings.get("quant_method") != "bitsandbytes" or settings.get("bnb_4bit_quant_type") != "nf4":
+        raise UserError(f"{source} is quantized, but not to NF4: use the original LLM with --load_in_4bit")
     return True
 
 
 def load_pretrained(auto: type, source: str, **options):
-    """Call `from_pretrained`: files on this disk first, then, for a Hub id, the Hub. Code in them is never run.
+    """Call `from_pretrained` on local files or, failing that, a Hub id on the Hub, without running any code in them.
 
     Raises:
-        UserError: if the source is not there, is damaged or foreign.
+        UserError: if the source does not exist, is damaged or is not supported.
     """
 
     def load(**further: object) -> object:
         loaded = auto.from_pretrained(source, trust_remote_code=False, **further, **options)
         if isinstance(loaded, PretrainedConfig):
-            # A config may name kernels, which would be fetched from the Hub and run: transformers' own are used.
+            # A config may name kernels that transformers downloads from the Hub and runs: use the built-in ones.
             loaded._attn_implementation = loaded._experts_implementation = None
         return loaded
 
-    with quiet_transformers():
-        if looks_like_a_path(source):
-            return reraise_as_user_error(source, lambda: load(local_files_only=True))
+    with quiet_transformers(), _failures_as_user_errors(source):
         try:
             return load(local_files_only=True)
         except OSError:
-            return reraise_as_user_error(source, load)
+            if looks_like_a_path(source):
+                raise
+            return load()
 
 
-def reraise_as_user_error(source: str, load: Callable[[], object]):
-    """Return `load()`; an exception becomes one line that names the LLM."""
+@contextlib.contextmanager
+def _failures_as_user_errors(source: str) -> Iterator[None]:
+    """Turn every exception but out of memory into a one-line error that names the LLM."""
     try:
-        return load()
-    except Exception as problem:  # a damaged or foreign folder can make transformers raise anything
-        if "out of memory" in str(problem):  # transformers may put another error on top of torch's
+        yield
+    except Exception as problem:  # transformers can raise anything on a damaged or foreign folder
+        if "out of memory" in str(problem):  # transformers may wrap torch's error in another
             raise torch.OutOfMemoryError("CUDA out of memory.") from problem
         if "trust_remote_code" in str(problem):
             raise UserError(
-                f"{source} comes with code of its own, which is never run: take an LLM of a kind that transformers has"
+                f"{source} comes with code of its own, which is never run: use an LLM that transformers supports"
             ) from problem
         raise UserError(
-            f"cannot load the LLM {source}: {first_line(problem)} (--llm_model_path takes a folder with config.json,"
-            " weights and tokenizer, or a Hub id; python scripts/fetch.py qwen2.5-3b or smollm2 fetches one)"
+            f"cannot load the LLM {source}: {first_line(problem)} (--llm_model_path needs a folder with config.json,"
+            " weights and tokenizer, or a Hub id; python scripts/fetch.py qwen2.5-3b or smollm2 downloads one)"
         ) from problem

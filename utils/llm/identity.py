@@ -1,4 +1,4 @@
-"""Is it the LLM that a checkpoint was trained with? Forecasts of another would be nonsense."""
+"""Check that an LLM is the one a checkpoint was trained with; with another, its forecasts would be meaningless."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from layers.InFloat32 import InFloat32
 from utils.errors import UserError
 
-# Where an LLM is kept and what it computes in: a folder may be moved, and another precision is the user's to try.
+# Not part of the identity: a folder may be moved, and the user may try another precision.
 _MAY_CHANGE = ("source", "folder", "dtype")
 
 _SHAPE_OF_AN_LLM = (
@@ -22,8 +22,8 @@ _SHAPE_OF_AN_LLM = (
     *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
 )
 
-# Fields of a config that change no hidden state of a model in evaluation mode; besides these, all that speak of
-# dropout, token ids or labels. The layers in use are compared by themselves, random weights by the probe.
+# Fields of a config that change no hidden state in evaluation mode, besides those on dropout, token ids and labels.
+# The number of layers is compared as part of `LLMIdentity`, randomly drawn weights by the probe.
 _WITHOUT_EFFECT = {
     *("transformers_version", "architectures", "dtype", "torch_dtype", "return_dict", "use_cache", "tokenizer_class"),
     *("output_hidden_states", "output_attentions", "problem_type", "initializer_range", "tie_word_embeddings"),
@@ -33,11 +33,11 @@ _WITHOUT_EFFECT = {
 
 _PROBED_TOKENS = 16
 
-# Token embeddings are summed up in blocks of so many rows, along so many random directions.
+# Token embeddings are summed over blocks of rows, along random directions; a chunk is converted to float32 at once.
 _BLOCK_ROWS, _DIRECTIONS = 64, 4
 _CHUNK_ROWS = 128 * _BLOCK_ROWS
 
-# What a tokenizer is tried with: words and numbers of prompts. Its vocabulary alone does not tell how it splits.
+# A sample of prompt words and numbers: the vocabulary alone does not show how a tokenizer splits a text.
 _SAMPLE = (
     "<|start_prompt|>Dataset description: hourly readings. Task description: forecast the next 96 steps given the "
     "previous 512 steps information; Input statistics: min value -1.7905428409576416, max value 3.985621452331543, "
@@ -48,15 +48,16 @@ _SAMPLE = (
 
 @dataclass(frozen=True)
 class LLMIdentity:
-    """What a checkpoint must find again to the letter.
+    """The properties of an LLM that must equal those in the checkpoint exactly.
 
     Attributes:
-        model_type, hidden_size, vocab_size, layers: of the config; the layers are those in use.
+        model_type, hidden_size, vocab_size: fields of the config.
+        layers: number of layers in use.
         quantization: nf4 or none.
-        config_hash: of the fields that give the network its shape.
-        embedding_hash: of the signs of the first token embeddings, which no precision changes.
-        tokenizer_hash: of the vocabulary, and of how a sample text is split.
-        merges_hash: of the merges of a BPE tokenizer; empty for others.
+        config_hash: hash of the fields that determine the network's shape.
+        embedding_hash: hash of the signs of the first token embeddings, which are the same in any precision.
+        tokenizer_hash: hash of the vocabulary and of a sample text's token ids.
+        merges_hash: hash of the merges of a BPE tokenizer; empty for other tokenizers.
     """
 
     model_type: str
@@ -72,12 +73,12 @@ class LLMIdentity:
 
 @dataclass(frozen=True)
 class LLMTraces:
-    """What a checkpoint must find again but for rounding, or, of the config, as far as both sides know it.
+    """The properties of an LLM that must equal those in the checkpoint up to rounding.
 
     Attributes:
-        config: the fields that act on the hidden states, as plain values.
+        config: fields that affect the hidden states, as plain values; only fields that both sides have are compared.
         embeddings: (blocks, 5) float32, sums over all token embeddings, see `sketch_embeddings`.
-        probe: (tokens, d_llm) float32, hidden states, see `probe_layers`; None where the LLM is not run.
+        probe: (tokens, d_llm) float32, hidden states, see `probe_layers`; None if the LLM is not run.
     """
 
     config: dict
@@ -88,7 +89,7 @@ class LLMTraces:
 def identify(
     config: PretrainedConfig, embeddings: torch.Tensor, tokenizer: PreTrainedTokenizerBase, in_4bit: bool
 ) -> LLMIdentity:
-    """Return the identity of an LLM, by the text part of its config."""
+    """Build the identity of an LLM from the language model's part of its config."""
     return LLMIdentity(
         model_type=config.model_type,
         hidden_size=config.hidden_size,
@@ -103,7 +104,7 @@ def identify(
 
 
 def acting_fields(config: PretrainedConfig) -> dict:
-    """Return the fields of a config that act on the hidden states, as plain values."""
+    """Select the fields of a config that affect the hidden states, as plain values."""
     fields = {
         name: value
         for name, value in config.to_dict().items()
@@ -116,18 +117,19 @@ def acting_fields(config: PretrainedConfig) -> dict:
 
 
 def _hash_shape(config: PretrainedConfig) -> str:
-    """Return a hash of what shapes the network, by names that do not change from release to release."""
+    """Hash the fields that determine the network's shape and keep their names between transformers releases."""
     shape = {name: getattr(config, name, None) for name in _SHAPE_OF_AN_LLM}
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _hash_signs(embeddings: torch.Tensor) -> str:
+    """Hash the signs of the first 64 token embeddings."""
     signs = (embeddings[:64].detach().float().cpu() > 0).numpy()
     return hashlib.sha256(signs.tobytes()).hexdigest()[:16]
 
 
 def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of what a tokenizer does, whichever files it was read from and whatever release wrote them."""
+    """Hash the behavior of a tokenizer, independent of its files and of the release that wrote them."""
     tokens, ids = zip(*sorted(tokenizer.get_vocab().items(), key=itemgetter(1)), strict=True)
     digest = hashlib.sha256("\n".join(tokens).encode("utf-8", "surrogatepass"))
     digest.update(np.array([*ids, *tokenizer(_SAMPLE, verbose=False).input_ids], np.int64).tobytes())
@@ -135,7 +137,7 @@ def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _hash_merges(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of a BPE tokenizer's merges in their order; empty for other tokenizers."""
+    """Hash the merges of a BPE tokenizer in their order; empty for other tokenizers."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     _, is_bpe, merges = (backend.to_str() if backend else "").rpartition('"merges":')
     # Releases write a merge as "a b" or as ["a", "b"]; parsing the JSON would take longer than everything else.
@@ -145,13 +147,16 @@ def _hash_merges(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @torch.no_grad()
 def sketch_embeddings(embeddings: torch.Tensor) -> torch.Tensor:
-    """Return sums over token embeddings that change with any of their rows, (blocks, 5) float32 on the CPU.
+    """Sketch token embeddings by sums that change if any row changes or moves.
 
-    Of each block of rows: its sums along four random directions, each row with a random sign, and its norm. Other rows,
-    or the same in another order, make other sums; rounding to bfloat16 moves them by about a thousandth of the norm.
+    For each block of rows, the sketch has the sums along four random directions, with a random sign for each row, and
+    the norm of the block. Rounding to bfloat16 changes the sums by about a thousandth of the norm.
 
     Args:
         embeddings: (V, d_llm), on any device, in any precision.
+
+    Returns:
+        (blocks, 5) float32 on the CPU.
     """
     rows, width = embeddings.shape
     generator = torch.Generator().manual_seed(0)
@@ -168,10 +173,10 @@ def sketch_embeddings(embeddings: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def probe_layers(backbone: nn.Module, device: torch.device) -> torch.Tensor:
-    """Return what an LLM makes of a few tokens of its vocabulary, (16, d_llm) float32 on the CPU.
+    """Run the LLM on a few tokens of its vocabulary and return the hidden states, (16, d_llm) float32 on the CPU.
 
-    Every weight that is run has a part in it. It is computed in float32, so that it tells of the weights alone and
-    not of the precision they are run in.
+    They depend on every weight in use. They are computed in float32, so that they depend on the weights alone and not
+    on the precision in which the LLM computes.
     """
     ids = torch.linspace(0, backbone.get_input_embeddings().num_embeddings - 1, _PROBED_TOKENS).long()
     with InFloat32():
@@ -179,12 +184,12 @@ def probe_layers(backbone: nn.Module, device: torch.device) -> torch.Tensor:
 
 
 def check_same_llm(path: Path, saved: dict, saved_traces: LLMTraces, present: dict, traces: LLMTraces) -> None:
-    """Refuse an LLM that is not the one of a checkpoint.
+    """Refuse an LLM other than the one a checkpoint was trained with.
 
     Args:
-        path: of the checkpoint, for messages.
-        saved, saved_traces: what it says; of an earlier version, fields and tensors may be missing or empty.
-        present, traces: of the LLM here.
+        path: the checkpoint's path, for messages.
+        saved, saved_traces: the checkpoint's LLM; in files of earlier versions, values may be missing or empty.
+        present, traces: the loaded LLM.
 
     Raises:
         UserError: names what differs.
@@ -194,16 +199,17 @@ def check_same_llm(path: Path, saved: dict, saved_traces: LLMTraces, present: di
             _refuse(path, f"{name} {saved[name]}, here {present.get(name)}")
     for name, before, now in _changed_fields(saved_traces.config, traces.config):
         _refuse(path, f"its config has {name} {before}, here {now}")
-    _check_embeddings(path, saved_traces.embeddings, traces.embeddings, saved["dtype"] == present["dtype"])
-    _check_probe(path, saved_traces.probe, traces.probe, saved["dtype"] == present["dtype"], present["quantization"])
+    same_dtype = saved["dtype"] == present["dtype"]
+    _check_embeddings(path, saved_traces.embeddings, traces.embeddings, same_dtype)
+    _check_probe(path, saved_traces.probe, traces.probe, same_dtype, present["quantization"] == "nf4")
 
 
 def _refuse(path: Path, difference: str) -> None:
-    raise UserError(f"{path} was trained with another LLM ({difference}): give it the LLM of its run")
+    raise UserError(f"{path} was trained with another LLM ({difference}): use the LLM of its run")
 
 
 def _changed_fields(before: dict, now: dict, prefix: str = "") -> list[tuple[str, object, object]]:
-    """Return name, earlier and present value of the fields that differ; one of another release may have others."""
+    """List name, old and new value of each changed field; another release of transformers may have other fields."""
     changed = []
     for name in sorted(before.keys() & now.keys()):
         if isinstance(before[name], dict) and isinstance(now[name], dict):
@@ -214,34 +220,30 @@ def _changed_fields(before: dict, now: dict, prefix: str = "") -> list[tuple[str
 
 
 def _check_embeddings(path: Path, saved: torch.Tensor, present: torch.Tensor, same_dtype: bool) -> None:
-    if not saved.numel():  # of an earlier version
+    if not saved.numel():  # the checkpoint of an earlier version
         return
     if saved.shape != present.shape:
         _refuse(path, "its token embeddings differ")
-    # A row of a block that was exchanged moves its sums by a fifth of its norm, rounding to bfloat16 by a thousandth.
+    # A replaced row changes the sums by about a fifth of the block's norm, rounding to bfloat16 by a thousandth.
     tolerance = 1e-4 if same_dtype else 0.02
     difference = (present - saved).abs().amax(1) / saved[:, -1].clamp(min=torch.finfo(saved.dtype).tiny)
-    if not bool((difference <= tolerance).all()):  # NaN, too
-        changed = int((~(difference <= tolerance)).sum())
+    if changed := int((~(difference <= tolerance)).sum()):  # the negation also counts NaN
         _refuse(path, f"its token embeddings differ, in {changed} of {len(saved)} blocks of {_BLOCK_ROWS} rows")
 
 
 def _check_probe(
-    path: Path, saved: torch.Tensor | None, present: torch.Tensor | None, same_dtype: bool, quantization: str
+    path: Path, saved: torch.Tensor | None, present: torch.Tensor | None, same_dtype: bool, in_4bit: bool
 ) -> None:
-    """Refuse an LLM of the same shape and words whose layers do something else.
-
-    Weights that are rounded alike give the same probe but for float32's rounding, and in 4 bits for a weight between
-    two of the 16 steps. Where bfloat16 has rounded one side alone, the LLMs tried (tiny ones, SmolLM2-135M) differed by
-    up to 1%, in 4 bits, where many a weight falls into another step then, by up to 8%. Noise of 1% and 5% of the
-    weights' deviation made 4% and 17%, matrices drawn anew more than 100%.
-    """
-    if saved is None or present is None:  # of an earlier version; or the LLM is not run
+    """Refuse an LLM of the same shape and vocabulary with other weights."""
+    # With weights in the same precision, probes differ by float32's rounding only, and in 4 bits by weights halfway
+    # between two of the 16 levels. With bfloat16 on one side only, the tested LLMs (tiny ones, SmolLM2-135M) differed
+    # by up to 1%, and in 4 bits, where many weights then round to another level, by up to 8%. Noise of 1% and 5% of
+    # the weights' standard deviation changed the probe by 4% and 17%, randomly drawn matrices by more than 100%.
+    if saved is None or present is None:  # the checkpoint of an earlier version, or an LLM that is not run
         return
     if saved.shape != present.shape:
         _refuse(path, "its hidden states have another width")
-    in_4bit = quantization == "nf4"
     tolerance = (0.03 if in_4bit else 1e-3) if same_dtype else (0.2 if in_4bit else 0.02)
     difference = ((present - saved).norm() / saved.norm()).item()
-    if not difference <= tolerance:  # NaN, too
+    if not difference <= tolerance:  # the negation also catches NaN
         _refuse(path, f"its hidden states differ by {difference:.1%}")

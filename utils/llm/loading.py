@@ -1,4 +1,4 @@
-"""Load a frozen LLM and its tokenizer: layers, precision, device."""
+"""Load a frozen LLM and its tokenizer, with the layers, the precision and the device that the flags choose."""
 
 import copy
 import importlib.util
@@ -19,25 +19,25 @@ from utils.llm.choice import LLMChoice, LLMFlags, choose_dtype, choose_llm, choo
 from utils.llm.identity import LLMIdentity, LLMTraces, acting_fields, identify, probe_layers, sketch_embeddings
 from utils.llm.quiet import quiet_transformers
 
-# What --ablation does to the LLM, in words.
+# How --ablation changes the LLM, in words.
 ABLATIONS = {"none": "", "no_llm": "not run, only its token embeddings are used", "random_llm": "random weights"}
 
 
 @dataclass(frozen=True)
 class LoadedLLM:
-    """A frozen LLM on its device, ready to be run.
+    """A frozen LLM on its device, ready to run.
 
     Attributes:
-        backbone: the model without head, in eval mode, no parameter trainable.
-        tokenizer: its tokenizer.
-        pad_id: the token that prompts are padded with.
-        device: where it is.
-        source: the folder or Hub id that it came from.
-        folder: that folder's absolute path, None for a Hub id.
-        layers_there: the layers of the whole model; `identity.layers` are in use.
-        context: positions it has, None for no limit.
-        identity, traces: what tells it from others.
-        note: what --ablation has done to it, empty for nothing.
+        backbone: the LLM without its head, in evaluation mode, with no trainable parameter.
+        tokenizer: the LLM's tokenizer.
+        pad_id: id of the token that pads prompts.
+        device: device of the backbone.
+        source: folder or Hub id.
+        folder: absolute path of the folder, None for a Hub id.
+        total_layers: number of layers of the whole LLM; `identity.layers` are in use.
+        context: maximum number of positions, None for no limit.
+        identity, traces: properties that tell this LLM from others.
+        note: how --ablation changed the LLM, empty if it did not.
     """
 
     backbone: nn.Module
@@ -46,7 +46,7 @@ class LoadedLLM:
     device: torch.device
     source: str
     folder: str | None
-    layers_there: int
+    total_layers: int
     context: int | None
     identity: LLMIdentity
     traces: LLMTraces
@@ -54,29 +54,30 @@ class LoadedLLM:
 
     @property
     def dtype(self) -> str:
-        """What it computes in."""
+        """The name of the dtype in which the LLM computes."""
         return str(self.backbone.dtype).removeprefix("torch.")
 
     def describe(self) -> str:
-        """Return one line that names the LLM."""
+        """Describe the LLM in one line."""
         precision = f"NF4, computing in {self.dtype}" if self.identity.quantization == "nf4" else self.dtype
         return (
-            f"LLM: {self.identity.model_type}, {self.identity.layers} of {self.layers_there} layers,"
+            f"LLM: {self.identity.model_type}, {self.identity.layers} of {self.total_layers} layers,"
             f" hidden size {self.identity.hidden_size}, {precision}" + (f" ({self.note})" if self.note else "")
         )
 
     def as_dict(self) -> dict:
-        """Return source, folder, precision and identity as plain values."""
+        """Convert source, folder, precision and identity to plain values."""
         return {"source": self.source, "folder": self.folder, "dtype": self.dtype, **asdict(self.identity)}
 
 
 def load_llm(flags: LLMFlags) -> LoadedLLM:
-    """Load the LLM that the flags name, frozen, on this process's device.
+    """Load the LLM that the flags name and freeze it on this process's device.
 
-    With --mapping compact the token embeddings stay in host memory: prompts are looked up there.
+    With --mapping compact the token embeddings are kept in host memory, where prompts are looked up.
 
     Raises:
-        UserError: if the model is not there, is damaged, has fewer layers or another width than asked for.
+        UserError: if the LLM does not exist, is damaged or not supported, or does not have the layers or the hidden
+            size that the flags ask for.
     """
     state = PartialState()
     state.print(f"Loading generic model from: {choose_source(flags)[0]}")
@@ -90,7 +91,7 @@ def load_llm(flags: LLMFlags) -> LoadedLLM:
     if embeddings.shape[1] != text_config.hidden_size:
         raise UserError(
             f"{source} has token embeddings of width {embeddings.shape[1]} and hidden states of"
-            f" {text_config.hidden_size}: take an LLM where both are the same"
+            f" {text_config.hidden_size}: use an LLM where both are the same"
         )
     traces = LLMTraces(
         acting_fields(text_config),
@@ -107,7 +108,7 @@ def load_llm(flags: LLMFlags) -> LoadedLLM:
         device=state.device,
         source=source,
         folder=str(Path(source).absolute()) if is_local(source) else None,
-        layers_there=choice.layers_there,
+        total_layers=choice.total_layers,
         context=context if context > 0 else None,
         identity=identify(text_config, embeddings, tokenizer, choice.in_4bit),
         traces=traces,
@@ -116,7 +117,7 @@ def load_llm(flags: LLMFlags) -> LoadedLLM:
 
 
 def _load_tokenizer(source: str, vocab_size: int) -> transformers.PreTrainedTokenizerBase:
-    """Return the tokenizer; without its files, transformers makes an empty one and says nothing."""
+    """Load the tokenizer and refuse an empty one, which transformers silently creates if the files are missing."""
     tokenizer = load_pretrained(AutoTokenizer, source)
     ids = tokenizer("Input statistics: min value -1.25", add_special_tokens=False).input_ids
     if not ids or ids.count(tokenizer.unk_token_id) > len(ids) / 2 or max(ids) >= vocab_size:
@@ -125,14 +126,9 @@ def _load_tokenizer(source: str, vocab_size: int) -> transformers.PreTrainedToke
 
 
 def _load_backbone(choice: LLMChoice, dtype: torch.dtype, state: PartialState, seed: int | None) -> nn.Module:
-    """Return the frozen LLM; with a seed, its weights are drawn from that instead of read."""
+    """Load the frozen backbone; with a seed, draw its weights at random instead of reading them."""
     share_keys_on_cpu(state.device)
-    options = {
-        "config": choice.config,
-        "dtype": dtype,
-        "device_map": {"": state.device},
-        "output_loading_info": True,
-    }
+    options = {"config": choice.config, "dtype": dtype, "device_map": {"": state.device}, "output_loading_info": True}
     if choice.in_4bit:
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("an LLM in 4 bits needs the package bitsandbytes: pip install bitsandbytes")
@@ -140,15 +136,13 @@ def _load_backbone(choice: LLMChoice, dtype: torch.dtype, state: PartialState, s
     if choice.in_4bit and not (choice.is_quantized and seed is None):
         options["quantization_config"] = nf4(dtype)
     if seed is None:
-        backbone, loading = load_pretrained(AutoModel, choice.source, **options)
+        backbone, report = load_pretrained(AutoModel, choice.source, **options)
     else:
-        backbone, loading = _draw(dtype, seed, options)
-    # A pooler stands beside the hidden states that we read; many checkpoints have none.
-    missing = sorted(name for name in loading["missing_keys"] if "pooler" not in name)
+        backbone, report = _draw_backbone(seed, options)
+    # Many LLMs come without the weights of the pooler, which does not affect the hidden states.
+    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
     if missing:
-        raise UserError(
-            f"{choice.source} lacks {len(missing)} weights of its model, {missing[0]} first: fetch it again"
-        )
+        raise UserError(f"{choice.source} lacks {len(missing)} weights, {missing[0]} first: download it again")
     if choice.in_4bit:
         _prepare_4bit(backbone, dtype, copy_unquantized=state.device.type == "cpu" and not choice.is_quantized)
     backbone.requires_grad_(False).eval()
@@ -156,64 +150,53 @@ def _load_backbone(choice: LLMChoice, dtype: torch.dtype, state: PartialState, s
     return backbone
 
 
-def _draw(dtype: torch.dtype, seed: int, options: dict) -> tuple[nn.Module, dict]:
-    """Return what `from_pretrained` does, with weights as the LLM's makers drew them before they trained it."""
+def _draw_backbone(seed: int, options: dict) -> tuple[nn.Module, dict]:
+    """Return the same as `from_pretrained`, but with weights drawn from the LLM's own random initialization."""
     config = copy.deepcopy(options["config"])
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.random.fork_rng(devices=[]), quiet_transformers():
-        torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that seeds a GPU's generator, too
-        drawn = AutoModel.from_config(config, dtype=dtype, trust_remote_code=False)
-        # Once more through the loader, which quantises and moves them like weights from files.
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPU's generator
+        drawn = AutoModel.from_config(config, dtype=options["dtype"], trust_remote_code=False)
+        # `from_pretrained` quantizes and moves the weights as it does with those from files.
         return type(drawn).from_pretrained(None, state_dict=drawn.state_dict(), **{**options, "config": config})
 
 
 def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return the way we quantise: NF4, double quantisation, computing in `dtype`."""
+    """Build the config for NF4 with double quantization, computing in `dtype`."""
     return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
 
 
 def share_keys_on_cpu(device: torch.device) -> None:
-    """Let query heads that share keys and values share them in memory, too.
+    """Let transformers' attention on a CPU use grouped keys and values without a copy for each query head.
 
-    Else transformers copies them for every head. The CPU's attention shares them by itself; a GPU's fast kernels
-    do not where there is a mask, so there it stays off.
+    On a GPU the setting stays off, because the fast kernels there do not support grouped keys with an attention mask.
     """
     if device.type == "cpu":
         os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
 
 
 def _prepare_4bit(backbone: nn.Module, dtype: torch.dtype, copy_unquantized: bool) -> None:
-    """Compute in `dtype`, whatever precision the files were written in, and keep gradients right.
-
-    On CPUs with AVX512-BF16 bitsandbytes repacks weights on the first forward without gradient, and from then on
-    the gradient to a layer's input is wrong, in silence.
-
-    Args:
-        backbone: the model.
-        dtype: to compute in.
-        copy_unquantized: copy what is not quantised. On a CPU it is a view of files that are four times as large.
-    """
+    """Compute in `dtype`, whatever the files' precision; `copy_unquantized` frees the files behind CPU views."""
     for module in backbone.modules():
+        # With AVX512-BF16, bitsandbytes repacks the weights in the first forward pass without gradients; after that,
+        # the gradient of a layer's input is silently wrong.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype = dtype
             module.weight.quant_state.dtype = dtype
     for parameter in backbone.parameters():
-        if parameter.is_floating_point():  # not one of 4 bits: those are packed into bytes
+        if parameter.is_floating_point():  # 4-bit weights are packed into bytes
             parameter.data = parameter.data.to(dtype, copy=copy_unquantized)
 
 
 def _padding_token(tokenizer: transformers.PreTrainedTokenizerBase, padding: str, vocab_size: int, source: str) -> int:
-    """Return the token to pad with: Time-LLM's choice, the end of text, else ``[PAD]``, where pads are seen."""
+    """Choose the padding token: any if padding is masked, else as Time-LLM, end of text or ``[PAD]``."""
     if padding == "left":
-        return 0  # masked: any token does
+        return 0
     tokenizer.add_special_tokens({"pad_token": tokenizer.eos_token or "[PAD]"})
     if tokenizer.pad_token_id >= vocab_size:
-        raise UserError(f"{source} has no token to pad with: leave out --prompt_padding right")
+        raise UserError(f"{source} has no padding token: leave out --prompt_padding right")
     return tokenizer.pad_token_id

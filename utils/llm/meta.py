@@ -1,4 +1,4 @@
-"""An LLM of meta tensors, which has shapes and no numbers: for memory plans and the shapes of weights."""
+"""Build an LLM of meta tensors, which have shapes but no data, to plan memory and to check the shapes of weights."""
 
 import copy
 import re
@@ -9,19 +9,19 @@ from torch import nn
 from transformers import AttentionInterface, AutoModel
 from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 
-from utils.llm.choice import LLMChoice
+from utils.llm.choice import LLMChoice, use_first_layers
 from utils.llm.identity import LLMIdentity, LLMTraces
 from utils.llm.loading import LoadedLLM
 
 
 class _KernelAttention(torch.autograd.Function):
-    """An attention that keeps what the fused kernels keep: queries, keys, values, their result, a sum a query."""
+    """Attention that saves the same tensors as the fused kernels: query, key, value, output, log-sum-exp per query."""
 
     @staticmethod
     def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        result = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, result, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return result
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -29,7 +29,7 @@ class _KernelAttention(torch.autograd.Function):
 
 
 def _plan_attention(module: nn.Module, query, key, value, attention_mask, **_kwargs) -> tuple[torch.Tensor, None]:
-    """Stand for transformers' sdpa attention: (B, heads, n, width) -> (B, n, heads, width)."""
+    """Replace transformers' sdpa attention: (B, heads, n, width) -> (B, n, heads, width)."""
     if hasattr(module, "num_key_value_groups") and not use_gqa_in_sdpa(attention_mask, key, value):
         key, value = (repeat_kv(tensor, module.num_key_value_groups) for tensor in (key, value))
     return _KernelAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
@@ -39,7 +39,7 @@ AttentionInterface.register("memory_plan", _plan_attention)
 
 
 class _TokenCounter:
-    """Stands for a tokenizer: a token a digit, a mark, a word. Its ids mean nothing, only their number counts."""
+    """Stands in for a tokenizer with a token per digit, word and punctuation mark; only the number of ids matters."""
 
     def __call__(self, texts: list[str], **_kwargs) -> SimpleNamespace:
         words = [re.findall(r"\d|[^\W\d]+|[^\w\s]", text) for text in texts]
@@ -50,12 +50,10 @@ class _TokenCounter:
 
 
 def llm_without_weights(choice: LLMChoice, layers: int, dtype: torch.dtype) -> LoadedLLM:
-    """Return an LLM of so many layers, of meta tensors."""
+    """Build the first layers of an LLM from meta tensors."""
     config = copy.deepcopy(choice.config)
     text_config = config.get_text_config()
-    text_config.num_hidden_layers = layers
-    if getattr(text_config, "layer_types", None):
-        text_config.layer_types = text_config.layer_types[:layers]
+    use_first_layers(text_config, layers, choice.source)
     if choice.is_quantized:
         del config.quantization_config
     with torch.device("meta"):
@@ -70,7 +68,7 @@ def llm_without_weights(choice: LLMChoice, layers: int, dtype: torch.dtype) -> L
         device=torch.device("meta"),
         source=choice.source,
         folder=None,
-        layers_there=choice.layers_there,
+        total_layers=choice.total_layers,
         context=None,
         identity=identity,
         traces=LLMTraces({}, torch.empty(0)),

@@ -1,6 +1,5 @@
-"""From a window to the prompt that stands before its patches (section 3.1 of the paper, "Prompt-as-Prefix")."""
+"""Write the prompt that precedes a window's patches (section 3.1 of the paper, "Prompt-as-Prefix")."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from utils.exact import mean_and_variance
 
 PROMPT_BANK = Path(__file__).resolve().parents[2] / "dataset" / "prompt_bank"
 
-# Time-LLM's own sentence, whatever the data set: it is part of the original's numbers.
+# Time-LLM uses this sentence for every data set, and its published results depend on the wording.
 DEFAULT_DESCRIPTION = (
     "The Electricity Transformer Temperature (ETT) is a crucial indicator in the electric power long-term deployment."
 )
@@ -25,7 +24,7 @@ TOP_LAGS = 5
 
 @dataclass(frozen=True)
 class WindowStatistics:
-    """What a prompt says of one window."""
+    """The statistics of one window that its prompt states."""
 
     smallest: float
     largest: float
@@ -35,23 +34,23 @@ class WindowStatistics:
 
 
 def window_statistics(windows: torch.Tensor) -> list[WindowStatistics]:
-    """Describe windows as they are once `Normalize` has scaled them; the same on every machine and in every batch.
+    """Compute the statistics of windows after scaling by `Normalize`, identical on every machine and in every batch.
 
-    All is computed in float64, by operations that come out alike everywhere, and rounded to float32 once. The trend
-    is that from the first value to the last; a window that ends where it began is not upward. The median of an even
-    number of values is the lower one of the middle, as torch and Time-LLM have it.
+    They are computed in float64, by operations with the same result on every machine, and rounded to float32 once. The
+    trend is upward if the last value is above the first. The median of an even number of values is the lower of the two
+    middle ones, as in torch and Time-LLM.
 
     Args:
-        windows: (B, seq_len) on the CPU, not yet scaled.
+        windows: (B, seq_len) on the CPU, not scaled.
     """
     rows = windows.double().numpy()
     means, variances = np.array([mean_and_variance(row) for row in rows]).T[..., None]  # (B, 1) each
     centred = rows - means
     ordered = np.sort(centred)[:, [0, -1, (rows.shape[1] - 1) // 2]]
-    numbers = ordered / np.sqrt(variances + EPS) + 0.0  # + 0.0: there is but one zero then, that without a sign
+    numbers = ordered / np.sqrt(variances + EPS) + 0.0  # + 0.0 turns -0.0 into 0.0
     return [
-        WindowStatistics(*told, is_upward=upward, lags=lags)
-        for told, upward, lags in zip(
+        WindowStatistics(*values, is_upward=is_upward, lags=lags)
+        for values, is_upward, lags in zip(
             numbers.astype(np.float32).tolist(),
             (rows[:, -1] > rows[:, 0]).tolist(),
             _largest_lags(centred, np.sqrt(variances)),
@@ -61,17 +60,11 @@ def window_statistics(windows: torch.Tensor) -> list[WindowStatistics]:
 
 
 def _largest_lags(centred: np.ndarray, deviations: np.ndarray) -> list[tuple[int, ...]]:
-    """Return the lags of each window's largest circular autocorrelations, the largest first.
-
-    Windows are rounded to whole numbers (of about 2^15 times their deviation for 512 rows). Then autocorrelations are
-    whole numbers below 2^42, a transform in float64 is off by a hundredth or less, and rounding makes them exact,
-    whoever wrote the transform. Lags k and seq_len - k are equal by definition: the nearer is named first, then its
-    mirror; of other equals the smaller is first.
-
-    Args:
-        centred: (B, seq_len), of mean 0.
-        deviations: (B, 1), 0 for a constant window.
-    """
+    """List the lags of each window's largest circular autocorrelations, given (B, seq_len) of mean 0 and (B, 1)."""
+    # Windows are rounded to integers (for 512 rows, of about 2^15 times their deviation). The autocorrelations are then
+    # integers below 2^42, an FFT in float64 is off by 0.01 at most, and rounding makes them exact with any FFT library.
+    # Lags k and seq_len - k are equal by definition: the smaller comes first, then its mirror. Among other equal lags,
+    # the smallest comes first.
     count = centred.shape[1]
     unit = np.where(deviations > 0, deviations, 1) * 2.0 ** (count.bit_length() // 2 - 20)
     spectrum = np.fft.rfft(np.rint(centred / unit))
@@ -82,13 +75,13 @@ def _largest_lags(centred: np.ndarray, deviations: np.ndarray) -> list[tuple[int
 
 
 def render(statistics: WindowStatistics, description: str, seq_len: int, pred_len: int, decimals: int = -1) -> str:
-    """Write a window's prompt, in Time-LLM's words.
+    """Write a window's prompt in Time-LLM's words.
 
     Args:
-        statistics: of the window.
-        description: of the data set, one or more sentences.
-        seq_len, pred_len: rows of the context and to forecast.
-        decimals: of the numbers; -1 prints every digit that a float32 has as a float64, as Time-LLM does.
+        statistics: the window's statistics.
+        description: the description of the data set, one or more sentences.
+        seq_len, pred_len: number of rows in the context and in the horizon.
+        decimals: decimals of the statistics; -1 prints all digits of the float32 as a float64, as Time-LLM does.
     """
     smallest, largest, median = (
         str(number) if decimals < 0 else f"{number:.{decimals}f}"
@@ -103,11 +96,11 @@ def render(statistics: WindowStatistics, description: str, seq_len: int, pred_le
     )
 
 
-# Where a prompt's constant beginning ends. The words behind it are tokenised alike with or without it by
-# tokenizers that cut a text into words first; `PromptBuilder` makes sure of it.
+# The constant beginning of a prompt ends here. Tokenizers that split a text into words first produce the same tokens
+# for the rest with or without the beginning; `PromptBuilder` checks it.
 _SEAM = " Input statistics"
 
-# Windows as different as can be, to find out what all prompts have in common; the last as long as can be.
+# Windows that differ in every statistic, to find the tokens that all prompts share; the last has the longest prompt.
 _EXAMPLES = (
     WindowStatistics(-1.7905428409576416, 3.985621452331543, -0.265960991382598, True, (0, 1, 95, 48, 2)),
     WindowStatistics(0.5, 12.25, 1.1920928955078125e-07, False, (0, 511, 7, 64, 300)),
@@ -118,14 +111,13 @@ _EXAMPLES = (
 
 
 class PromptBuilder:
-    """Turn windows into the token ids of their prompts.
+    """Write and tokenize the prompts of windows.
 
     Args:
         tokenizer: the LLM's tokenizer.
-        description: of the data set.
-        seq_len, pred_len, decimals: as in `render`.
-        patches: positions that follow a prompt.
-        context: positions the LLM has, None for no limit.
+        description, seq_len, pred_len, decimals: as in `render`.
+        patches: number of patches, and so of positions, after a prompt.
+        context: maximum number of positions of the LLM, None for no limit.
     """
 
     def __init__(
@@ -145,47 +137,50 @@ class PromptBuilder:
         self._frame = self._find_frame()
 
     def texts(self, windows: torch.Tensor) -> list[str]:
-        """Return the prompts of windows, (B, seq_len) on the CPU, as text."""
+        """Write the prompts of windows, (B, seq_len) on the CPU."""
         return [self._render(statistics) for statistics in window_statistics(windows)]
 
     def __call__(self, windows: torch.Tensor) -> list[list[int]]:
-        """Return the prompts of windows, (B, seq_len) on the CPU, as token ids.
+        """Write the prompts of windows, (B, seq_len) on the CPU, as token ids.
 
         Raises:
-            UserError: if a prompt and the patches do not fit into the LLM's context.
+            UserError: if a prompt and the patches exceed the LLM's context length.
         """
-        ids = self._tokenize(self.texts(windows))
-        self._check_length(ids)
-        return ids
+        return self._tokenize(self.texts(windows))
 
     def examples(self) -> list[list[int]]:
-        """Return the token ids of prompts that have nothing in common but what all prompts have.
+        """Write prompts, as token ids, that share only the tokens that all prompts share.
 
         Raises:
             UserError: as in `__call__`.
         """
-        ids = self._tokenize([self._render(statistics) for statistics in _EXAMPLES])
-        self._check_length(ids)
-        return ids
+        return self._tokenize([self._render(statistics) for statistics in _EXAMPLES])
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Tokenize prompts and check that they fit into the LLM's context."""
         if self._frame is None:
-            return self.tokenizer(texts, verbose=False).input_ids
-        begin, end = self._frame
-        return [[*begin, *middle, *end] for middle in self._tokenize_behind_seam(texts)]
+            prompts = self.tokenizer(texts, verbose=False).input_ids
+        else:
+            begin, end = self._frame
+            prompts = [[*begin, *middle, *end] for middle in self._tokenize_after_seam(texts)]
+        longest = max(map(len, prompts))
+        positions = longest + self.patches
+        if self.context is not None and positions > self.context:
+            raise UserError(
+                f"a prompt of {longest} tokens and {self.patches} patches need {positions} positions, the LLM has"
+                f" {self.context}: shorten the description, or raise --stride"
+            )
+        return prompts
 
-    def _tokenize_behind_seam(self, texts: list[str]) -> list[list[int]]:
+    def _tokenize_after_seam(self, texts: list[str]) -> list[list[int]]:
         endings = [text[text.rindex(_SEAM) :] for text in texts]
         return self.tokenizer(endings, add_special_tokens=False, verbose=False).input_ids
 
     def _find_frame(self) -> tuple[list[int], list[int]] | None:
-        """Return the tokens before the seam, and those that the tokenizer puts at the end of every text.
-
-        None if the parts of a text are tokenised otherwise than the whole: the whole is what counts then.
-        """
+        """Find the tokens before the seam and at the end of every prompt; None if parts tokenize unlike the whole."""
         texts = [self._render(statistics) for statistics in _EXAMPLES]
         wholes = self.tokenizer(texts, verbose=False).input_ids
-        middles = self._tokenize_behind_seam(texts)
+        middles = self._tokenize_after_seam(texts)
         for after in range(self.tokenizer.num_special_tokens_to_add() + 1):
             before = len(wholes[0]) - after - len(middles[0])
             begin, end = wholes[0][:before], wholes[0][len(wholes[0]) - after :]
@@ -193,28 +188,17 @@ class PromptBuilder:
                 return begin, end
         return None
 
-    def _check_length(self, ids: Sequence[Sequence[int]]) -> None:
-        longest = max(map(len, ids))
-        if self.context is not None and longest + self.patches > self.context:
-            raise UserError(
-                f"a prompt of {longest} tokens and {self.patches} patches make {longest + self.patches} positions,"
-                f" the LLM has {self.context}: shorten the description, or raise --stride"
-            )
-
 
 class NoPrompts:
-    """Stands for a `PromptBuilder` where no prompt is read."""
+    """Stands in for a `PromptBuilder` if the LLM, and so a prompt, is not run."""
 
     def __call__(self, windows: torch.Tensor) -> list[list[int]]:
-        """Return a prompt without tokens for each window."""
+        """Return an empty prompt for each window."""
         return [[] for _ in windows]
 
 
 def load_description(content: str, prompt_file: str, prompt_domain: int, data: str) -> str:
-    """Return the description of the data set: the user's own, the prompt bank's, or Time-LLM's sentence.
-
-    Args:
-        content, prompt_file, prompt_domain, data: the flags of these names.
+    """Choose the description of the data set by the flags: the user's, the prompt bank's, or Time-LLM's sentence.
 
     Raises:
         UserError: if a file is missing or not UTF-8.
@@ -222,18 +206,18 @@ def load_description(content: str, prompt_file: str, prompt_domain: int, data: s
     if content:
         return content
     if prompt_file:
-        return _read(Path(prompt_file), "--prompt_file")
+        return _read_description(Path(prompt_file), "--prompt_file")
     if prompt_domain:
         name = "ETT" if data.startswith("ETT") else data
-        return _read(PROMPT_BANK / f"{name}.txt", "--prompt_domain 1 (or describe the data with --content)")
+        return _read_description(PROMPT_BANK / f"{name}.txt", "--prompt_domain 1 (or describe the data with --content)")
     return DEFAULT_DESCRIPTION
 
 
-def _read(path: Path, flag: str) -> str:
+def _read_description(path: Path, flag: str) -> str:
+    """Read a description, without the byte order mark that Notepad on Windows may write."""
     if not path.is_file():  # a device, for example, might never end
         raise UserError(f"no prompt file {path}: check {flag}")
     try:
-        # utf-8-sig: Windows' Notepad marks UTF-8 files with a byte order mark.
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as problem:
         raise UserError(f"{path} is not UTF-8: save it as UTF-8 for {flag}") from problem

@@ -1,4 +1,4 @@
-"""What libraries print belongs to a terminal or not at all."""
+"""Silence the reports and progress bars of libraries."""
 
 import contextlib
 import sys
@@ -9,10 +9,9 @@ import transformers
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' reports off the screen, and its progress bars off anything but a terminal.
+    """Suppress transformers' messages, and its progress bars unless stderr is a terminal.
 
-    Its load report tells of the layers that were left out on purpose; what matters in it, missing weights,
-    the caller checks.
+    Its load report lists the layers that were left out on purpose; the caller checks for missing weights.
     """
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()

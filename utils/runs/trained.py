@@ -101,7 +101,7 @@ class TrainedRun:
         """
         levels = [level] if np.ndim(level) == 0 else list(level)
         if not all(isinstance(one, Integral) for one in levels):
-            raise UserError(f"level={level!r}: levels are whole per cents from 1 to 99")
+            raise UserError(f"level={level!r}: levels are whole percentages from 1 to 99")
         levels = sorted(map(int, levels))
         check_options(flags_to_test(self._saved, {"level": levels}))
         table = table_of(frame, "the DataFrame", self.args)

@@ -26,7 +26,8 @@ def test_the_demo_leaves_a_forecast_and_says_what_to_type_next(run):
 
 
 def test_the_demo_says_only_what_it_makes(run, csv_folder):
-    assert "makes a series, dataset" in (first := run(*QUICK, "--model", "LastValue").out) and "tiny LLM" not in first
+    first = run(*QUICK, "--model", "LastValue").out
+    assert "creates a synthetic series, dataset" in first and "tiny LLM" not in first
     assert not Path("base_models").exists()
     other = run(*QUICK, "--model", "LastValue", "--root_path", csv_folder, "--data_path", "small.csv").out
     assert other.startswith("It stands for\n")

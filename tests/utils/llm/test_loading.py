@@ -41,7 +41,7 @@ def test_known_names_are_hub_ids_until_the_folder_is_there(tmp_path, monkeypatch
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "llama", "bert"])
 def test_first_layers_are_those_of_the_whole_model(tiny_llm, family):
     whole, cut = load(tiny_llm(family)), load(tiny_llm(family), "--llm_layers", "1")
-    assert (whole.identity.layers, cut.identity.layers, cut.layers_there) == (2, 1, 2)
+    assert (whole.identity.layers, cut.identity.layers, cut.total_layers) == (2, 1, 2)
     assert f"{family}, 1 of 2 layers" in cut.describe()
     ids = torch.arange(20, 30)[None]
     hidden = whole.backbone(ids, output_hidden_states=True).hidden_states[1]
@@ -163,7 +163,7 @@ def test_models_that_do_not_fit_are_refused(tmp_path, tiny_llm):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llm("qwen2"))
     configs = {
         "no vocab_size": ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16),
-        "words of width": ElectraConfig(
+        "embeddings of width": ElectraConfig(
             vocab_size=600, embedding_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
         ),
     }
