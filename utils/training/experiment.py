@@ -143,6 +143,7 @@ def _run_repetition(args: argparse.Namespace, repetition: int, series: Series, i
             trainer = _prepare_training(setup, model, saved, series.table.sha256, interrupts)
             del saved  # its weights and optimizer state would take memory during training
             seconds_per_step = _train(setup, trainer)
+            del trainer  # and the optimizer's state during the test
             saved = read_checkpoint(run.folder / "checkpoint")
             load_checkpoint(saved, bare_model, run.flags, run.data)
         elif accelerator.is_main_process:
