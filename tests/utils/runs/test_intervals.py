@@ -195,7 +195,7 @@ def test_what_cannot_be_is_refused_in_a_line(run, flags, assert_refused):
     for levels, words in (
         ([0], ["--level 0", "1 to 99"]),
         ([100, 80], ["--level 80 100"]),
-        ([80, 80], ["--level 80 80", "twice"]),
+        ([80, 80], ["--level 80 80", "repeats a level"]),
         (["80.5"], ["--level", "80.5"]),
         ([95], ["--level 95 needs 19", "there are 5", "--eval_windows"]),  # 40 windows of seven channels
     ):
