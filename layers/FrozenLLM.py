@@ -133,7 +133,7 @@ class FrozenLLM(nn.Module):
             return scale.behind(self._run_rows(run, prompts, scale.before(patches)))
 
     def limitations(self) -> list[str]:
-        """Return what this LLM cannot do, in lines to print."""
+        """Return the lines to print about the limitations of this LLM."""
         lines = []
         if self.padding_leaks:
             lines.append("This LLM cannot mask pads: prompts of one length are run together (slower, as exact)")

@@ -1,4 +1,4 @@
-"""A linear map of the scaled window, added to the forecast, so that the LLM learns what a line cannot say."""
+"""A linear map of the scaled window, added to the forecast: the LLM learns the residual of a linear forecast."""
 
 from collections.abc import Callable, Iterable, Sequence
 

@@ -182,14 +182,14 @@ def _gram(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def _scale_of(embeddings: torch.Tensor, root: torch.Tensor) -> float:
-    """Return how much farther Adam's first step moves W E than W' root."""
+    """Measure how much farther Adam's first step moves W E than W' root."""
     ratio = _adam_step(embeddings, _chunks(embeddings)) / _adam_step(embeddings, [root.float()])
     return float(f"{ratio:.2g}")  # two digits: the same number for the same embeddings in another precision
 
 
 @torch.no_grad()
 def _adam_step(embeddings: torch.Tensor, basis: Iterable[torch.Tensor], gradients: int = 64) -> float:
-    """Return how far Adam's first step moves prototypes W basis, for random gradients of the prototypes.
+    """Measure how far Adam's first step moves prototypes W basis, for random gradients of the prototypes.
 
     That step is the sign of each weight's gradient: of g basis' for a gradient g of the prototype.
     """

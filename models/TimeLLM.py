@@ -146,7 +146,7 @@ def _pairs(windows: WindowDataset) -> Iterator[tuple[torch.Tensor, torch.Tensor]
 def _prompts_and_llm(
     configs: argparse.Namespace, llm: LoadedLLM, description: str, patches: int
 ) -> tuple[PromptBuilder | NoPrompts, FrozenLLM | NoLLM]:
-    """Return what writes the prompts of windows and what runs them with their patches."""
+    """Build the writer of the prompts and the frozen LLM that runs them with the patches."""
     if configs.ablation == "no_llm":
         return NoPrompts(), NoLLM()
     if configs.gradient_checkpointing and not FrozenLLM.blocks(llm.backbone):

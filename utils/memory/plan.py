@@ -38,7 +38,7 @@ class MemoryPlan:
         trainable, gradients, optimizer: the trained layers, their gradients, the optimiser's state.
         activations: what the step keeps on its way forward.
         cache: keys and values of the prompts.
-        workspace: what else there is at the worst moment.
+        workspace: everything else at the peak.
         process: where the device is the CPU, what a run holds beside the tensors.
         total: all that is there at the worst moment. Gradients grow while activations shrink, so the parts may
             add up to more.
@@ -76,7 +76,7 @@ class NoPlan(Exception):  # noqa: N818 - the run may go well without
 
 
 def plan_memory(args: argparse.Namespace) -> MemoryPlan:
-    """Return what the run that the flags describe will need.
+    """Plan the memory of the run that the flags describe.
 
     Args:
         args: the parsed flags.
@@ -136,7 +136,7 @@ def describe_plan(plan: MemoryPlan) -> str:
 
 
 def memory_in_short(args: argparse.Namespace) -> str:
-    """Return what the run needs in one line, and one more if that is not there."""
+    """Describe the plan in one line, and add a warning with advice if too little memory is free."""
     try:
         plan = plan_memory(args)
         if plan.fits:
@@ -148,7 +148,7 @@ def memory_in_short(args: argparse.Namespace) -> str:
 
 
 def full_report(args: argparse.Namespace) -> str:
-    """Return what the run would need of memory as a table and, if that is not there, what to change.
+    """Format the memory plan as a table and, if too little memory is free, add advice.
 
     Raises:
         UserError: if the LLM is not there, or there is no plan for it.
@@ -187,7 +187,7 @@ def plan_table(plan: MemoryPlan) -> str:
 
 
 def savings(args: argparse.Namespace, plan: MemoryPlan) -> list[tuple[str, int]]:
-    """Return what would make a run smaller, with the bytes that each change alone saves, the largest first.
+    """List the changes of flags that save memory, with the bytes that each one alone saves, the largest first.
 
     Args:
         args: the run's flags.
@@ -213,7 +213,7 @@ def savings(args: argparse.Namespace, plan: MemoryPlan) -> list[tuple[str, int]]
 
 
 def advice(args: argparse.Namespace, plan: MemoryPlan) -> str:
-    """Return what to change for a smaller run, in part of a sentence."""
+    """Phrase the advice for a smaller run as a part of a sentence."""
     changes = [f"{flags} (saves {_gib(size)} GiB)" for flags, size in savings(args, plan)]
     return "try " + ", ".join(changes) if changes else "take a smaller LLM"
 

@@ -26,7 +26,7 @@ def is_gpu(device: torch.device) -> bool:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return what a device has for us, what we hold of it already included."""
+    """Return the memory that is free for this process, including what it holds already."""
     if gpu := _module_of(device):
         return gpu.mem_get_info(device)[0] + gpu.memory_reserved(device)
     return psutil.virtual_memory().available
@@ -38,12 +38,12 @@ def total_bytes(device: torch.device) -> int:
 
 
 def peak_allocated(device: torch.device) -> int:
-    """Return the bytes of tensors on a GPU at the worst moment so far."""
+    """Return the peak bytes of tensors on a GPU so far."""
     return _module_of(device).max_memory_allocated(device)
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let a GPU's worst moment so far be now."""
+    """Start a new measurement of a GPU's peak memory."""
     _module_of(device).reset_peak_memory_stats(device)
 
 
@@ -54,7 +54,7 @@ def wait_until_done(device: torch.device) -> None:
 
 
 def peak_reserved(device: torch.device) -> int:
-    """Return the bytes that this process had taken of a GPU at the worst moment so far."""
+    """Return the peak bytes of a GPU that this process has reserved so far."""
     return _module_of(device).max_memory_reserved(device)
 
 

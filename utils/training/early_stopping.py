@@ -30,7 +30,7 @@ class EarlyStopping:
         return False
 
     def state_dict(self) -> dict[str, float]:
-        """Return what `load_state_dict` takes."""
+        """Return the state for `load_state_dict`."""
         return {"lowest": self.lowest, "counter": self.counter}
 
     def load_state_dict(self, state: dict[str, float]) -> None:

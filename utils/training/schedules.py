@@ -75,7 +75,7 @@ class Schedule:
                 self.scheduler.step()
 
     def state_dict(self) -> dict:
-        """Return what `load_state_dict` takes."""
+        """Return the state for `load_state_dict`."""
         return self.scheduler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
