@@ -40,7 +40,7 @@ class MemoryPlan:
         cache: keys and values of the prompts.
         workspace: everything else at the peak.
         process: where the device is the CPU, what a run holds beside the tensors.
-        total: all that is there at the worst moment. Gradients grow while activations shrink, so the parts may
+        total: the peak. Gradients grow while activations shrink, so the parts may
             add up to more.
         host: token embeddings that stay in host memory beside a GPU.
         free: what the device has for us.
@@ -175,7 +175,7 @@ def plan_table(plan: MemoryPlan) -> str:
         ("keys and values of the prompts", plan.cache),
         ("workspace", plan.workspace),
         *([("tokenizer, data, heap", plan.process)] if plan.process else []),
-        ("at the worst moment of a step", plan.total),
+        ("peak of a step", plan.total),
         (f"with {MARGIN:.0%} for what cannot be planned", plan.needed),
         ("free", plan.free),
     ]

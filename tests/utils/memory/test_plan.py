@@ -37,7 +37,7 @@ def test_the_plan_needs_the_config_alone(run, flags, tiny_llm, tmp_path):
     shutil.copy(Path(tiny_llm("qwen2")) / "config.json", folder)
     done = run(*flags, "--llm_model_path", folder, "--plan")
     assert (done.code, done.err, done.folders) == (0, "", [])
-    for part in ("LLM, frozen layers", "trained layers", "optimiser", "activations", "worst moment", "free", "It fits"):
+    for part in ("LLM, frozen layers", "trained layers", "optimiser", "activations", "peak of a step", "It fits"):
         assert part in done.out
 
 
