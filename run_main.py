@@ -49,16 +49,17 @@ def execute(args: argparse.Namespace, argv: Sequence[str], interrupts: Interrupt
     check_options(args)
     check_paths(args)
     # torch and transformers take seconds to import: only now, so that --help and a wrong flag are answered at once.
-    from utils.training.experiment import prepare, print_plan, run_experiment
+    from utils.training.experiment import Experiment
 
-    prepare(args)
+    experiment = Experiment(args, interrupts)
+    experiment.prepare()
     if args.plan:
-        print_plan(args)
+        print(experiment.memory_plan())
         return
     show_demo_hints = args.demo and is_first_process()
     if show_demo_hints:
         print(introduction(args))
-    run_experiment(args, interrupts)
+    experiment.run()
     if show_demo_hints:
         print(farewell(argv))
 

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -18,7 +17,6 @@ from data_provider.series import Series, series_of
 from data_provider.tables import Table
 from dataset.demo import write_demo_csv
 from models import build
-from models.forecaster import Forecaster
 from utils.cli.command import is_first_process
 from utils.cli.options import flags_of_final_test, flags_of_repetition, has_llm, headline_target
 from utils.cli.places import csv_path, is_demo_default, run_folder, trained_folder
@@ -53,273 +51,281 @@ from utils.training.trainer import TrainConfig, Trainer
 _SHARE_BY_CHANCE = 0.01
 
 
-def run_experiment(args: argparse.Namespace, interrupts: Interrupts) -> None:
-    """Run every repetition, on data that are read once; if the device is full, say in one line what helps."""
-    table = series = None
-    try:
-        for repetition in range(args.itr):
-            flags = flags_of_repetition(args, repetition)
-            if _can_skip(flags, repetition):
-                if is_first_process():
-                    print(f"Seed {flags.seed} is done: {run_folder(args, repetition)}", flush=True)
-                continue
-            table = table or read_table(args)  # once: later changes of the file do not reach the run
-            if args.predict and not args.is_training:
-                _forecast_only(flags, repetition, table)
-            else:
-                series = series or series_of(table, args)
-                _run_repetition(flags, repetition, series, interrupts)
-    except RuntimeError as problem:
-        if not should_reduce_batch_size(problem):
-            raise
-        raise memory_error(args) from problem
+class Experiment:
+    """Everything that one command line asks for: a memory plan, or all repetitions of a run.
 
-
-def print_plan(args: argparse.Namespace) -> None:
-    """Print the memory that the run needs."""
-    with refused_environment():
-        print(full_report(args))
-
-
-def prepare(args: argparse.Namespace) -> None:
-    """Check what libraries read of the environment, and make the data and the LLM of --demo, where they are missing.
-
-    Raises:
-        UserError: if a variable is wrong, or the files cannot be written.
+    Args:
+        args: the parsed flags.
+        interrupts: tells when to stop.
     """
-    check_backend()
-    try:
-        if is_demo_default(args, "data_path"):
-            write_demo_csv(csv_path(args))
-        if has_llm(args) and is_demo_default(args, "llm_model_path"):
-            make_tiny_llm("qwen2", args.llm_model_path)
-    except OSError as problem:
-        raise UserError(f"cannot write the demo's data and LLM: {problem}") from problem
+
+    def __init__(self, args: argparse.Namespace, interrupts: Interrupts):
+        self.args, self.interrupts = args, interrupts
+
+    def prepare(self) -> None:
+        """Check what libraries read of the environment, and make the data and the LLM of --demo if they are missing.
+
+        Raises:
+            UserError: if a variable is wrong, or the files cannot be written.
+        """
+        check_backend()
+        args = self.args
+        try:
+            if is_demo_default(args, "data_path"):
+                write_demo_csv(csv_path(args))
+            if has_llm(args) and is_demo_default(args, "llm_model_path"):
+                make_tiny_llm("qwen2", args.llm_model_path)
+        except OSError as problem:
+            raise UserError(f"cannot write the demo's data and LLM: {problem}") from problem
+
+    def memory_plan(self) -> str:
+        """Describe the memory that the run needs."""
+        with refused_environment():
+            return full_report(self.args)
+
+    def run(self) -> None:
+        """Run every repetition, on data that are read once; if the device is full, say in one line what helps."""
+        args = self.args
+        table = series = None
+        try:
+            for number in range(args.itr):
+                flags = flags_of_repetition(args, number)
+                if self._can_skip(flags, number):
+                    if is_first_process():
+                        print(f"Seed {flags.seed} is done: {run_folder(args, number)}", flush=True)
+                    continue
+                table = table or read_table(args)  # once: later changes of the file do not reach the run
+                if args.predict and not args.is_training:
+                    forecast_only(flags, number, table)
+                else:
+                    series = series or series_of(table, args)
+                    Repetition(flags, number, series).train_and_test(self.interrupts)
+        except RuntimeError as problem:
+            if not should_reduce_batch_size(problem):
+                raise
+            raise memory_error(args) from problem
+
+    def _can_skip(self, flags: argparse.Namespace, number: int) -> bool:
+        """Return whether --resume auto skips a repetition, since it has all that is asked for, its scores."""
+        needs_more_outputs = flags.predict or flags.level or flags.save_predictions
+        can_skip = flags.is_training and flags.resume == "auto" and flags.itr > 1 and not needs_more_outputs
+        return can_skip and is_finished(run_folder(flags, number), flags)
 
 
-def _can_skip(args: argparse.Namespace, repetition: int) -> bool:
-    """Return whether --resume auto skips a repetition, since it has all that is asked for, its scores."""
-    needs_more_outputs = args.predict or args.level or args.save_predictions
-    can_skip = args.is_training and args.resume == "auto" and args.itr > 1 and not needs_more_outputs
-    return can_skip and is_finished(run_folder(args, repetition), args)
+class Repetition:
+    """One run of an experiment, with a seed and a folder of its own; constructing it starts the processes.
 
-
-@dataclass(frozen=True)
-class _Setup:
-    """A repetition that is ready to train or to test.
+    Args:
+        args: the flags of the repetition.
+        number: of the repetition, from 0.
+        series: the data.
 
     Attributes:
-        args: its flags, with the batch size that fits.
-        accelerator: device and processes.
-        model: not prepared yet.
+        args: the flags, with the batch size that fits into memory.
+        accelerator: the device and the processes.
+        forecaster: the model, without accelerate's wrapper.
         splits: train, val, test and `final test`, the windows of the test at the end.
-        run: its folder, flags and data.
+        initial: the checkpoint to start from: `last` to resume, `checkpoint` to test, else None.
         prompt_sha256: the hash of --prompt_file when the model read it; empty without one.
-    """
-
-    args: argparse.Namespace
-    accelerator: Accelerator
-    model: Forecaster
-    splits: dict[str, Split]
-    run: Run
-    prompt_sha256: str
-
-
-def _run_repetition(args: argparse.Namespace, repetition: int, series: Series, interrupts: Interrupts) -> None:
-    """Train, test and, if asked for, forecast; or test a trained model."""
-    if args.predict:
-        series.last_window()  # what it lacks is said first
-    setup, saved = _set_up(args, repetition, series)
-    accelerator, run, bare_model = setup.accelerator, setup.run, setup.model
-    if not args.is_training:
-        load_checkpoint(saved, bare_model, run.flags, run.data)  # before anything is written
-        _say_if_trained_on(accelerator, series, saved)
-        seconds_per_step = saved.contents["progress"].get("seconds_per_step")
-    # torch's data parallelism refuses models without parameters.
-    model = accelerator.prepare(bare_model) if list(bare_model.parameters()) else bare_model
-    seed_rank(accelerator, args.seed)
-    with RunLock(run.folder) if args.is_training and accelerator.is_main_process else nullcontext():
-        if args.is_training:
-            trainer = _prepare_training(setup, model, saved, series.table.sha256, interrupts)
-            del saved  # its weights and optimizer state would take memory during training
-            seconds_per_step = _train(setup, trainer)
-            del trainer  # and the optimizer's state during the test
-            saved = read_checkpoint(run.folder / "checkpoint")
-            load_checkpoint(saved, bare_model, run.flags, run.data)
-        elif accelerator.is_main_process:
-            open_run_folder(run.folder, run.flags, series.table.sha256, str(accelerator.device), resumes=False)
-        calibration = _calibrate(setup, model, saved) if args.level else None
-        test_setup = _test_setup(setup, series, saved, calibration)
-        test(accelerator, model, test_setup, run.folder, seconds_per_step)
-        if args.predict:
-            trained = TrainedRun(saved, setup.args, accelerator.mixed_precision, bare_model)
-            _write_forecast(accelerator, trained, series.table, args.level, calibration, run.folder)
-
-
-def _set_up(args: argparse.Namespace, repetition: int, series: Series) -> tuple[_Setup, Checkpoint | None]:
-    """Start the processes, check what can be checked, and build the model; return what it begins with, too.
-
-    That is `last` where training continues, `checkpoint` for a test, else None.
-    """
-    accelerator = _start(args)
-    check_same_on_all_ranks(series.table.sha256, str(series.source))
-    check_optimizer(args.optimizer, accelerator.device)
-    check_reporting(args.report_to)
-    splits = _splits(accelerator, args, series)
-    check_levels(args.level, splits["val"])
-    check_columns(series.channels, series.is_long, args.level)
-    _warn(accelerator, series.notes)
-    for line in series.explainer.lines() if series.explainer else ():
-        accelerator.print(line)
-    folder, saved = run_folder(args, repetition), None
-    if not args.is_training:
-        saved = read_checkpoint(trained_folder(args, repetition) / "checkpoint")
-    elif args.resume and exists_on_all_ranks(folder / "last"):
-        saved = read_last(folder / "last")
-    if has_llm(args):
-        accelerator.print(memory_in_short(args))
-    prompt_sha256 = hash_of(Path(args.prompt_file))
-    model = build(args, basis=saved.basis if saved else None, season=_season(args, series.table))
-    if args.is_training and args.auto_batch_size and list(model.parameters()):
-        if saved:
-            args = with_batches(args, accelerator, saved.flags["batch_size"], saved.flags["grad_accum"])
-        else:
-            args = fit_batch_size(args, accelerator, model)
-        splits = _splits(accelerator, args, series)
-    _introduce(accelerator, model, splits, args.eval_windows)
-    if args.is_training and not saved:
-        error = model.fit_residual(splits["train"].windows, splits["val"].windows)
-        if error is not None:
-            accelerator.print(
-                f"Linear residual: fitted to the training windows; its MSE on all validation windows is {error:.7f}"
-            )
-    run = Run(folder, vars(args), series.facts())
-    return _Setup(args, accelerator, model, splits, run, prompt_sha256), saved
-
-
-def _start(args: argparse.Namespace) -> Accelerator:
-    return start_processes(
-        args.seed, args.grad_accum, args.use_amp, args.deterministic, shares_buffers=not has_llm(args)
-    )
-
-
-def _season(args: argparse.Namespace, table: Table) -> int:
-    return args.season or table.rows_of_a_season()
-
-
-def _splits(accelerator: Accelerator, args: argparse.Namespace, series: Series) -> dict[str, Split]:
-    """Return train, val and test, and the windows of the final test, which may be others than the test's."""
-    splits = {name: prepare_split(accelerator, *windows_and_loader(series, args, name)) for name in SPLITS}
-    final_test = windows_and_loader(series, flags_of_final_test(args), "test")
-    return {**splits, "final test": prepare_split(accelerator, *final_test)}
-
-
-def _introduce(accelerator: Accelerator, model: Forecaster, splits: dict[str, Split], eval_windows: int) -> None:
-    """Print the LLM, the parameters, the windows and one prompt.
+        season: the rows of a season.
+        run: the folder, the flags and the facts about the data.
 
     Raises:
-        UserError: if a prompt and the patches do not fit into the LLM.
+        UserError: if the data, the levels, the LLM or the checkpoint do not fit the flags.
     """
-    for line in model.describe():
-        accelerator.print(line)
-    trainable = sum(parameter.numel() for parameter in model.parameters())
-    frozen = model.llm_info.backbone.num_parameters() if model.llm_info else 0
-    accelerator.print(f"Parameters: {trainable:,} trainable, {frozen:,} frozen")
-    windows = splits["train"].windows
-    counts = ", ".join(f"{name} {len(splits[name].windows)}" for name in SPLITS)
-    accelerator.print(f"Windows: {counts}, of {len(windows.channels)} channels")
-    if eval_windows:
-        accelerator.print(f"Evaluating on at most {eval_windows} evenly spaced windows (--eval_windows)")
-    for line in model.describe_prompt(windows.__getitems__([0])[0][..., 0]):
-        accelerator.print(line)
 
+    def __init__(self, args: argparse.Namespace, number: int, series: Series):
+        if args.predict:
+            series.last_window()  # what it lacks is reported first
+        self.args, self.series = args, series
+        self.accelerator = _start(args)
+        check_same_on_all_ranks(series.table.sha256, str(series.source))
+        check_optimizer(args.optimizer, self.accelerator.device)
+        check_reporting(args.report_to)
+        self.splits = self._prepare_splits()
+        check_levels(args.level, self.splits["val"])
+        check_columns(series.channels, series.is_long, args.level)
+        _warn(self.accelerator, series.notes)
+        for line in series.explainer.lines() if series.explainer else ():
+            self.accelerator.print(line)
+        folder = run_folder(args, number)
+        self.initial = self._read_initial(folder, trained_folder(args, number))
+        if has_llm(args):
+            self.accelerator.print(memory_in_short(args))
+        self.prompt_sha256 = hash_of(Path(args.prompt_file))
+        basis = self.initial.basis if self.initial else None
+        self.season = args.season or series.table.rows_of_a_season()
+        self.forecaster = build(args, basis=basis, season=self.season)
+        if args.is_training and args.auto_batch_size and list(self.forecaster.parameters()):
+            self._fit_batch_size()
+        self._introduce()
+        if args.is_training and not self.initial:
+            self._fit_residual()
+        self.run = Run(folder, vars(self.args), series.facts())
 
-def _prepare_training(
-    setup: _Setup, model: Module, last: Checkpoint | None, data_sha256: str, interrupts: Interrupts
-) -> Trainer:
-    """Open the run folder and return a trainer at the start, or where a `last` continues."""
-    accelerator, run = setup.accelerator, setup.run
-    training = load_last(last, run, setup.model) if last else None
-    if training:
-        accelerator.print(f"Resuming at step {training['steps']}, epoch {training['epoch']}")
-    if accelerator.is_main_process:
-        open_run_folder(run.folder, run.flags, data_sha256, str(accelerator.device), bool(last))
-    accelerator.print(f"Run folder: {run.folder}")
-    config, target = TrainConfig.of(setup.args), headline_target(setup.args)
-    return Trainer(config, accelerator, model, setup.splits, target, run, interrupts, training)
+    def _prepare_splits(self) -> dict[str, Split]:
+        """Prepare train, val and test, and the windows of the final test, which may be others than the test's."""
+        args = dict.fromkeys(SPLITS, self.args) | {"final test": flags_of_final_test(self.args)}
+        return {
+            name: prepare_split(self.accelerator, *windows_and_loader(self.series, flags, name.removeprefix("final ")))
+            for name, flags in args.items()
+        }
 
+    def _read_initial(self, folder: Path, trained: Path) -> Checkpoint | None:
+        if not self.args.is_training:
+            return read_checkpoint(trained / "checkpoint")
+        if self.args.resume and exists_on_all_ranks(folder / "last"):
+            return read_last(folder / "last")
+        return None
 
-def _train(setup: _Setup, trainer: Trainer) -> float | None:
-    """Train; return the seconds of a step."""
-    start_reporting(setup.accelerator, setup.args.report_to, setup.run.folder, setup.run.flags)
-    try:
-        trainer.fit()
-    finally:
-        stop_reporting(setup.accelerator)
-    setup.accelerator.wait_for_everyone()
-    exists_on_all_ranks(setup.run.folder / "checkpoint")
-    return trainer.state.seconds_per_step
+    def _fit_batch_size(self) -> None:
+        """Find the batch size that fits into memory, or take that of the run to resume."""
+        if self.initial:
+            flags = self.initial.flags
+            self.args = with_batches(self.args, self.accelerator, flags["batch_size"], flags["grad_accum"])
+        else:
+            self.args = fit_batch_size(self.args, self.accelerator, self.forecaster)
+        self.splits = self._prepare_splits()
 
+    def _introduce(self) -> None:
+        """Print the LLM, the parameters, the windows and one prompt.
 
-def _calibrate(setup: _Setup, model: Module, saved: Checkpoint) -> Calibration:
-    """Calibrate the intervals; a calibration on other data does not take the place of the run's own."""
-    folder, args = setup.run.folder, setup.args
-    tests_itself = not args.is_training and folder.resolve() == saved.path.parent.resolve()
-    keep_in = None if tests_itself and saved.data.changed_fields(setup.run.data) else folder
-    return calibrate(setup.accelerator, model, setup.splits["val"], saved.sha256, keep_in)
+        Raises:
+            UserError: if a prompt and the patches do not fit into the LLM.
+        """
+        say, model, windows = self.accelerator.print, self.forecaster, self.splits["train"].windows
+        for line in model.describe():
+            say(line)
+        trainable = sum(parameter.numel() for parameter in model.parameters())
+        frozen = model.llm_info.backbone.num_parameters() if model.llm_info else 0
+        say(f"Parameters: {trainable:,} trainable, {frozen:,} frozen")
+        counts = ", ".join(f"{name} {len(self.splits[name].windows)}" for name in SPLITS)
+        say(f"Windows: {counts}, of {len(windows.channels)} channels")
+        if self.args.eval_windows:
+            say(f"Evaluating on at most {self.args.eval_windows} evenly spaced windows (--eval_windows)")
+        for line in model.describe_prompt(windows.__getitems__([0])[0][..., 0]):
+            say(line)
 
+    def _fit_residual(self) -> None:
+        error = self.forecaster.fit_residual(self.splits["train"].windows, self.splits["val"].windows)
+        if error is not None:
+            self.accelerator.print(
+                f"Linear residual: fitted to the training windows; its MSE on all validation windows is {error:.7f}"
+            )
 
-def _test_setup(setup: _Setup, series: Series, saved: Checkpoint, calibration: Calibration | None) -> TestSetup:
-    args, season = setup.args, _season(setup.args, series.table)
-    naive = None
-    if season <= args.seq_len:
-        naive = build(argparse.Namespace(**{**vars(args), "model": "SeasonalNaive"}), season=season)
-    last = setup.run.folder / "last"
-    # Training that has just returned has ended; the state that an earlier one left must say so.
-    ended = hash_of(last) if args.is_training else _ended_state(setup.accelerator, last.parent)
-    windows = flags_of_final_test(args).eval_windows
-    return TestSetup(
-        split=setup.splits["final test"],
-        facts=setup.run.data,
-        naive_errors=series.seasonal_errors(season),
-        target=headline_target(args),
-        naive=naive,
-        origin=origin_of(
-            saved, setup.run.flags, csv_path(args), series.table.sha256, setup.prompt_sha256, windows, ended
-        ),
-        calibration=calibration,
-        levels=args.level,
-        keeps_forecasts=args.save_predictions,
-    )
+    def train_and_test(self, interrupts: Interrupts) -> None:
+        """Train, test and, if asked for, forecast; without --is_training only test a trained model."""
+        args, accelerator, run, saved = self.args, self.accelerator, self.run, self.initial
+        if not args.is_training:
+            load_checkpoint(saved, self.forecaster, run.flags, run.data)  # before anything is written
+            self._report_overlap(saved)
+            seconds_per_step = saved.contents["progress"].get("seconds_per_step")
+        # torch's data parallelism refuses models without parameters.
+        has_parameters = list(self.forecaster.parameters())
+        model = accelerator.prepare(self.forecaster) if has_parameters else self.forecaster
+        seed_rank(accelerator, args.seed)
+        with RunLock(run.folder) if args.is_training and accelerator.is_main_process else nullcontext():
+            if args.is_training:
+                saved = None  # its weights and optimizer state would take memory during training
+                seconds_per_step = self._train(model, interrupts)
+                saved = read_checkpoint(run.folder / "checkpoint")
+                load_checkpoint(saved, self.forecaster, run.flags, run.data)
+            elif accelerator.is_main_process:
+                self._open_folder(resumes=False)
+            calibration = self._calibrate(model, saved) if args.level else None
+            test(accelerator, model, self._test_setup(saved, calibration), run.folder, seconds_per_step)
+            if args.predict:
+                trained = TrainedRun(saved, args, accelerator.mixed_precision, self.forecaster)
+                _write_forecast(accelerator, trained, self.series.table, args.level, calibration, run.folder)
 
+    def _report_overlap(self, saved: Checkpoint) -> None:
+        """Print a note if a checkpoint was trained on test rows: errors on them mean nothing."""
+        share = self.series.share_trained_on(saved.data)
+        if share > _SHARE_BY_CHANCE:
+            self.accelerator.print(
+                f"Note: {saved.path} was trained on about {share:.0%} of these test rows: their errors say nothing of"
+                " new data"
+            )
 
-def _ended_state(accelerator: Accelerator, folder: Path) -> str:
-    """Return the hash of a run's `last` if training has ended by it; a damaged one is reported, but stops no test."""
-    try:
-        return ended_state(folder) if accelerator.is_main_process else ""  # only that process writes it down
-    except UserError as problem:
-        accelerator.print(f"Note: {problem}")
-        return ""
+    def _open_folder(self, resumes: bool) -> None:
+        sha256, device = self.series.table.sha256, str(self.accelerator.device)
+        open_run_folder(self.run.folder, self.run.flags, sha256, device, resumes)
 
+    def _train(self, model: Module, interrupts: Interrupts) -> float | None:
+        """Train from the start, or from where `last` stopped; return the seconds of a step."""
+        accelerator, run = self.accelerator, self.run
+        trainer = self._build_trainer(model, interrupts)
+        start_reporting(accelerator, self.args.report_to, run.folder, run.flags)
+        try:
+            trainer.fit()
+        finally:
+            stop_reporting(accelerator)
+        accelerator.wait_for_everyone()
+        exists_on_all_ranks(run.folder / "checkpoint")
+        return trainer.state.seconds_per_step
 
-def _say_if_trained_on(accelerator: Accelerator, series: Series, saved: Checkpoint) -> None:
-    """Print a note if test rows were among those that a checkpoint was trained on: errors there mean nothing."""
-    share = series.share_trained_on(saved.data)
-    if share > _SHARE_BY_CHANCE:
-        accelerator.print(
-            f"Note: {saved.path} was trained on about {share:.0%} of these test rows: their errors say nothing of new"
-            " data"
+    def _build_trainer(self, model: Module, interrupts: Interrupts) -> Trainer:
+        """Open the run folder and build the trainer, which takes over the initial checkpoint."""
+        accelerator, run, last = self.accelerator, self.run, self.initial
+        training = load_last(last, run, self.forecaster) if last else None
+        self.initial = None
+        if training:
+            accelerator.print(f"Resuming at step {training['steps']}, epoch {training['epoch']}")
+        if accelerator.is_main_process:
+            self._open_folder(resumes=bool(last))
+        accelerator.print(f"Run folder: {run.folder}")
+        config, target = TrainConfig.of(self.args), headline_target(self.args)
+        return Trainer(config, accelerator, model, self.splits, target, run, interrupts, training)
+
+    def _calibrate(self, model: Module, saved: Checkpoint) -> Calibration:
+        """Calibrate the intervals; a calibration on other data does not replace the run's own."""
+        folder = self.run.folder
+        tests_itself = not self.args.is_training and folder.resolve() == saved.path.parent.resolve()
+        keep_in = None if tests_itself and saved.data.changed_fields(self.run.data) else folder
+        return calibrate(self.accelerator, model, self.splits["val"], saved.sha256, keep_in)
+
+    def _test_setup(self, saved: Checkpoint, calibration: Calibration | None) -> TestSetup:
+        args, run, series, naive = self.args, self.run, self.series, None
+        if self.season <= args.seq_len:
+            naive = build(argparse.Namespace(**{**vars(args), "model": "SeasonalNaive"}), season=self.season)
+        # Training that has just returned has ended; the state that an earlier one left must say so.
+        ended = hash_of(run.folder / "last") if args.is_training else self._ended_state()
+        windows = flags_of_final_test(args).eval_windows
+        return TestSetup(
+            split=self.splits["final test"],
+            facts=run.data,
+            naive_errors=series.seasonal_errors(self.season),
+            target=headline_target(args),
+            naive=naive,
+            origin=origin_of(saved, run.flags, csv_path(args), series.table.sha256, self.prompt_sha256, windows, ended),
+            calibration=calibration,
+            levels=args.level,
+            keeps_forecasts=args.save_predictions,
         )
 
+    def _ended_state(self) -> str:
+        """Return the hash of the run's `last` if it ended training; report a damaged one, which stops no test."""
+        try:
+            # Only the main process writes the hash down.
+            return ended_state(self.run.folder) if self.accelerator.is_main_process else ""
+        except UserError as problem:
+            self.accelerator.print(f"Note: {problem}")
+            return ""
 
-def _forecast_only(args: argparse.Namespace, repetition: int, table: Table) -> None:
+
+def forecast_only(args: argparse.Namespace, number: int, table: Table) -> None:
     """Forecast beyond the CSV with a trained checkpoint; the CSV needs no more rows than a window."""
     accelerator = _start(args)
     _warn(accelerator, table.notes(args.seq_len))
-    folder = run_folder(args, repetition)
-    saved = read_checkpoint(trained_folder(args, repetition) / "checkpoint")
+    folder = run_folder(args, number)
+    saved = read_checkpoint(trained_folder(args, number) / "checkpoint")
     trained = TrainedRun(saved, args, accelerator.mixed_precision)
     _write_forecast(accelerator, trained, table, args.level, folder, folder)
+
+
+def _start(args: argparse.Namespace) -> Accelerator:
+    shares_buffers = not has_llm(args)
+    return start_processes(args.seed, args.grad_accum, args.use_amp, args.deterministic, shares_buffers)
 
 
 def _write_forecast(
