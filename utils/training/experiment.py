@@ -24,7 +24,7 @@ from utils.cli.options import flags_of_final_test, flags_of_repetition, has_llm,
 from utils.cli.places import csv_path, is_demo_default, run_folder, trained_folder
 from utils.cli.signals import Interrupts
 from utils.errors import UserError
-from utils.memory.plan import full_report, memory_error, memory_in_short
+from utils.memory.plan import memory_error, memory_report, memory_summary
 from utils.runs.checkpoint import Checkpoint, Run, ended_state, read_checkpoint, read_last
 from utils.runs.compatibility import load_checkpoint, load_last
 from utils.runs.finished import is_finished
@@ -38,13 +38,13 @@ from utils.system.plotting import check_backend
 from utils.system.processes import (
     check_same_on_all_ranks,
     exists_on_all_ranks,
-    refused_environment,
+    reraise_environment_errors,
     seed_rank,
     start_processes,
 )
-from utils.training.batch_size import fit_batch_size, with_batches
+from utils.training.batch_size import fit_batch_size, with_batch_size
 from utils.training.evaluation import Split, prepare_split
-from utils.training.optimizers import check_optimizer
+from utils.training.optimization import check_optimizer
 from utils.training.reporting import check_reporting, start_reporting, stop_reporting
 from utils.training.testing import TestSetup, calibrate, check_levels, test
 from utils.training.trainer import TrainConfig, Trainer
@@ -77,8 +77,8 @@ def run_experiment(args: argparse.Namespace, interrupts: Interrupts) -> None:
 
 def print_plan(args: argparse.Namespace) -> None:
     """Print the memory that the run needs."""
-    with refused_environment():
-        print(full_report(args))
+    with reraise_environment_errors():
+        print(memory_report(args))
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -177,12 +177,12 @@ def _set_up(args: argparse.Namespace, repetition: int, series: Series) -> tuple[
     elif args.resume and exists_on_all_ranks(folder / "last"):
         saved = read_last(folder / "last")
     if has_llm(args):
-        accelerator.print(memory_in_short(args))
+        accelerator.print(memory_summary(args))
     prompt_sha256 = hash_of(Path(args.prompt_file))
     model = build(args, basis=saved.basis if saved else None, season=_season(args, series.table))
     if args.is_training and args.auto_batch_size and list(model.parameters()):
         if saved:
-            args = with_batches(args, accelerator, saved.flags["batch_size"], saved.flags["grad_accum"])
+            args = with_batch_size(args, accelerator, saved.flags["batch_size"], saved.flags["grad_accum"])
         else:
             args = fit_batch_size(args, accelerator, model)
         splits = _splits(accelerator, args, series)
