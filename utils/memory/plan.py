@@ -31,10 +31,10 @@ class MemoryPlan:
     """The memory of a training step, in bytes.
 
     Attributes:
-        device: the device.
         llm: the frozen layers.
         embedding: the token embeddings, if the device holds them.
-        trainable, gradients, optimizer: the trained layers, their gradients and the optimizer state.
+        trainable: the trained layers; their gradients are as large.
+        optimizer: the optimizer state.
         activations: the activations that the forward pass saves.
         cache: the keys and values of the prompts.
         workspace: everything else at the peak.
@@ -48,7 +48,6 @@ class MemoryPlan:
     llm: int
     embedding: int
     trainable: int
-    gradients: int
     optimizer: int
     activations: int
     cache: int
@@ -83,7 +82,7 @@ def plan_memory(args: argparse.Namespace) -> MemoryPlan:
     device = PartialState().device
     choice = choose_llm(LLMFlags.of(args))
     few, more = _try_steps(args, choice, device)
-    missing = choice.text_config.num_hidden_layers - few.layers
+    missing = choice.text_config.num_hidden_layers - trial_layers(choice)[0]
     step = {name: getattr(few, name) + (getattr(more, name) - getattr(few, name)) * missing for name in Step.PER_LAYER}
     in_host = few.embedding if args.mapping == "compact" and device.type != "cpu" else 0
     optimizer = round(few.trainable / 4 * STATE_BYTES[args.optimizer])
@@ -97,7 +96,6 @@ def plan_memory(args: argparse.Namespace) -> MemoryPlan:
         llm=step["llm"],
         embedding=few.embedding - in_host,
         trainable=few.trainable,
-        gradients=few.trainable,
         optimizer=optimizer,
         activations=step["saved"] - step["cache"],
         cache=step["cache"],
@@ -154,7 +152,7 @@ def memory_report(args: argparse.Namespace) -> str:
         ("LLM, frozen layers", plan.llm),
         ("token embeddings", plan.embedding),
         ("trained layers", plan.trainable),
-        ("their gradients", plan.gradients),
+        ("their gradients", plan.trainable),
         ("optimizer", plan.optimizer),
         ("activations", plan.activations),
         ("keys and values of the prompts", plan.cache),

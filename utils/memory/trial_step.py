@@ -36,7 +36,6 @@ class Step:
 
     PER_LAYER = ("llm", "cache", "saved", "llm_peak", "last_peak")
 
-    layers: int
     llm: int
     embedding: int
     trainable: int
@@ -69,7 +68,6 @@ def try_step(args: argparse.Namespace, choice: LLMChoice, device: torch.device, 
     basis = getattr(model.mapping_layer, "basis", None)
     tokens = [len(prompt) for prompt in model.tokenize(_windows(args)[..., 0])]
     return Step(
-        layers=layers,
         llm=round(unquantized * dtype.itemsize + quantized * NF4_BYTES),
         embedding=embeddings.nbytes,
         trainable=4 * sum(parameter.numel() for parameter in model.parameters()),

@@ -54,17 +54,13 @@ def unfinished_name(path: Path) -> Path:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object that a run has written.
-
-    Raises:
-        UserError: if the file is damaged.
-    """
+    """Read a JSON object that a run has written; raise a UserError if the file is damaged."""
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(contents, dict):
+            raise ValueError("no JSON object")
     except (OSError, ValueError, RecursionError) as problem:
         raise UserError(f"{path} is damaged ({problem}): move it away and run again") from problem
-    if not isinstance(contents, dict):
-        raise UserError(f"{path} is damaged (no JSON object): move it away and run again")
     return contents
 
 
@@ -77,17 +73,12 @@ def hash_of(path: Path) -> str:
 
 
 def rename(unfinished: Path, path: Path) -> None:
-    """Rename a file or a folder; on Windows, wait for a virus scanner or a viewer that has it open.
-
-    Raises:
-        OSError: if it cannot be renamed, or cannot replace `path`.
-    """
+    """Rename a file or a folder; on Windows, wait for a virus scanner or a viewer that has it open."""
     for seconds in _PAUSES:
-        try:
+        with contextlib.suppress(PermissionError):
             unfinished.replace(path)
             return
-        except PermissionError:
-            time.sleep(seconds)
+        time.sleep(seconds)
     unfinished.replace(path)
 
 
@@ -123,10 +114,8 @@ def _os_error_behind(problem: BaseException | None) -> OSError | None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flush a folder, and so a new name in it, to the disk; Windows cannot open a folder for that."""
-    if os.name != "posix":
-        return
-    with contextlib.suppress(OSError):  # some network file systems refuse, but the file has been renamed already
+    """Flush a folder, and so a new name in it, to the disk."""
+    with contextlib.suppress(OSError):  # Windows and some network file systems refuse; the file is renamed anyway
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

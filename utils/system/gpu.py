@@ -49,8 +49,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 def synchronize(device: torch.device) -> None:
     """Wait until a device has finished all queued work; a CPU has no queue."""
-    if device.type not in ("cpu", "meta"):
-        torch.get_device_module(device).synchronize()
+    torch.get_device_module(device).synchronize()
 
 
 def peak_reserved(device: torch.device) -> int:

@@ -20,10 +20,6 @@ if "matplotlib" not in sys.modules:
 
 
 def check_backend() -> None:
-    """Check MPLBACKEND.
-
-    Raises:
-        UserError: if matplotlib does not know its value.
-    """
+    """Raise a UserError if matplotlib does not know the value of MPLBACKEND."""
     if _refusal:
         raise UserError(_refusal)

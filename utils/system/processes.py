@@ -90,11 +90,7 @@ def reraise_environment_errors() -> Iterator[None]:
 
 
 def check_same_on_all_ranks(value: str, what: str) -> None:
-    """Check that all processes have the same value.
-
-    Raises:
-        UserError: names `what` differs.
-    """
+    """Raise a UserError that names `what` differs unless all processes have the same value."""
     if len(set(gather_object([value]))) > 1:
         raise UserError(f"{what} is not the same for all processes: give all machines the same file")
 
@@ -109,11 +105,7 @@ def seed_rank(accelerator: Accelerator, seed: int) -> None:
 
 
 def exists_on_all_ranks(path: Path) -> bool:
-    """Return whether a file exists.
-
-    Raises:
-        UserError: if only some processes see it.
-    """
+    """Return whether a file exists; raise a UserError if only some processes see it."""
     found = gather_object([path.is_file()])
     if len(set(found)) > 1:
         raise UserError(
@@ -128,22 +120,20 @@ class StopVote:
     def __init__(self, interrupts: Interrupts, accelerator: Accelerator):
         self._interrupts = interrupts
         self._accelerator = accelerator
-        self._polls = 0
-        self._next_vote = 1
-        self._last_vote = (0, time.monotonic())  # the number of polls, and the time
+        self._polls, self._polls_per_vote = 0, 1
+        self._voted_at = time.monotonic()
 
     def poll(self) -> bool:
         """Return whether to stop."""
         if self._accelerator.num_processes == 1:
             return self._interrupts.is_requested
         self._polls += 1
-        if self._polls < self._next_vote:
+        if self._polls < self._polls_per_vote:
             return False
-        polls, voted_at = self._last_vote
-        seconds = (time.monotonic() - voted_at) / max(self._polls - polls, 1)
+        seconds = (time.monotonic() - self._voted_at) / self._polls
         vote = torch.tensor([float(self._interrupts.is_requested), seconds], device=self._accelerator.device)
         requests, seconds_per_poll = self._accelerator.reduce(vote, "mean").tolist()
         polls_per_second = max(round(1 / max(seconds_per_poll, 1e-3)), 1)
-        self._next_vote = self._polls + min(polls_per_second, _MAX_POLLS_PER_VOTE)
-        self._last_vote = (self._polls, time.monotonic())
+        self._polls, self._polls_per_vote = 0, min(polls_per_second, _MAX_POLLS_PER_VOTE)
+        self._voted_at = time.monotonic()
         return requests > 0

@@ -25,10 +25,7 @@ class Split:
 
 
 def prepare_split(accelerator: Accelerator, windows: WindowDataset, loader: DataLoader) -> Split:
-    """Distribute the batches of a split over the processes.
-
-    The batches stay on the CPU, so that the model can write the prompts without waiting for the device.
-    """
+    """Distribute the batches of a split over the processes; they stay on the CPU, where the prompts are written."""
     return Split(windows, accelerator.prepare_data_loader(loader, device_placement=False))
 
 
@@ -45,11 +42,9 @@ def evaluate(
     """Forecast the windows that a split's loader shows, and score the forecasts.
 
     Args:
-        accelerator: gathers the errors of all processes.
         model: (B, seq_len, 1) -> (B, pred_len, 1); its training mode is restored afterwards.
-        split: the windows to score.
         target: the channel of the headline errors, None for all channels.
-        title: the title of the progress bar.
+        title: shown by the progress bar.
         before_batch: called before each batch; an exception from it ends the evaluation.
         metrics: further metrics to update; for these the forecasts are copied to the host.
     """
@@ -123,8 +118,7 @@ def _score(errors: np.ndarray, channel_of: np.ndarray, channels: tuple[str, ...]
 
 def _means(errors: np.ndarray) -> dict[str, float]:
     """Average mse and mae over windows, with gaps weighted by the number of known targets."""
-    if len(errors) == 2:
-        mse, mae = errors.mean(axis=1)
-        return {"mse": float(mse), "mae": float(mae), "windows": errors.shape[1]}
-    mse, mae = np.average(errors[:2], axis=1, weights=errors[2])
-    return {"mse": float(mse), "mae": float(mae), "windows": errors.shape[1], "known": int(errors[2].sum())}
+    weights = errors[2] if len(errors) == 3 else None
+    mse, mae = np.average(errors[:2], axis=1, weights=weights)
+    known = {} if weights is None else {"known": int(weights.sum())}
+    return {"mse": float(mse), "mae": float(mae), "windows": errors.shape[1], **known}

@@ -17,11 +17,7 @@ _TYPE2_RATES = {3: 5e-5, 5: 1e-5, 7: 5e-6, 9: 1e-6, 11: 5e-7, 16: 1e-7, 21: 5e-8
 
 
 def check_optimizer(name: str, device: torch.device) -> None:
-    """Check that this machine can run an optimizer.
-
-    Raises:
-        UserError: if it needs a missing package or another device.
-    """
+    """Raise a UserError if an optimizer needs a package or a device that is missing."""
     if name in ("adam", "adamw"):
         return
     if not has_fused_8bit_optimizers(device):
@@ -74,8 +70,7 @@ class Schedule:
     Args:
         optimizer: the optimizer with its initial rates; its parameter groups keep the ratio of their rates.
         name: one of the choices of `--lradj`.
-        total_steps: the number of optimizer steps of the run; only TST uses it.
-        pct_start: only TST uses it.
+        total_steps: the number of optimizer steps of the run, for TST.
     """
 
     def __init__(self, optimizer: Optimizer, name: str, total_steps: int, pct_start: float):
@@ -106,14 +101,6 @@ class Schedule:
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
                 self.scheduler.step()
 
-    def state_dict(self) -> dict:
-        """Return the scheduler's state."""
-        return self.scheduler.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        """Restore the scheduler's state."""
-        self.scheduler.load_state_dict(state)
-
     @property
     def rate(self) -> float:
         """The learning rate of the next step."""
@@ -121,12 +108,7 @@ class Schedule:
 
 
 class EarlyStopping:
-    """Track the lowest validation loss and count the validations without an improvement.
-
-    Args:
-        patience: the number of such validations after which training should stop.
-        report: prints what happened.
-    """
+    """Counter of consecutive validations without an improvement; after `patience` of them training should stop."""
 
     def __init__(self, patience: int, report: Callable[[str], None] = print):
         self.patience = patience

@@ -16,11 +16,7 @@ _READ_LOSS_EVERY = 10
 
 
 def check_reporting(report_to: str) -> None:
-    """Check that the tracker's package is installed.
-
-    Raises:
-        UserError: names the missing package.
-    """
+    """Raise a UserError if the tracker's package is not installed."""
     if report_to == "tensorboard" and not is_tensorboard_available():
         raise UserError("--report_to tensorboard needs the package tensorboard: pip install tensorboard")
 

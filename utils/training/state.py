@@ -69,13 +69,9 @@ class TrainState:
             self._random_to_restore = None
 
     def save(self, run: Run, model: torch.nn.Module, history: list[list[str]], random: dict | None = None) -> None:
-        """Write `last` on the main process.
+        """Write `last` on the main process; the model may be wrapped.
 
-        Args:
-            run: the run to save.
-            model: the model, possibly wrapped.
-            history: the rows of history.csv.
-            random: the states of the random generators to resume with; None for the current ones.
+        A resumed run starts with the states `random` of the random generators, by default with the current ones.
         """
         random_of_processes = gather_object([random or random_states(self.accelerator.device)])
         if not self.accelerator.is_main_process:
@@ -88,7 +84,7 @@ class TrainState:
             "learning_seconds": self.learning_seconds,
             "stopping": self.stopping.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "schedule": self.schedule.scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
             "random": random_of_processes,
             "history": history,
@@ -107,7 +103,7 @@ class TrainState:
         self.loss_sum = training["loss_sum"].to(self.accelerator.device)
         self._started -= training["seconds"]
         self.stopping.load_state_dict(training["stopping"])
-        if self.schedule.state_dict().get("total_steps") != training["schedule"].get("total_steps"):
+        if self.schedule.scheduler.state_dict().get("total_steps") != training["schedule"].get("total_steps"):
             raise UserError(
                 f"--lradj {run.flags['lradj']} lays its rates out over all steps: resume with the --train_epochs and"
                 " --max_steps of the run"
@@ -131,15 +127,14 @@ class TrainState:
         """Restore the states of the optimizer, the schedule and the loss scaler; raise if they do not match."""
         self.optimizer.load_state_dict(training["optimizer"])
         inner = self.optimizer.optimizer
-        has_full_moments = type(inner) in (torch.optim.Adam, torch.optim.AdamW)  # bitsandbytes stores blocks of them
-        if self.steps and has_full_moments:
+        if self.steps and type(inner) in (torch.optim.Adam, torch.optim.AdamW):  # bitsandbytes has moments in blocks
             for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
                 for name in ("exp_avg", "exp_avg_sq"):
                     shape = inner.state[parameter][name].shape
                     if shape != parameter.shape:
                         raise ValueError(f"{name} of shape {shape}, not {parameter.shape}")
-        if training["schedule"].keys() != self.schedule.state_dict().keys():
+        if training["schedule"].keys() != self.schedule.scheduler.state_dict().keys():
             raise ValueError("a schedule of another kind")
-        self.schedule.load_state_dict(training["schedule"])
+        self.schedule.scheduler.load_state_dict(training["schedule"])
         if training["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(training["scaler"])

@@ -26,8 +26,6 @@ class TestSetup:
     """The data and the settings of a test.
 
     Attributes:
-        split: the test windows.
-        facts: the facts about the data.
         naive_errors: see `Series.seasonal_errors`.
         target: the channel of the headline errors, None for all channels.
         naive: the seasonal naive forecaster, None if a window is shorter than a season.
@@ -47,10 +45,6 @@ class TestSetup:
     levels: Sequence[int]
     keeps_forecasts: bool
 
-    def unit_errors(self) -> UnitErrors:
-        """Create a metric of the errors in the data's units."""
-        return UnitErrors(self.facts, self.naive_errors, self.target)
-
 
 def test(
     accelerator: Accelerator, model: nn.Module, setup: TestSetup, folder: Path, seconds_per_step: float | None
@@ -64,7 +58,8 @@ def test(
     """
     split, target = setup.split, setup.target
     started = time.perf_counter()
-    in_units, kept = setup.unit_errors(), KeptForecasts()
+    in_units, naive_in_units = (UnitErrors(setup.facts, setup.naive_errors, target) for _ in range(2))
+    kept = KeptForecasts()
     headline = None if target is None else split.windows.channels.index(target)
     intervals = IntervalScores(setup.calibration, setup.levels, headline)
     metrics = [in_units, intervals, *([kept] if setup.keeps_forecasts else [])]
@@ -73,10 +68,8 @@ def test(
     if not math.isfinite(scores.mse):
         raise UserError(f"the test MSE is {scores.mse}: give --llm_dtype float32 or bfloat16, and look at the data")
     figures = in_units.compute(scores)
-    _print_scores(accelerator, figures, split, target)
-    _print_intervals(accelerator, intervals)
-    naive_errors = setup.unit_errors()
-    naive = _score_naive(accelerator, setup, naive_errors) if setup.naive else None
+    _print_scores(accelerator, figures, intervals, split, target)
+    naive = _score_naive(accelerator, setup, naive_in_units) if setup.naive else None
     if not accelerator.is_main_process:
         return
     bare_model = accelerator.unwrap_model(model)
@@ -85,13 +78,15 @@ def test(
         figures |= summary_of_series(figures["per_channel"])
     cost = cost_of(bare_model, accelerator.device, seconds_per_step)
     write_metrics(folder, figures, intervals.compute(), naive, seconds, bare_model.llm_info, cost, setup.origin)
-    naive_by_step = naive_errors.compute(naive)["mse_by_step"] if naive else None
+    naive_by_step = naive_in_units.compute(naive)["mse_by_step"] if naive else None
     draw_errors(folder / "errors.png", figures["mse_by_step"], naive_by_step)
     if setup.keeps_forecasts:
         write_predictions(folder, kept, split.windows, setup.calibration, setup.levels)
 
 
-def _print_scores(accelerator: Accelerator, figures: dict, split: Split, target: str | None) -> None:
+def _print_scores(
+    accelerator: Accelerator, figures: dict, intervals: IntervalScores, split: Split, target: str | None
+) -> None:
     which = "windows" if target is None else f"windows, those of {target},"
     accelerator.print(
         f"Test | MSE: {figures['mse']:.7f} MAE: {figures['mae']:.7f} | {figures['windows']} {which} of"
@@ -99,9 +94,6 @@ def _print_scores(accelerator: Accelerator, figures: dict, split: Split, target:
     )
     mase = "none (a channel that never changes by the season)" if figures["mase"] is None else f"{figures['mase']:.4f}"
     accelerator.print(f"In the CSV's units | RMSE: {figures['rmse']:.6g} MASE: {mase} sMAPE: {figures['smape']:.2f}%")
-
-
-def _print_intervals(accelerator: Accelerator, intervals: IntervalScores) -> None:
     for scores in intervals.compute():
         accelerator.print(
             f"Intervals | level: {scores['level']} coverage: {scores['coverage']:.4f} width: {scores['width']:.4f}"
@@ -121,11 +113,7 @@ def _score_naive(accelerator: Accelerator, setup: TestSetup, errors: UnitErrors)
 
 
 def check_levels(levels: Sequence[int], split: Split) -> None:
-    """Check that a split has enough windows to calibrate intervals of these levels.
-
-    Raises:
-        UserError: names the required number of windows.
-    """
+    """Raise a UserError if a split has too few windows to calibrate intervals of these levels."""
     if not levels:
         return
     windows, numbers = split.windows, window_numbers(split.loader)
@@ -144,11 +132,8 @@ def calibrate(
     """Calibrate prediction intervals on the residuals of the validation windows (split conformal prediction).
 
     Args:
-        accelerator: the accelerator of the run.
-        model: the model with its best weights, possibly wrapped.
-        split: the validation windows.
-        checkpoint: the SHA-256 of the file with these weights.
-        folder: the folder to save the calibration to; None if it must keep a calibration on other data.
+        checkpoint: the SHA-256 of the file with the model's weights.
+        folder: the run folder, to save the calibration in; None if it must keep a calibration on other data.
     """
     residuals = Residuals(pooled=split.windows.is_long)
     evaluate(accelerator, model, split, title="calibration", metrics=[residuals])

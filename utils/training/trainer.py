@@ -56,12 +56,10 @@ class Trainer:
     """Train a model and save its best weights in the run folder.
 
     Args:
-        config: the flags.
         accelerator: has prepared the model and the loaders.
         model: (B, seq_len, 1) -> (B, pred_len, 1).
         splits: train, val and test.
         target: the channel of the headline errors, None for all channels.
-        run: the run, with its folder.
         interrupts: requests an early stop.
         training: the trainer's state in `last`, to resume from; the model's weights are already loaded.
     """

@@ -80,7 +80,7 @@ def test_the_plan_of_the_users_command_agrees_with_arithmetic():
     assert whole.llm == pytest.approx(1.43e9, rel=0.01)  # 2.77 billion numbers at 0.516 bytes
     assert whole.embedding == 151936 * 2048 * 4  # float32 on a CPU
     full = plan(*USERS_COMMAND, "--mapping", "full")
-    assert full.trainable + full.gradients + full.optimizer == pytest.approx(2.43e9, rel=0.02)
+    assert 2 * full.trainable + full.optimizer == pytest.approx(2.43e9, rel=0.02)
     small = plan(*USERS_COMMAND, "--gradient_checkpointing")
     assert small.activations < whole.activations / 10
     assert small.total < whole.total / 1.5
