@@ -72,18 +72,18 @@ def hash_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def rename(unfinished: Path, path: Path) -> None:
+def rename(source: Path, path: Path) -> None:
     """Rename a file or a folder; on Windows, wait for a virus scanner or a viewer that has it open."""
     for seconds in _PAUSES:
         with contextlib.suppress(PermissionError):
-            unfinished.replace(path)
+            source.replace(path)
             return
         time.sleep(seconds)
-    unfinished.replace(path)
+    source.replace(path)
 
 
 def back_up(files: Sequence[Path]) -> None:
-    """Rename the existing ones of some files in one folder to *.old; if the folder has *.old files, to *.old2, ...
+    """Rename those of some files in one folder that exist to *.old or, if it has *.old files, to *.old2 and so on.
 
     Raises:
         UserError: if a file cannot be renamed, for example because a viewer has it open; then none is renamed.

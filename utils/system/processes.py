@@ -90,7 +90,7 @@ def reraise_environment_errors() -> Iterator[None]:
 
 
 def check_same_on_all_ranks(value: str, what: str) -> None:
-    """Raise a UserError that names `what` differs unless all processes have the same value."""
+    """Raise a UserError that names `what`, unless all processes have the same value."""
     if len(set(gather_object([value]))) > 1:
         raise UserError(f"{what} is not the same for all processes: give all machines the same file")
 

@@ -127,7 +127,7 @@ class TrainState:
         """Restore the states of the optimizer, the schedule and the loss scaler; raise if they do not match."""
         self.optimizer.load_state_dict(training["optimizer"])
         inner = self.optimizer.optimizer
-        if self.steps and type(inner) in (torch.optim.Adam, torch.optim.AdamW):  # bitsandbytes has moments in blocks
+        if self.steps and type(inner) in (torch.optim.Adam, torch.optim.AdamW):  # bitsandbytes stores moments in blocks
             for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
                 for name in ("exp_avg", "exp_avg_sq"):
                     shape = inner.state[parameter][name].shape

@@ -124,7 +124,7 @@ class Trainer:
                 self._validate()
             self._save_state()
         elif self.forecaster.starts_fitted and not state.steps and not self.was_validated:
-            state.restore_random()  # if this validation was interrupted
+            state.restore_random()  # if an interrupted run resumes with this validation
             self._validate()  # so that weights that are worse than the linear fit are never saved
         # A run that was interrupted during an epoch's validation resumes with it, even in the last epoch.
         while not self._is_finished() or (state.batch and state.validated_at < state.steps):
