@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Subset
 from data_provider.series import Series, load_series
 from data_provider.windows import WindowDataset, chunks, evenly_spaced
 from utils.errors import UserError
-from utils.system.gpu import pins_batches
+from utils.system.gpu import should_pin_batches
 
 
 def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, DataLoader]:
@@ -46,7 +46,7 @@ def windows_and_loader(series: Series, args: argparse.Namespace, flag: str) -> t
         num_workers=args.num_workers,
         collate_fn=_keep_batch,
         worker_init_fn=_ignore_interrupts,
-        pin_memory=pins_batches(),
+        pin_memory=should_pin_batches(),
     )
     if is_scored and (few or dataset.has_gaps):
         _check_known_target(dataset, window_numbers(loader), args.target if args.features == "MS" else None)

@@ -22,7 +22,7 @@ from utils.cli.options import flags_of_final_test, flags_of_repetition, has_llm,
 from utils.cli.places import csv_path, is_demo_default, run_folder, trained_folder
 from utils.cli.signals import Interrupts
 from utils.errors import UserError
-from utils.memory.plan import full_report, memory_error, memory_in_short
+from utils.memory.plan import memory_error, memory_report, memory_summary
 from utils.runs.checkpoint import Checkpoint, Run, ended_state, read_checkpoint, read_last
 from utils.runs.compatibility import load_checkpoint, load_last
 from utils.runs.finished import is_finished
@@ -36,13 +36,13 @@ from utils.system.plotting import check_backend
 from utils.system.processes import (
     check_same_on_all_ranks,
     exists_on_all_ranks,
-    refused_environment,
+    reraise_environment_errors,
     seed_rank,
     start_processes,
 )
-from utils.training.batch_size import fit_batch_size, with_batches
+from utils.training.batch_size import fit_batch_size, with_batch_size
 from utils.training.evaluation import Split, prepare_split
-from utils.training.optimizers import check_optimizer
+from utils.training.optimization import check_optimizer
 from utils.training.reporting import check_reporting, start_reporting, stop_reporting
 from utils.training.testing import TestSetup, calibrate, check_levels, test
 from utils.training.trainer import TrainConfig, Trainer
@@ -80,8 +80,8 @@ class Experiment:
 
     def memory_plan(self) -> str:
         """Describe the memory that the run needs."""
-        with refused_environment():
-            return full_report(self.args)
+        with reraise_environment_errors():
+            return memory_report(self.args)
 
     def run(self) -> None:
         """Run every repetition, on data that are read once; if the device is full, say in one line what helps."""
@@ -151,7 +151,7 @@ class Repetition:
         folder = run_folder(args, number)
         self.initial = self._read_initial(folder, trained_folder(args, number))
         if has_llm(args):
-            self.accelerator.print(memory_in_short(args))
+            self.accelerator.print(memory_summary(args))
         self.prompt_sha256 = hash_of(Path(args.prompt_file))
         basis = self.initial.basis if self.initial else None
         self.season = args.season or series.table.rows_of_a_season()
@@ -182,7 +182,7 @@ class Repetition:
         """Find the batch size that fits into memory, or take that of the run to resume."""
         if self.initial:
             flags = self.initial.flags
-            self.args = with_batches(self.args, self.accelerator, flags["batch_size"], flags["grad_accum"])
+            self.args = with_batch_size(self.args, self.accelerator, flags["batch_size"], flags["grad_accum"])
         else:
             self.args = fit_batch_size(self.args, self.accelerator, self.forecaster)
         self.splits = self._prepare_splits()
