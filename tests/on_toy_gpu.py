@@ -17,9 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import layers.FrozenLinear
 import models
-import utils.memory.plan
 import utils.runs.pictures
 import utils.training.evaluation
+import utils.training.experiment
 import utils.training.trainer
 from scripts.benchmark import peak_bytes, seconds
 from tests.conftest import largest_difference
@@ -42,7 +42,7 @@ ALIKE = ["--llm_dtype", "float32", "--dropout", "0"]
 def fresh(monkeypatch):
     """Each test begins on the CPU, with an empty record of waits; pictures and plans are made on the CPU anyway."""
     monkeypatch.setattr(utils.runs.pictures, "save_picture", lambda *_: None)
-    monkeypatch.setattr(utils.memory.plan, "memory_summary", lambda *_: "")
+    monkeypatch.setattr(utils.training.experiment, "memory_summary", lambda *_: "")
     use(ON_CPU, monkeypatch)
     GPU.reset()
     yield
