@@ -51,11 +51,10 @@ def load_checkpoint(saved: Checkpoint, model: Forecaster, flags: dict, data: Dat
     """Load the trained weights into a model.
 
     Args:
-        saved: the checkpoint.
         model: the unwrapped model.
         flags: the present flags; a note is printed for each difference that changes forecasts.
-        data: the facts about the test data, None if there are none. If they differ from the run's, a note is printed,
-            unless the checkpoint was named by --checkpoint.
+        data: the facts about the test data, if there are any. If they differ from the run's, a note is printed, unless
+            --checkpoint named the checkpoint.
 
     Raises:
         UserError: if the checkpoint belongs to another model or another LLM.
@@ -116,11 +115,10 @@ def check_channels(facts: DataFacts, channels: Sequence[str], is_long: bool, csv
         raise UserError(
             f"{csv} is a {present} CSV, but the checkpoint was trained on a {trained} CSV: give a {trained} CSV"
         )
-    if is_long:
-        if unseen := len(set(channels) - set(facts.channels)):
-            PartialState().print(f"Note: {unseen} of {len(channels)} series of {csv} were not in the training data")
-    elif list(channels) != facts.channels:
+    if not is_long and list(channels) != facts.channels:
         raise UserError(f"{csv} has the channels {list(channels)}, the checkpoint was trained on {facts.channels}")
+    if unseen := len(set(channels) - set(facts.channels)):
+        PartialState().print(f"Note: {unseen} of {len(channels)} series of {csv} were not in the training data")
 
 
 def check_shapes(saved: Checkpoint, shapes: Mapping[str, torch.Size]) -> None:
@@ -131,17 +129,14 @@ def check_shapes(saved: Checkpoint, shapes: Mapping[str, torch.Size]) -> None:
     Raises:
         UserError: names the first weight that does not fit.
     """
-    found = {name: tensor.shape for name, tensor in saved.contents["weights"].items()}
+    found = {name: tuple(tensor.shape) for name, tensor in saved.contents["weights"].items()}
     for name in sorted(shapes.keys() | found.keys()):
-        if not name.startswith("mapping_layer.") and found.get(name) != shapes.get(name):
+        shape, needed = found.get(name, "missing"), tuple(shapes[name]) if name in shapes else "missing"
+        if not name.startswith("mapping_layer.") and shape != needed:
             raise UserError(
-                f"{saved.path} does not fit ({name} is {_shape(found.get(name))}, by its flags"
-                f" {_shape(shapes.get(name))}): it is damaged, or give it the flags of its run"
+                f"{saved.path} does not fit ({name} is {shape}, by its flags {needed}): it is damaged, or give it the"
+                " flags of its run"
             )
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "missing" if shape is None else str(tuple(shape))
 
 
 def flags_to_test(saved: Checkpoint, changes: Mapping[str, object]) -> argparse.Namespace:
@@ -178,8 +173,7 @@ def _keep_local_llm(saved: Checkpoint, args: argparse.Namespace) -> None:
     llm = saved.contents["llm"] or {}
     if llm.get("folder") is None:  # from the Hub, or a checkpoint of an earlier version
         return
-    has_source = (Path(llm["source"]) / "config.json").is_file()
-    args.llm_model_path = llm["source"] if has_source else llm["folder"]
+    args.llm_model_path = llm["source"] if (Path(llm["source"]) / "config.json").is_file() else llm["folder"]
     if args.llm_layers is None and args.ablation != "no_llm":
         args.llm_layers = llm["layers"]  # an LLM chosen by name may have a lower default
 

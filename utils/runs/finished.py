@@ -17,10 +17,9 @@ def is_of(folder: Path, args: argparse.Namespace) -> bool:
     Raises:
         UserError: if args.json is damaged.
     """
-    path = folder / "args.json"
-    if not path.is_file():
+    if not (folder / "args.json").is_file():
         return False
-    before = read_json(path)
+    before = read_json(folder / "args.json")
     return before.get("data_sha256") == hash_of(csv_path(args)) and _same_flags(before, args)
 
 
@@ -33,10 +32,9 @@ def is_finished(folder: Path, args: argparse.Namespace) -> bool:
     Raises:
         UserError: if metrics.json or args.json is damaged.
     """
-    path = folder / "metrics.json"
-    if not path.is_file() or not is_of(folder, args):
+    if not (folder / "metrics.json").is_file() or not is_of(folder, args):
         return False
-    metrics = read_json(path)
+    metrics = read_json(folder / "metrics.json")
     tested = metrics.get("flags")
     return (
         isinstance(tested, dict)  # earlier versions did not write the flags

@@ -15,12 +15,9 @@ WORST_SHOWN = 10
 
 @dataclass(frozen=True)
 class Scores:
-    """Mean errors of the scaled series over windows, counting only known targets.
+    """Mean errors of the scaled series over all windows, or those of the target channel, counting only known targets.
 
-    Attributes:
-        mse, mae: the headline errors, over all windows or over those of the target channel.
-        windows: the number of windows behind the headline errors.
-        per_channel: mse, mae and windows of each channel, and the number of `known` targets if some are missing.
+    `per_channel` holds mse, mae and windows of each channel, and the number of `known` targets if some are missing.
     """
 
     mse: float
@@ -34,8 +31,7 @@ class Forecasts:
     """The forecasts of one batch of windows, gathered from all processes, in the order of their split.
 
     Attributes:
-        numbers: the windows' indices in their split, (B,).
-        channels: the indices of the windows' channels, (B,).
+        numbers, channels: the indices of the windows in their split, and of their channels, (B,) each.
         forecast, target: (B, pred_len) float32, scaled; a missing target is NaN.
         deviation: the standard deviation of each window's context, (B,) float32, scaled.
     """
@@ -75,7 +71,6 @@ class UnitErrors(Metric):
     """Errors by forecast step, and errors in the data's own units.
 
     Args:
-        facts: the facts about the data.
         naive_errors: the mean absolute error of the seasonal naive forecast on the scaled training rows, by channel;
             it may lack channels.
         target: the channel of the headline errors, None for all channels.
@@ -126,21 +121,22 @@ class UnitErrors(Metric):
             "smape": float(np.average([errors["smape"] for errors in headline], weights=weights)),
             "windows": scores.windows,
             "per_channel": per_channel,
-            "mse_by_step": [
-                square / known if known else None
-                for square, known in zip(self._squares.tolist(), self._known.tolist(), strict=True)
-            ],
+            "mse_by_step": by_step(self._squares, self._known),
         }
 
     def _of_channel(self, name: str, errors: dict[str, float]) -> dict[str, float | None]:
-        number = self._number_of[name]
-        naive = self.naive_errors.get(name)
+        number, naive = self._number_of[name], self.naive_errors.get(name)
         return {
             **errors,
             "rmse": math.sqrt(errors["mse"]) * float(self._deviation[number]),
             "mase": errors["mae"] / naive if naive else None,
             "smape": float(self._smape[0, number] / self._smape[1, number]),
         }
+
+
+def by_step(sums: np.ndarray, known: np.ndarray) -> list[float | None]:
+    """Divide sums by the number of known targets of each forecast step; None for a step without any."""
+    return np.where(known > 0, sums / np.maximum(known, 1), None).tolist()
 
 
 def summary_of_series(per_channel: Mapping[str, dict]) -> dict:
