@@ -29,11 +29,7 @@ from utils.runs.checkpoint import Checkpoint, Run, read_checkpoint
 
 
 def check_flags(saved: Checkpoint, flags: Mapping[str, object]) -> None:
-    """Refuse flags with which a checkpoint cannot be used.
-
-    Raises:
-        UserError: names the first such flag.
-    """
+    """Raise UserError for the first flag with which a checkpoint cannot be used."""
     needed = flags_tagged(MUST_MATCH_CHECKPOINT) | flags_tagged(must_match_for(flags["model"]))
     for name, before in _changed_flags(saved, flags, sorted(needed)):
         raise UserError(
@@ -105,11 +101,7 @@ def _check_best(last: Checkpoint, best: Path, fixed_flags: Sequence[str]) -> Non
 
 
 def check_channels(facts: DataFacts, channels: Sequence[str], is_long: bool, csv: Path) -> None:
-    """Refuse data with other channels than a checkpoint was trained on; a long CSV may have new series.
-
-    Raises:
-        UserError: if the channels differ.
-    """
+    """Raise UserError for data with other channels than a checkpoint was trained on; a long CSV may have new series."""
     if is_long != facts.is_long:
         trained, present = ("long", "wide") if facts.is_long else ("wide", "long")
         raise UserError(
@@ -122,12 +114,9 @@ def check_channels(facts: DataFacts, channels: Sequence[str], is_long: bool, csv
 
 
 def check_shapes(saved: Checkpoint, shapes: Mapping[str, torch.Size]) -> None:
-    """Refuse a checkpoint whose weights do not fit the model of its flags, before that model takes memory.
+    """Raise UserError for the first weight that does not fit the model of the flags, before that model takes memory.
 
     The mapping layer is checked on loading, which may convert its weights.
-
-    Raises:
-        UserError: names the first weight that does not fit.
     """
     found = {name: tuple(tensor.shape) for name, tensor in saved.contents["weights"].items()}
     for name in sorted(shapes.keys() | found.keys()):

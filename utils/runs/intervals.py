@@ -88,16 +88,12 @@ class Residuals(Metric):
 
 
 def windows_needed(level: int) -> int:
-    """Return the minimum number of windows to calibrate a level on."""
+    """Compute the minimum number of windows to calibrate a level on."""
     return -(-level // (100 - level))
 
 
 def check_windows(levels: Sequence[int], windows: int) -> None:
-    """Refuse levels that need more validation windows than the channel and forecast step with the fewest has.
-
-    Raises:
-        UserError: names the number of windows that is needed.
-    """
+    """Raise UserError if a level needs more validation windows than the channel and step with the fewest has."""
     if levels and windows < windows_needed(max(levels)):
         raise UserError(
             f"--level {max(levels)} needs {windows_needed(max(levels))} validation windows of each channel, but there"
@@ -121,9 +117,8 @@ def load_calibration(
             f"no {FILE} of {checkpoint.path} and these channels in {folder}: test once with --level, without"
             " --predict, on a CSV with validation rows"
         )
-    for level in levels:
-        if not np.isfinite(calibration.quantiles[level - 1]).all():
-            raise UserError(f"{path} has too few validation windows for --level {level}: give a lower level")
+    if too_high := [level for level in levels if not np.isfinite(calibration.quantiles[level - 1]).all()]:
+        raise UserError(f"{path} has too few validation windows for --level {too_high[0]}: give a lower level")
     return calibration
 
 
