@@ -97,11 +97,7 @@ def _save(run: Run, model: Forecaster, name: str, position: dict) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a `checkpoint`.
-
-    Raises:
-        UserError: if it is damaged or was not written by this program.
-    """
+    """Read a `checkpoint`; raise UserError if it is damaged or was not written by this program."""
     return _read(path, lambda contents: check_progress(contents["progress"]))
 
 
@@ -124,11 +120,7 @@ def _training_ended(last: Checkpoint) -> bool:
 
 
 def ended_state(folder: Path) -> str:
-    """Return the SHA-256 of a run's `last` if training has ended, else an empty string.
-
-    Raises:
-        UserError: if `last` is damaged.
-    """
+    """Return the SHA-256 of a run's `last` if training has ended, else ""; raise UserError if `last` is damaged."""
     last = read_last(folder / "last") if (folder / "last").is_file() else None
     return last.sha256 if last and _training_ended(last) else ""
 

@@ -12,17 +12,7 @@ from accelerate import PartialState
 
 from data_provider.facts import DataFacts
 from models.forecaster import Forecaster
-from utils.cli.options import (
-    DEFAULTS,
-    MUST_MATCH_CHECKPOINT,
-    RESUME_MAY_CHANGE,
-    WARN_IF_CHANGED,
-    check_types,
-    flags_tagged,
-    get_parser,
-    has_llm,
-    must_match_for,
-)
+from utils.cli import options
 from utils.errors import UserError, listed
 from utils.llm.identity import LLMTraces, check_same_llm
 from utils.runs.checkpoint import Checkpoint, Run, read_checkpoint
@@ -30,8 +20,9 @@ from utils.runs.checkpoint import Checkpoint, Run, read_checkpoint
 
 def check_flags(saved: Checkpoint, flags: Mapping[str, object]) -> None:
     """Raise UserError for the first flag with which a checkpoint cannot be used."""
-    needed = flags_tagged(MUST_MATCH_CHECKPOINT) | flags_tagged(must_match_for(flags["model"]))
-    for name, before in _changed_flags(saved, flags, sorted(needed)):
+    tags = options.MUST_MATCH_CHECKPOINT, options.must_match_for(flags["model"])
+    needed = sorted(set().union(*map(options.flags_tagged, tags)))
+    for name, before in _changed_flags(saved, flags, needed):
         raise UserError(
             f"{saved.path} was trained with --{name} {before}, not {flags[name]}: give it the value of its run"
         )
@@ -39,8 +30,8 @@ def check_flags(saved: Checkpoint, flags: Mapping[str, object]) -> None:
 
 def _changed_flags(saved: Checkpoint, flags: Mapping[str, object], names: Iterable[str]) -> list[tuple[str, object]]:
     """List the name and the saved value of each of these flags that has changed."""
-    before = [(name, saved.flags.get(name, DEFAULTS.get(name))) for name in names]
-    return [(name, value) for name, value in before if value != flags[name]]
+    before = {name: saved.flags.get(name, options.DEFAULTS.get(name)) for name in names}
+    return [(name, value) for name, value in before.items() if value != flags[name]]
 
 
 def load_checkpoint(saved: Checkpoint, model: Forecaster, flags: dict, data: DataFacts | None) -> None:
@@ -56,7 +47,7 @@ def load_checkpoint(saved: Checkpoint, model: Forecaster, flags: dict, data: Dat
         UserError: if the checkpoint belongs to another model or another LLM.
     """
     check_flags(saved, flags)
-    for name, before in _changed_flags(saved, flags, sorted(flags_tagged(WARN_IF_CHANGED))):
+    for name, before in _changed_flags(saved, flags, sorted(options.flags_tagged(options.WARN_IF_CHANGED))):
         PartialState().print(f"Note: {saved.path} was trained with --{name} {before}, not {flags[name]}")
     if _description_changed(saved, model):
         PartialState().print(f"Note: {saved.path} was trained with another description of the data in its prompts")
@@ -71,7 +62,7 @@ def load_last(last: Checkpoint, run: Run, model: Forecaster) -> dict:
     Raises:
         UserError: if a flag, the LLM or the data has changed, or the best weights so far are missing.
     """
-    fixed_flags = [name for name in run.flags if name not in flags_tagged(RESUME_MAY_CHANGE)]
+    fixed_flags = [name for name in run.flags if name not in options.flags_tagged(options.RESUME_MAY_CHANGE)]
     for name, before in _changed_flags(last, run.flags, fixed_flags):
         raise UserError(
             f"{last.path} is from a run with --{name} {before}, not {run.flags[name]}: resume with the flags of the run"
@@ -134,18 +125,18 @@ def flags_to_test(saved: Checkpoint, changes: Mapping[str, object]) -> argparse.
     Raises:
         UserError: if a change does not name a flag, or gives a flag an invalid value.
     """
-    if unknown := sorted(changes.keys() - DEFAULTS.keys()):
+    if unknown := sorted(changes.keys() - options.DEFAULTS.keys()):
         raise UserError(f"run_main.py has no flag {listed(unknown)}: load_run takes the flags of the run")
     changes = {name: _plain(value) for name, value in changes.items()}
     try:
-        check_types(changes)
+        options.check_types(changes)
     except ValueError as problem:
         raise UserError(str(problem)) from problem
     # Runs of earlier versions lack the newer flags, whose defaults reproduce the earlier behavior.
-    args = get_parser().parse_args(["--data", saved.flags["data"]])
+    args = options.get_parser().parse_args(["--data", saved.flags["data"]])
     test_flags = {"is_training": 0, "resume": "", "demo": False, "checkpoint": str(saved.path.parent)}
     vars(args).update({**saved.flags, **test_flags, **changes})
-    if has_llm(args) and not {"llm_model", "llm_model_path"} & changes.keys():
+    if options.has_llm(args) and not {"llm_model", "llm_model_path"} & changes.keys():
         _keep_local_llm(saved, args)
     return args
 

@@ -60,7 +60,8 @@ def _check_data(contents: dict) -> None:
 
 
 def _check_explainer(explainer: dict, channels: list[str]) -> None:
-    _check(explainer["channels"] == channels, "its covariates explain other channels")
+    fits = explainer["channels"] == channels and len(explainer["coefficients"]) == len(channels)
+    _check(fits, "its covariates explain other channels")
     _check(_are_numbers(explainer["shares"], len(channels)), "the shares of its covariates are not finite")
     features = 0
     for column in explainer["columns"]:
@@ -71,7 +72,6 @@ def _check_explainer(explainer: dict, channels: list[str]) -> None:
         _check(_are_numbers(column["mean"], own) and _are_numbers(column["scale"], own), "a covariate is not finite")
         _check(all(scale > 0 for scale in column["scale"]), "a covariate's scale is not positive")
         features += own
-    _check(len(explainer["coefficients"]) == len(channels), "its covariates explain other channels")
     _check(all(_are_numbers(row, features) for row in explainer["coefficients"]), "a coefficient is not finite")
 
 

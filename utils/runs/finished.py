@@ -7,16 +7,9 @@ from utils.cli.options import DEFAULTS, NOT_RUN_IDENTITY, flags_of_final_test, f
 from utils.cli.places import csv_path
 from utils.system.files import hash_of, read_json
 
-# Flags in which a later test may differ from its run without a change of the scores.
-_TEST_MAY_CHANGE = {"is_training", "checkpoint"}
-
 
 def is_of(folder: Path, args: argparse.Namespace) -> bool:
-    """Return whether a run folder was written with these flags, including the repetition's seed, and their CSV.
-
-    Raises:
-        UserError: if args.json is damaged.
-    """
+    """Return whether a run folder was written with these flags and CSV; raise UserError if args.json is damaged."""
     if not (folder / "args.json").is_file():
         return False
     before = read_json(folder / "args.json")
@@ -38,7 +31,7 @@ def is_finished(folder: Path, args: argparse.Namespace) -> bool:
     tested = metrics.get("flags")
     return (
         isinstance(tested, dict)  # earlier versions did not write the flags
-        and _same_flags(tested, args, _TEST_MAY_CHANGE)
+        and _same_flags(tested, args, {"is_training", "checkpoint"})  # a later test has the same scores
         and metrics.get("eval_windows") == flags_of_final_test(args).eval_windows
         and metrics.get("data_sha256") == hash_of(csv_path(args))
         and metrics.get("prompt_file_sha256") == hash_of(Path(args.prompt_file))

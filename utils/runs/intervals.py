@@ -36,17 +36,13 @@ class Calibration:
     is_pooled: bool = False
 
     def half_widths(self, level: int, channels: np.ndarray, deviations: np.ndarray) -> np.ndarray:
-        """Compute half the width of intervals, (windows, pred_len), in the units of the deviations.
-
-        `channels` and `deviations` are the index of each window's channel and the standard deviation of its context.
-        """
+        """Compute half the width of windows' intervals, (windows, pred_len), in the units of `deviations`."""
         own = self.quantiles[level - 1]
         return (own if self.is_pooled else own[channels]) * deviations[:, None]
 
     def save(self, folder: Path) -> None:
         """Write `calibration.npz` atomically."""
-        contents = {name: np.array(value) for name, value in vars(self).items()}
-        atomic_write(folder / FILE, lambda file: np.savez(file, **contents))
+        atomic_write(folder / FILE, lambda file: np.savez(file, **vars(self)))
 
 
 class Residuals(Metric):
@@ -59,7 +55,7 @@ class Residuals(Metric):
 
     def __init__(self, pooled: bool = False):
         self._pooled = pooled
-        self._errors: dict[int, list[np.ndarray]] = {}  # of the incomplete channels
+        self._errors: dict[int, list[np.ndarray]] = {}  # errors of the incomplete channels
         self._quantiles: dict[int, np.ndarray] = {}
 
     def update(self, batch: Forecasts) -> None:
@@ -93,7 +89,7 @@ def windows_needed(level: int) -> int:
 
 
 def check_windows(levels: Sequence[int], windows: int) -> None:
-    """Raise UserError if a level needs more validation windows than the channel and step with the fewest has."""
+    """Raise UserError for levels that need more than `windows` validation windows of each channel and step."""
     if levels and windows < windows_needed(max(levels)):
         raise UserError(
             f"--level {max(levels)} needs {windows_needed(max(levels))} validation windows of each channel, but there"
@@ -145,9 +141,7 @@ class IntervalScores(Metric):
     """
 
     def __init__(self, calibration: Calibration | None, levels: Sequence[int], headline: int | None):
-        self._calibration = calibration
-        self._levels = levels
-        self._headline = headline
+        self._calibration, self._headline = calibration, headline
         self._sums = {level: np.zeros(()) for level in levels}  # (3, pred_len): covered, width, score
         self._known: np.ndarray | int = 0  # number of known targets, by step
         self.windows = 0
@@ -158,13 +152,13 @@ class IntervalScores(Metric):
         channels, deviations = batch.channels[counted], batch.deviation[counted]
         distance = np.abs(batch.target - batch.forecast)[counted].astype(np.float64)
         is_known = ~np.isnan(batch.target[counted])
-        for level in self._levels:
+        for level, sums in self._sums.items():
             half = self._calibration.half_widths(level, channels, deviations)
             beyond = np.maximum(distance - half, 0)
             # The interval score of Winkler (1972): the width, plus a penalty for misses that grows with the level.
             score = 2 * half + beyond * 200 / (100 - level)
             parts = np.stack([(distance <= half).astype(np.float64), 2 * half, score])
-            self._sums[level] = self._sums[level] + np.where(is_known, parts, 0).sum(axis=1)
+            self._sums[level] = sums + np.where(is_known, parts, 0).sum(axis=1)
         self._known = self._known + is_known.sum(axis=0)
         self.windows += int(is_known.any(axis=1).sum())
 

@@ -98,16 +98,15 @@ class UnitErrors(Metric):
         in_units = (forecast * deviation + mean, target * deviation + mean)
         # A window's weight is its share of known targets.
         weights = (~np.isnan(target)).mean(axis=-1)
-        np.add.at(self._smape[0], batch.channels, weights * symmetric_error(*in_units))
+        np.add.at(self._smape[0], batch.channels, weights * _symmetric_error(*in_units))
         np.add.at(self._smape[1], batch.channels, weights)
 
     def compute(self, scores: Scores) -> dict:
         """Compute the errors of metrics.json, overall and for each channel, given the mean errors of the same windows.
 
-        Besides the scaled mse and mae: rmse, the root mean squared error in the data's units; mase, the mean absolute
+        mse, mae and mse_by_step are scaled, rmse is in the data's units, smape in percent. mase is the mean absolute
         error divided by that of the seasonal naive forecast on the training rows (Hyndman and Koehler, 2006), None if
-        that is unknown or 0; smape, in percent. Overall errors are means over windows (rmse: of its square).
-        mse_by_step is scaled, with one value per forecast step.
+        that is unknown or 0. Overall errors are means over windows (rmse: of its square).
         """
         per_channel = {name: self._of_channel(name, errors) for name, errors in scores.per_channel.items()}
         headline = [errors for name, errors in per_channel.items() if self.target in (None, name)]
@@ -150,11 +149,8 @@ def summary_of_series(per_channel: Mapping[str, dict]) -> dict:
     return {"series": {"count": len(per_channel), **spread}, "per_channel": {name: per_channel[name] for name in worst}}
 
 
-def symmetric_error(forecast: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Compute the mean of 200 |forecast - target| / (|forecast| + |target|) over the last axis; 0 / 0 counts as 0.
-
-    A NaN target does not count; the mean over no known target is 0.
-    """
+def _symmetric_error(forecast: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Average 200 |forecast - target| / (|forecast| + |target|) over the last axis' known targets; 0 / 0 is 0."""
     size = np.abs(forecast) + np.abs(target)
     error = np.abs(forecast - target)
     shares = np.divide(error, size, out=np.zeros_like(error), where=size > 0)  # also 0 where size is NaN

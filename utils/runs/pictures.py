@@ -32,21 +32,19 @@ _FURTHER_FONTS = (
 
 
 def draw_forecast(path: Path, title: str, forecast: "Forecast", channels: Sequence[int]) -> None:
-    """Draw the forecasts of channels, given by their indices, with contexts and intervals as a PNG."""
+    """Draw the forecasts of some channels, given by their indices, with contexts and intervals, as a PNG."""
     window = forecast.window
     figure = Figure(figsize=(10, 1 + 1.7 * len(channels)), layout="constrained")
     axes = figure.subplots(len(channels), 1, sharex=not window.is_long, squeeze=False)[:, 0]
     for place, (axis, channel) in enumerate(zip(axes, channels, strict=True), start=1):
-        context, dates = window.values[:, channel], window.dates[channel]
-        values, future_dates = forecast.values[:, channel], window.future_dates[channel]
-        axis.plot(dates, context, color=CONTEXT, linewidth=1, label="context")
+        past, context = window.dates[channel], window.values[:, channel]
+        future, values = window.future_dates[channel], forecast.values[:, channel]
+        half_widths = {level: half[:, channel] for level, half in forecast.half_widths.items()}
+        axis.plot(past, context, color=CONTEXT, linewidth=1, label="context")
         # The line starts at the last row of the context, to leave no gap.
-        line = dates[-1:].append(future_dates), np.append(context[-1:], values)
-        axis.plot(*line, color=FORECAST, label="forecast")
-        _draw_bands(
-            axis, future_dates, values, {level: half[:, channel] for level, half in forecast.half_widths.items()}
-        )
-        axis.axvline(dates[-1], color="0.8", linewidth=0.8)
+        axis.plot(past[-1:].append(future), np.append(context[-1:], values), color=FORECAST, label="forecast")
+        _draw_bands(axis, future, values, half_widths)
+        axis.axvline(past[-1], color="0.8", linewidth=0.8)
         axis.set_ylabel(label(window.channels[channel], f"channel {place}"))
     axes[0].legend(loc="upper left", ncols=2 + len(forecast.half_widths), fontsize="small")
     figure.suptitle(title)
@@ -64,7 +62,7 @@ def _draw_bands(axis: Axes, x: Sequence, forecast: np.ndarray, half_widths: dict
 
 @dataclass(frozen=True)
 class DrawnWindow:
-    """A test window to draw: a context, (seq_len,), target, forecast and half widths by level, (pred_len,), scaled."""
+    """A scaled test window: context, (seq_len,); target, forecast and half widths by level, (pred_len,) each."""
 
     title: str
     context: np.ndarray
@@ -91,16 +89,14 @@ def draw_windows(path: Path, windows: Sequence[DrawnWindow]) -> None:
 
 
 def draw_errors(path: Path, errors: Sequence[float | None], naive_errors: Sequence[float | None] | None) -> None:
-    """Draw the scaled squared error by step, None for unknown, and that of the seasonal naive forecast, as a PNG."""
+    """Draw the error of each step (None without known targets), and the naive forecast's if given, as a PNG."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     steps = np.arange(1, len(errors) + 1)
     if naive_errors is not None:
         axis.plot(steps, np.array(naive_errors, float), ".-", markersize=3, color=CONTEXT, label="seasonal naive")
     axis.plot(steps, np.array(errors, float), ".-", markersize=3, color=FORECAST, label="forecast")
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("forecast step")
-    axis.set_ylabel("test MSE, scaled")
+    axis.set(ylim=(0, None), xlabel="forecast step", ylabel="test MSE, scaled")
     axis.legend(fontsize="small")
     save_picture(figure, path)
 
@@ -116,10 +112,8 @@ def draw_history(path: Path, rows: Sequence[dict[str, str]]) -> None:
     rate_axis = axis.twinx()
     steps, rates = [int(row["steps"]) for row in rows], [float(row["lr"]) for row in rows]
     rate_axis.plot(steps, rates, ":", color=TARGET, label="learning rate")
-    rate_axis.set_ylim(bottom=0)
-    rate_axis.set_ylabel("learning rate")
-    axis.set_xlabel("optimizer steps")
-    axis.set_ylabel("loss, scaled")
+    rate_axis.set(ylim=(0, None), ylabel="learning rate")
+    axis.set(xlabel="optimizer steps", ylabel="loss, scaled")
     axis.legend(handles=[*axis.lines, *rate_axis.lines], fontsize="small")
     save_picture(figure, path)
 

@@ -43,10 +43,7 @@ class Forecast:
     warnings: tuple[str, ...] = ()
 
     def as_frame(self) -> pd.DataFrame:
-        """Lay the forecast out like the CSV: one row per date, and for each channel a column followed by its bounds.
-
-        If the CSV was long: one row per series and date, with `unique_id`, `ds`, `y` and its bounds.
-        """
+        """Lay the forecast out like the CSV, wide or long, with the bounds of each column after it."""
         names, dates = self.window.channels, self.window.future_dates
         if not self.window.is_long:
             columns = {"date": dates[0]}
@@ -84,16 +81,11 @@ def forecast_window(
     calibration: Calibration | None = None,
     levels: Sequence[int] = (),
 ) -> Forecast:
-    """Forecast the rows after the last window of each channel.
+    """Forecast the rows after the last window of each channel, with intervals of the levels in ascending order.
 
-    Channels are scaled as in training, so that rows before the window do not matter; a series that training has not
-    seen is scaled by its window.
-
-    Args:
-        model: the model with the checkpoint's weights; left in evaluation mode.
-        facts: the facts about the checkpoint's data.
-        batch_size: channels per batch.
-        calibration, levels: of the intervals; the levels are in percent, in ascending order.
+    Channels are scaled by the facts about the training data, so that rows before the window do not matter; a series
+    that training has not seen is scaled by its window. The batch size is in channels; the model is left in evaluation
+    mode.
 
     Raises:
         UserError: if a value is too far off to be a reading, or the forecast is not finite.
@@ -148,10 +140,7 @@ def _judge(distance: float, subject: str, mean: str) -> list[str]:
 
 
 def _farthest_from_others(values: np.ndarray) -> tuple[int, float]:
-    """Find the most extreme value, and its distance from the mean of the others in their standard deviations.
-
-    A series that is scaled by its own window hides an outlier in its deviation.
-    """
+    """Find the most extreme value, and its distance from the others in their deviations, which it cannot inflate."""
     row = np.abs(values - np.median(values)).argmax()
     others = np.delete(values, row)
     if not len(others):

@@ -64,8 +64,7 @@ def open_run_folder(folder: Path, flags: dict, data_sha256: str, device: str, re
                 back_up(present)
     except OSError as problem:
         raise UserError(f"cannot write to {folder}: {problem.strerror or problem} (--checkpoints)") from problem
-    args = {**flags, "data_sha256": data_sha256, "versions": _versions(), "device": device}
-    _write_json(folder / "args.json", args)
+    _write_json(folder / "args.json", {**flags, "data_sha256": data_sha256, "versions": _versions(), "device": device})
 
 
 def _versions() -> dict[str, str | None]:

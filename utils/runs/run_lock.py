@@ -23,11 +23,7 @@ class RunLock:
         self._owner = folder / ".owner"
 
     def __enter__(self) -> "RunLock":
-        """Take the lock.
-
-        Raises:
-            UserError: if another process holds it, or the folder cannot be written.
-        """
+        """Take the lock; raise UserError if another process holds it, or the folder cannot be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
