@@ -63,7 +63,7 @@ class KeptForecasts(Metric):
 
     def compute(self) -> Forecasts:
         """Concatenate all batches."""
-        names = [one.name for one in fields(Forecasts)]
+        names = [field.name for field in fields(Forecasts)]
         return Forecasts(*(np.concatenate([getattr(batch, name) for batch in self._batches]) for name in names))
 
 

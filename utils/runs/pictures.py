@@ -169,13 +169,13 @@ def draw_comparison(
 
 
 def _best_so_far(history: Sequence[Validation]) -> tuple[list[float], list[float]]:
-    """Return the seconds at which the validation error reached a new minimum, and the test errors then, if known."""
+    """Collect the seconds at which the validation error reached a new minimum, and the test errors then, if known."""
     seconds, errors, lowest = [], [], np.inf
-    for one in history:
-        if one.vali_mse < lowest and one.test_mse is not None:
-            seconds.append(one.seconds)
-            errors.append(one.test_mse)
-        lowest = min(lowest, one.vali_mse)
+    for validation in history:
+        if validation.vali_mse < lowest and validation.test_mse is not None:
+            seconds.append(validation.seconds)
+            errors.append(validation.test_mse)
+        lowest = min(lowest, validation.vali_mse)
     if errors:  # the best weights stay the same until the end
         seconds.append(history[-1].seconds)
         errors.append(errors[-1])
