@@ -5,7 +5,7 @@ row, a model forecasts the residual, and the forecast is the sum of both.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -14,7 +14,7 @@ import pandas as pd
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import TimeSeriesSplit
 
-from data_provider.windows import Spans
+from data_provider.windows import Spans, evenly_spaced
 from utils.errors import UserError, listed
 from utils.exact import HUGE
 
@@ -53,7 +53,6 @@ class Column:
     """The encoding of a covariate as standardized features.
 
     Attributes:
-        name: the covariate's name.
         texts: the texts of a one-hot encoded column; None for a numeric column.
         mean, scale: one number per feature.
     """
@@ -82,8 +81,6 @@ class Explainer:
     """The linear effect of the covariates on each channel.
 
     Attributes:
-        columns: the encodings of the covariates.
-        channels: the channels' names.
         coefficients: (channels, features), for scaled channels.
         shares: the share of each channel's training variance that the covariates explain.
     """
@@ -93,22 +90,15 @@ class Explainer:
     coefficients: list[list[float]]
     shares: list[float]
 
-    def as_dict(self) -> dict:
-        """Convert to the plain values that a checkpoint keeps."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, kept: dict) -> Self:
-        """Restore an explainer from `as_dict`."""
+        """Restore an explainer from the dictionary that `dataclasses.asdict` made of it."""
         return cls(**{**kept, "columns": [Column(**column) for column in kept["columns"]]})
 
     def explain(self, frame: pd.DataFrame, rows: Sequence[slice], channels: Sequence[str]) -> np.ndarray:
-        """Compute the covariates' effect on scaled channels, one channel after the other.
+        """Compute the effect of the covariates in `frame` on scaled channels, one channel after the other.
 
-        Args:
-            frame: the covariates.
-            rows: the rows of `frame` that belong to each channel.
-            channels: the channels' names; a channel unseen in training takes the mean coefficients of the others.
+        `rows` are each channel's rows of `frame`. A channel unseen in training takes the others' mean coefficients.
         """
         features = np.hstack([column.encode(frame[column.name]) for column in self.columns])
         known = dict(zip(self.channels, np.array(self.coefficients), strict=True))
@@ -130,12 +120,11 @@ class Explainer:
     def warnings(self) -> list[str]:
         """Warn of channels that the covariates explain so well that target leakage is likely."""
         leaks = [name for name, share in zip(self.channels, self.shares, strict=True) if share > _LEAKAGE_SHARE]
-        if not leaks:
-            return []
-        return [
+        warning = (
             f"the covariates explain {listed(leaks)} almost completely: a covariate that is the target itself, or is"
             " known only together with it, leaks the target and makes a test meaningless"
-        ]
+        )
+        return [warning] if leaks else []
 
 
 def fit_explainer(
@@ -150,7 +139,6 @@ def fit_explainer(
         covariates: one row for each date.
         scaled: the training rows of each channel, NaN where a cell is empty.
         rows: the training rows of each channel in `covariates`.
-        channels: the channels' names.
 
     Raises:
         UserError: if a covariate cannot be encoded.
@@ -158,15 +146,13 @@ def fit_explainer(
     in_training = np.zeros(len(covariates), bool)
     for own in rows:
         in_training[own] = True
-    training = covariates[in_training]
-    columns = [_fit_encoding(source, training[name]) for name in covariates.columns]
+    columns = [_fit_encoding(source, values) for _, values in covariates[in_training].items()]
     features = np.hstack([column.encode(covariates[column.name]) for column in columns])
     pairs = []
     for own, target in zip(rows, scaled, strict=True):
         is_known = ~np.isnan(target)
         pairs.append((features[own][is_known], target[is_known]))
-    searched = np.linspace(0, len(pairs) - 1, min(len(pairs), _SEARCHED_CHANNELS)).round().astype(int)
-    penalties = {number: _best_penalty(*pairs[number]) for number in searched}
+    penalties = {number: _best_penalty(*pairs[number]) for number in evenly_spaced(len(pairs), _SEARCHED_CHANNELS)}
     common = np.exp(np.median(np.log(list(penalties.values()))))
     fits = [_fit_ridge(*pair, penalties.get(number, common)) for number, pair in enumerate(pairs)]
     coefficients, shares = map(list, zip(*fits, strict=True))
@@ -195,7 +181,7 @@ def _best_penalty(features: np.ndarray, target: np.ndarray) -> float:
 def _fit_encoding(source: Path, values: pd.Series) -> Column:
     """Fit the encoding of a covariate to its training rows."""
     texts = None
-    if not is_numeric(values):
+    if not pd.api.types.is_numeric_dtype(values):
         texts = sorted(values.astype(str).unique())
         are_numbers = pd.to_numeric(pd.Series(texts), errors="coerce").notna().to_numpy()
         if len(texts) / 2 < are_numbers.sum() < len(texts):
@@ -218,19 +204,10 @@ def _unscaled_features(values: pd.Series, texts: list[str] | None) -> np.ndarray
     return (values.astype(str).to_numpy()[:, None] == np.array(texts)).astype(np.float64)
 
 
-def is_numeric(values: pd.Series) -> bool:
-    """Return whether a covariate holds numbers or booleans, not text."""
-    return pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values)
-
-
 def check_covariates(
     source: Path, frame: pd.DataFrame, covariates: Sequence[str], not_covariates: Sequence[str]
 ) -> None:
-    """Refuse covariates that are missing, named twice or to be forecast, or that have empty or infinite cells.
-
-    Raises:
-        UserError: names the covariate, and the row of a cell.
-    """
+    """Raise a UserError for a covariate that is missing, named twice or to be forecast, or has an invalid cell."""
     for number, name in enumerate(covariates):
         if name not in frame.columns:
             raise UserError(f"{source} has no column {name!r} for --covariates: it has {list(frame.columns)}")

@@ -131,11 +131,7 @@ def parse_dates(path: Path, column: pd.Series) -> pd.DatetimeIndex:
 
 
 def check_sorted(path: Path, column: pd.Series, dates: pd.DatetimeIndex) -> None:
-    """Refuse dates that are not in order.
-
-    Raises:
-        UserError: names the first row whose date is before the date of the row above it.
-    """
+    """Raise a UserError that names the first row whose date is before the date of the row above it."""
     if len(back := np.flatnonzero(np.diff(dates.asi8) < 0)):
         row = back[0] + 1
         raise UserError(

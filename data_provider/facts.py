@@ -1,11 +1,15 @@
-"""The facts about its data that a checkpoint keeps, and their comparison with other data."""
+"""The facts about a run's data that a checkpoint keeps: the scale, hashes of splits, fingerprints of training rows."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Self
 
 import numpy as np
+import pandas as pd
+
+from data_provider.tables import Table
 
 # The facts that are compared, and their names in messages.
 _COMPARED = {
@@ -21,18 +25,22 @@ _COMPARED = {
 # A checkpoint of an earlier version has no hashes of its rows.
 _MAY_BE_MISSING = ("training_hashes", "validation_hashes")
 
+# The most fingerprints that a checkpoint keeps.
+_MAX_KEPT = 4096
+
+_INCREMENT = np.uint64(0x9E3779B97F4A7C15)
+_MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
 
 @dataclass(frozen=True)
 class DataFacts:
     """The facts about a run's data that a checkpoint keeps, as plain values.
 
     Attributes:
-        channels: the channels' names.
         mean, deviation: the scaler's, one number per channel.
-        is_long: whether the channels are the series of a long CSV.
-        explainer: the effect of the covariates, see `Explainer.as_dict`; None without covariates.
+        explainer: the fields of an `Explainer`; None without covariates.
         training_hashes, validation_hashes: one hash of these rows per channel.
-        trained_rows: fingerprints of a sample of the training rows, see `data_provider.fingerprints`.
+        trained_rows: fingerprints of a sample of the training rows, see `keep_rows`.
     """
 
     channels: list[str]
@@ -50,11 +58,9 @@ class DataFacts:
         return cls(**{one.name: contents[one.name] for one in fields(cls)})
 
     def scale_of(self, channels: Sequence[str], values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Look up the mean and the deviation to scale channels by, (channels,) each.
+        """Look up the mean and the deviation of channels, (channels,) each.
 
-        Args:
-            channels: the channels' names.
-            values: a window of each channel, (rows, channels), to which channels unseen in training are scaled.
+        A channel unseen in training is scaled by its column of `values`, (rows, channels).
         """
         known = dict(zip(self.channels, zip(self.mean, self.deviation, strict=True), strict=True))
         scales = [
@@ -67,9 +73,7 @@ class DataFacts:
     def changed_fields(self, now: "DataFacts", may_be_subset: bool = False) -> list[str]:
         """List the facts that differ from the present ones, by their names in messages.
 
-        Args:
-            now: the present facts.
-            may_be_subset: whether a subset of the series of a long CSV counts as the same data.
+        With `may_be_subset`, a subset of the series of a long CSV counts as the same data.
         """
         compared = self.of_series(now.channels) if may_be_subset and self.is_long and now.is_long else self
         before, after = asdict(compared), asdict(now)
@@ -89,7 +93,7 @@ class DataFacts:
 
         explainer = self.explainer
         if explainer:
-            explainer = {**explainer, **chosen(explainer, "channels", "coefficients", "shares")}
+            explainer = explainer | chosen(explainer, "channels", "coefficients", "shares")
         own = chosen(asdict(self), "channels", "mean", "deviation", "training_hashes", "validation_hashes")
         return replace(self, **own, explainer=explainer)
 
@@ -104,3 +108,66 @@ def _same(before: object, now: object, abs_tol: float = 0.0) -> bool:
     if isinstance(before, list) and isinstance(now, list):
         return len(before) == len(now) and all(_same(a, b, abs_tol) for a, b in zip(before, now, strict=True))
     return before == now
+
+
+def hash_rows(table: Table, begin: np.ndarray, end: np.ndarray) -> list[str]:
+    """Hash the values and covariates in rows `begin` to `end`, (channels,) each, of each channel."""
+    columns = [_as_bytes(values) for _, values in table.covariates.rows.items()] if table.covariates else []
+    part = table.spans.part(begin, end)
+    hashes = []
+    for rows, dates in zip(part.slices(), part.date_slices(), strict=True):
+        digest = hashlib.sha256(table.raw[rows].tobytes())
+        for column in columns:
+            digest.update(column[dates].tobytes())
+        hashes.append(digest.hexdigest()[:16])
+    return hashes
+
+
+def _as_bytes(values: pd.Series) -> np.ndarray:
+    """Convert a covariate to an array of fixed-size values, whose bytes can be hashed."""
+    if pd.api.types.is_numeric_dtype(values):
+        return values.to_numpy(np.float64)
+    return np.array([hashlib.sha256(text.encode()).digest()[:8] for text in values.astype(str)], "S8")
+
+
+def keep_rows(table: Table, rows: np.ndarray) -> list[int]:
+    """Sample fingerprints of the first `rows`, (channels,), of each channel: the smallest, which is a random choice."""
+    found = _fingerprints(table, np.zeros_like(rows), rows)
+    if len(found) > _MAX_KEPT:
+        found = np.partition(found, _MAX_KEPT - 1)[:_MAX_KEPT]
+    return found.view(np.int64).tolist()
+
+
+def share_kept(table: Table, begin: np.ndarray, end: np.ndarray, kept: Sequence[int]) -> float:
+    """Estimate the share of rows `begin` to `end`, (channels,) each, that are among the rows given to `keep_rows`.
+
+    `kept` are the fingerprints that `keep_rows` returned.
+    """
+    known = np.array(kept, np.int64).view(np.uint64)
+    found = _fingerprints(table, begin, end)
+    if len(known) >= _MAX_KEPT:  # larger fingerprints were not kept
+        found = found[found <= known.max()]
+    return float(np.isin(found, known).mean()) if len(found) and len(known) else 0.0
+
+
+def _fingerprints(table: Table, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Compute a uint64 fingerprint of channel, date and value for each row, except empty and repeated values."""
+    # Unrelated data share rows with empty and repeated values.
+    dates = _mix(table.dates.as_unit("us").asi8.view(np.uint64))
+    changes = np.concatenate([[True], np.diff(table.raw) != 0]) & ~np.isnan(table.raw)
+    part = table.spans.part(begin, end)
+    found = []
+    for name, rows, own_dates in zip(table.channels, part.slices(), part.date_slices(), strict=True):
+        taken = changes[rows]
+        values = (table.raw[rows][taken] + 0.0).view(np.uint64)
+        salt = np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], np.uint64)[0]
+        found.append(_mix(dates[own_dates][taken] ^ _mix(values ^ salt)))
+    return np.concatenate(found)
+
+
+def _mix(numbers: np.ndarray) -> np.ndarray:
+    """Hash uint64 numbers without collisions (the mixing steps of splitmix64)."""
+    numbers = numbers + _INCREMENT
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * _MULTIPLIERS[0]
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * _MULTIPLIERS[1]
+    return numbers ^ (numbers >> np.uint64(31))

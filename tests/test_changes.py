@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 import data_provider.reading
-from data_provider.fingerprints import keep_rows, share_kept
+from data_provider.facts import keep_rows, share_kept
 from data_provider.tables import Table
 from data_provider.windows import Spans
 from dataset.demo import write_demo_csv

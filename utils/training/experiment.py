@@ -12,9 +12,8 @@ from torch.nn import Module
 
 from base_models.make_tiny_llm import make_tiny_llm
 from data_provider.data_factory import windows_and_loader
-from data_provider.layouts import SPLITS
 from data_provider.reading import read_table
-from data_provider.series import Series, series_of
+from data_provider.series import SPLITS, Series, series_of
 from data_provider.tables import Table
 from dataset.demo import write_demo_csv
 from models import build
@@ -162,12 +161,12 @@ def _set_up(args: argparse.Namespace, repetition: int, series: Series) -> tuple[
     That is `last` where training continues, `checkpoint` for a test, else None.
     """
     accelerator = _start(args)
-    check_same_on_all_ranks(series.table.sha256, str(series.source))
+    check_same_on_all_ranks(series.table.sha256, str(series.table.source))
     check_optimizer(args.optimizer, accelerator.device)
     check_reporting(args.report_to)
     splits = _splits(accelerator, args, series)
     check_levels(args.level, splits["val"])
-    check_columns(series.channels, series.is_long, args.level)
+    check_columns(series.channels, series.table.is_long, args.level)
     _warn(accelerator, series.notes)
     for line in series.explainer.lines() if series.explainer else ():
         accelerator.print(line)
