@@ -14,7 +14,8 @@ import pandas as pd
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import TimeSeriesSplit
 
-from data_provider.windows import Spans, evenly_spaced
+from data_provider.tables import Table
+from data_provider.windows import evenly_spaced
 from utils.errors import UserError, listed
 from utils.exact import HUGE
 
@@ -31,21 +32,6 @@ _SEARCHED_CHANNELS = 40
 _LEAKAGE_SHARE = 0.999
 
 _PRINTED_CHANNELS = 8
-
-
-@dataclass(frozen=True)
-class Covariates:
-    """The covariates of a table's rows and of the rows to forecast.
-
-    Attributes:
-        rows: one row for each date of the table.
-        future: the rows after the last known row of each channel, with their dates as index.
-        spans: the rows of `future` that belong to each channel (`first` and `rows`).
-    """
-
-    rows: pd.DataFrame
-    future: pd.DataFrame
-    spans: Spans
 
 
 @dataclass(frozen=True)
@@ -102,10 +88,8 @@ class Explainer:
         """
         features = np.hstack([column.encode(frame[column.name]) for column in self.columns])
         known = dict(zip(self.channels, np.array(self.coefficients), strict=True))
-        average = np.mean(self.coefficients, axis=0)
-        return np.concatenate(
-            [features[own] @ known.get(name, average) for own, name in zip(rows, channels, strict=True)]
-        )
+        mean = np.mean(self.coefficients, axis=0)
+        return np.concatenate([features[own] @ known.get(name, mean) for own, name in zip(rows, channels, strict=True)])
 
     def lines(self) -> list[str]:
         """Format the coefficients for the console, one line per channel."""
@@ -127,36 +111,34 @@ class Explainer:
         return [warning] if leaks else []
 
 
-def fit_explainer(
-    source: Path, covariates: pd.DataFrame, scaled: Sequence[np.ndarray], rows: Sequence[slice], channels: Sequence[str]
-) -> Explainer:
+def fit_explainer(table: Table, scaled: np.ndarray, training_rows: np.ndarray) -> Explainer:
     """Fit a ridge regression of each scaled channel on the covariates of its training rows.
 
     Time-ordered cross-validation chooses the penalty of each channel; with many channels, a sample chooses it for all.
 
     Args:
-        source: the CSV's name in messages.
-        covariates: one row for each date.
-        scaled: the training rows of each channel, NaN where a cell is empty.
-        rows: the training rows of each channel in `covariates`.
+        table: a CSV with covariates.
+        scaled: its scaled values, (all rows,), NaN where a cell is empty.
+        training_rows: the number of training rows at the start of each channel, (channels,).
 
     Raises:
         UserError: if a covariate cannot be encoded.
     """
+    training, covariates = table.spans.part(0, training_rows), table.covariates.rows
     in_training = np.zeros(len(covariates), bool)
-    for own in rows:
-        in_training[own] = True
-    columns = [_fit_encoding(source, values) for _, values in covariates[in_training].items()]
+    for dates in training.date_slices():
+        in_training[dates] = True
+    columns = [_fit_encoding(table.source, values) for _, values in covariates[in_training].items()]
     features = np.hstack([column.encode(covariates[column.name]) for column in columns])
     pairs = []
-    for own, target in zip(rows, scaled, strict=True):
-        is_known = ~np.isnan(target)
-        pairs.append((features[own][is_known], target[is_known]))
+    for rows, dates in zip(training.slices(), training.date_slices(), strict=True):
+        is_known = ~np.isnan(scaled[rows])
+        pairs.append((features[dates][is_known], scaled[rows][is_known]))
     penalties = {number: _best_penalty(*pairs[number]) for number in evenly_spaced(len(pairs), _SEARCHED_CHANNELS)}
     common = np.exp(np.median(np.log(list(penalties.values()))))
     fits = [_fit_ridge(*pair, penalties.get(number, common)) for number, pair in enumerate(pairs)]
     coefficients, shares = map(list, zip(*fits, strict=True))
-    return Explainer(columns, list(channels), coefficients, shares)
+    return Explainer(columns, list(table.channels), coefficients, shares)
 
 
 def _fit_ridge(features: np.ndarray, target: np.ndarray, penalty: float) -> tuple[list[float], float]:

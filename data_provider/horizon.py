@@ -64,16 +64,14 @@ class LastWindow:
 
 
 def scaled_rows(table: Table, mean: np.ndarray, deviation: np.ndarray, explainer: dict | None) -> np.ndarray:
-    """Scale all rows of a table by (channels,) each, subtract the covariates' effect and fill the gaps, (all rows,).
+    """Scale all rows of a table, subtract the covariates' effect and fill the gaps, (all rows,).
 
-    `explainer` holds the fields of an `Explainer`; it is None without covariates.
+    `mean` and `deviation` are (channels,); `explainer` holds the fields of an `Explainer`, None without covariates.
     """
     scaled = table.scaled(mean, deviation)
     if explainer:
-        effect = Explainer.from_dict(explainer).explain(
-            table.covariates.rows, table.spans.date_slices(), table.channels
-        )
-        scaled = scaled - effect
+        rows, dates = table.covariates.rows, table.spans.date_slices()
+        scaled = scaled - Explainer.from_dict(explainer).explain(rows, dates, table.channels)
     return fill(scaled, table.spans)
 
 

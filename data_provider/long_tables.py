@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data_provider.covariates import Covariates, check_covariates
+from data_provider.covariates import check_covariates
 from data_provider.csv_cells import DATE, ID, LONG, VALUE, parse_dates, parse_numbers
-from data_provider.tables import Table, TableOptions
+from data_provider.tables import Covariates, Table, TableOptions
 from data_provider.windows import Spans
 from utils.errors import UserError, listed
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data_provider.covariates import Covariates, check_covariates
+from data_provider.covariates import check_covariates
 from data_provider.csv_cells import ID, check_sorted, is_long, parse_dates, parse_numbers, read_csv
 from data_provider.long_tables import long_table
-from data_provider.tables import Table, TableOptions
+from data_provider.tables import Covariates, Table, TableOptions
 from data_provider.windows import Spans
 from utils.cli.places import csv_path
 from utils.errors import UserError

@@ -63,7 +63,7 @@ class Series:
 
     def facts(self) -> DataFacts:
         """Collect the facts that a checkpoint keeps."""
-        training, validation = self.ends[:, 0], self.ends[:, 1]
+        training, validation, _ = self.ends.T
         _, trained = self._borders("train")
         return DataFacts(
             channels=list(self.channels),
@@ -112,8 +112,8 @@ class Series:
         if rows < needed:
             whose = " of its longest series" if self.table.is_long else ""
             raise UserError(
-                f"{self.table.source.name}: the {split} split{whose} is too short for --seq_len {self.sizes.seq_len} and"
-                f" --pred_len {self.sizes.pred_len}: {needed} rows needed, {max(rows, 0)} available"
+                f"{self.table.source.name}: the {split} split{whose} is too short for --seq_len {self.sizes.seq_len}"
+                f" and --pred_len {self.sizes.pred_len}: {needed} rows needed, {max(rows, 0)} available"
             )
         part = self.table.spans.part(begin, end)
         self._check_targets(split, part)
@@ -146,8 +146,8 @@ class Series:
         horizons = part.part(self.sizes.seq_len, part.rows).slices()
         if self.targets is not self.values and all(np.isnan(self.targets[rows]).all() for rows in horizons):
             raise UserError(
-                f"{self.table.source.name}: every cell of the {split} split is empty, so there is nothing to score: fill"
-                " cells, or give a CSV that ends before them"
+                f"{self.table.source.name}: every cell of the {split} split is empty, so there is nothing to score:"
+                " fill cells, or give a CSV that ends before them"
             )
 
     def _last_windows(self) -> WindowDataset:
@@ -169,11 +169,7 @@ def load_series(args: argparse.Namespace) -> Series:
 
 
 def series_of(table: Table, args: argparse.Namespace) -> Series:
-    """Scale a table and split it.
-
-    Raises:
-        UserError: names the column or row that is wrong, or the number of rows that are missing.
-    """
+    """Scale a table and split it; raise a UserError if a value is invalid or rows are missing."""
     sizes, mark_options = WindowSizes.of(args), MarkOptions.of(args)
     rows = np.array([_split(args.data, rows) for rows in table.spans.rows.tolist()])  # (channels, 3)
     _check_rows(table, args.data, rows)
@@ -184,13 +180,12 @@ def series_of(table: Table, args: argparse.Namespace) -> Series:
     notes = [*table.notes(sizes.seq_len), *note_on_constants(table, training)]
     explainer = effect = None
     if table.covariates:
-        explainer = _fit_explainer(table, targets, training)
+        explainer = fit_explainer(table, targets, training)
         effect = explainer.explain(table.covariates.rows, table.spans.date_slices(), table.channels)
         targets = targets - effect
         notes += [f"{table.source}: {warning}" for warning in explainer.warnings()]
-    values = fill(targets, table.spans)
-    has_gaps = values is not targets
-    values = values.astype(np.float32)
+    filled = fill(targets, table.spans)
+    values = filled.astype(np.float32)
     codes, dates = pd.factorize(table.dates)  # series share most of their dates
     notes += _note_on_short_series(table, training, sizes)
     return Series(
@@ -198,7 +193,7 @@ def series_of(table: Table, args: argparse.Namespace) -> Series:
         sizes=sizes,
         percent=args.percent,
         values=values,
-        targets=targets.astype(np.float32) if has_gaps else values,
+        targets=values if filled is targets else targets.astype(np.float32),
         marks=mark_options.marks(dates)[codes],
         mark_options=mark_options,
         scaler=scaler,
@@ -217,21 +212,14 @@ def _split(data: str, rows: int) -> tuple[int, int, int]:
     return train, rows - train - test, test
 
 
-def _fit_explainer(table: Table, scaled: np.ndarray, training_rows: np.ndarray) -> Explainer:
-    part = table.spans.part(0, training_rows)
-    training = [scaled[rows] for rows in part.slices()]
-    return fit_explainer(table.source, table.covariates.rows, training, part.date_slices(), table.channels)
-
-
 def _note_on_short_series(table: Table, training_rows: np.ndarray, sizes: WindowSizes) -> list[str]:
     needed = sizes.seq_len + sizes.pred_len
     short = (training_rows < needed).sum()
-    if not table.is_long or not short:
-        return []
-    return [
+    note = (
         f"{table.source}: {short} of {len(training_rows)} series are too short to train on (fewer than {needed}"
         " training rows, --seq_len plus --pred_len): they are tested and forecast if they have enough rows"
-    ]
+    )
+    return [note] if table.is_long and short else []
 
 
 def _check_rows(table: Table, data: str, rows: np.ndarray) -> None:

@@ -7,10 +7,24 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data_provider.covariates import Covariates
 from data_provider.windows import Spans
 from utils.cli.options import FlagGroup
 from utils.errors import listed
+
+
+@dataclass(frozen=True)
+class Covariates:
+    """The covariates of a table's rows and of the rows to forecast.
+
+    Attributes:
+        rows: one row for each date of the table.
+        future: the rows after the last known row of each channel, with their dates as index.
+        spans: the rows of `future` that belong to each channel (`first` and `rows`).
+    """
+
+    rows: pd.DataFrame
+    future: pd.DataFrame
+    spans: Spans
 
 
 @dataclass(frozen=True, eq=False)  # arrays cannot be compared with ==

@@ -183,9 +183,9 @@ class WindowDataset(Dataset):
         return self._ends.searchsorted(indices, side="right")
 
 
-def evenly_spaced(windows: int, at_most: int) -> np.ndarray:
-    """Choose at most `at_most` of `windows` window numbers, evenly spaced, including the first and the last."""
-    return np.linspace(0, windows - 1, min(windows, at_most)).round().astype(np.int64)
+def evenly_spaced(count: int, at_most: int) -> np.ndarray:
+    """Choose at most `at_most` of the numbers below `count`, evenly spaced, including the first and the last."""
+    return np.linspace(0, count - 1, min(count, at_most)).round().astype(np.int64)
 
 
 def chunks(numbers: Sequence[int]) -> list[np.ndarray]:
