@@ -79,7 +79,7 @@ class Explainer:
     @classmethod
     def from_dict(cls, kept: dict) -> Self:
         """Restore an explainer from the dictionary that `dataclasses.asdict` made of it."""
-        return cls(**{**kept, "columns": [Column(**column) for column in kept["columns"]]})
+        return cls(**kept | {"columns": [Column(**column) for column in kept["columns"]]})
 
     def explain(self, frame: pd.DataFrame, rows: Sequence[slice], channels: Sequence[str]) -> np.ndarray:
         """Compute the effect of the covariates in `frame` on scaled channels, one channel after the other.
@@ -186,14 +186,12 @@ def _unscaled_features(values: pd.Series, texts: list[str] | None) -> np.ndarray
     return (values.astype(str).to_numpy()[:, None] == np.array(texts)).astype(np.float64)
 
 
-def check_covariates(
-    source: Path, frame: pd.DataFrame, covariates: Sequence[str], not_covariates: Sequence[str]
-) -> None:
+def check_covariates(source: Path, frame: pd.DataFrame, covariates: Sequence[str], reserved: Sequence[str]) -> None:
     """Raise a UserError for a covariate that is missing, named twice or to be forecast, or has an invalid cell."""
     for number, name in enumerate(covariates):
         if name not in frame.columns:
             raise UserError(f"{source} has no column {name!r} for --covariates: it has {list(frame.columns)}")
-        if name in not_covariates:
+        if name in reserved:
             raise UserError(
                 f"--covariates {name}: this column of {source} is to be forecast, or holds dates or the series' names:"
                 " leave it out"

@@ -1,4 +1,4 @@
-"""Read CSV files, parse their numbers and dates, and refuse what is not valid."""
+"""Read CSV files, parse their numbers and dates, and refuse invalid ones."""
 
 import warnings
 from pathlib import Path
@@ -48,7 +48,7 @@ def _refuse_change(path: Path, before: tuple[int, int] | None) -> None:
 
 
 def _size_and_time(path: Path) -> tuple[int, int] | None:
-    """Return a file's size and modification time; None if the file does not exist."""
+    """Read a file's size and modification time; None if the file does not exist."""
     try:
         state = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""The facts about a run's data that a checkpoint keeps: the scale, hashes of splits, fingerprints of training rows."""
+"""Facts about a run's data, stored in its checkpoint: scale, hashes of the splits, fingerprints of training rows."""
 
 import hashlib
 import math
@@ -22,11 +22,8 @@ _COMPARED = {
     "validation_hashes": "validation rows",
 }
 
-# A checkpoint of an earlier version has no hashes of its rows.
-_MAY_BE_MISSING = ("training_hashes", "validation_hashes")
-
-# The most fingerprints that a checkpoint keeps.
-_MAX_KEPT = 4096
+# The most fingerprints that a checkpoint stores.
+_MAX_FINGERPRINTS = 4096
 
 _INCREMENT = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
@@ -34,13 +31,13 @@ _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The facts about a run's data that a checkpoint keeps, as plain values.
+    """The facts about a run's data that a checkpoint stores, as plain values.
 
     Attributes:
         mean, deviation: the scaler's, one number per channel.
         explainer: the fields of an `Explainer`; None without covariates.
         training_hashes, validation_hashes: one hash of these rows per channel.
-        trained_rows: fingerprints of a sample of the training rows, see `keep_rows`.
+        trained_rows: fingerprints of a sample of the training rows, see `sample_fingerprints`.
     """
 
     channels: list[str]
@@ -63,55 +60,49 @@ class DataFacts:
         A channel unseen in training is scaled by its column of `values`, (rows, channels).
         """
         known = dict(zip(self.channels, zip(self.mean, self.deviation, strict=True), strict=True))
-        scales = [
-            known[name] if name in known else (column.mean(), column.std() or 1.0)
-            for name, column in zip(channels, values.T, strict=True)
-        ]
-        mean, deviation = np.array(scales).T
-        return mean, deviation
+        columns = zip(channels, values.T, strict=True)
+        scales = [known.get(name) or (column.mean(), column.std() or 1.0) for name, column in columns]
+        return tuple(np.array(scales).T)
 
     def changed_fields(self, now: "DataFacts", may_be_subset: bool = False) -> list[str]:
-        """List the facts that differ from the present ones, by their names in messages.
+        """List the facts that have changed, by their names in messages.
 
         With `may_be_subset`, a subset of the series of a long CSV counts as the same data.
         """
-        compared = self.of_series(now.channels) if may_be_subset and self.is_long and now.is_long else self
+        compared = self.select_series(now.channels) if may_be_subset and self.is_long and now.is_long else self
         before, after = asdict(compared), asdict(now)
-        return [
-            words
-            for name, words in _COMPARED.items()
-            if not (name in _MAY_BE_MISSING and not before[name]) and not _same(before[name], after[name])
-        ]
+        # A checkpoint of an earlier version has no hashes of its rows.
+        missing = [name for name in before if name.endswith("_hashes") and not before[name]]
+        compared = {name: words for name, words in _COMPARED.items() if name not in missing}
+        return [words for name, words in compared.items() if not _is_close(before[name], after[name])]
 
-    def of_series(self, names: Sequence[str]) -> "DataFacts":
-        """Select the known facts about some series of a long CSV."""
+    def select_series(self, names: Sequence[str]) -> "DataFacts":
+        """Select the facts about those of the named series of a long CSV that are known."""
         number_of = {name: number for number, name in enumerate(self.channels)}
         numbers = [number_of[name] for name in names if name in number_of]
 
         def chosen(facts: dict, *lists: str) -> dict:
             return {name: [facts[name][number] for number in numbers] for name in lists if facts[name]}
 
-        explainer = self.explainer
-        if explainer:
-            explainer = explainer | chosen(explainer, "channels", "coefficients", "shares")
+        explainer = self.explainer and self.explainer | chosen(self.explainer, "channels", "coefficients", "shares")
         own = chosen(asdict(self), "channels", "mean", "deviation", "training_hashes", "validation_hashes")
         return replace(self, **own, explainer=explainer)
 
 
-def _same(before: object, now: object, abs_tol: float = 0.0) -> bool:
+def _is_close(before: object, now: object, abs_tol: float = 0.0) -> bool:
     """Compare nested lists and dictionaries; numbers may differ by the rounding of another machine."""
     if isinstance(before, float) and isinstance(now, float):
         return math.isclose(before, now, rel_tol=1e-9, abs_tol=abs_tol)
     if isinstance(before, dict) and isinstance(now, dict):
         # A coefficient near 0 may be pure rounding error.
-        return before.keys() == now.keys() and all(_same(before[name], now[name], 1e-9) for name in before)
+        return before.keys() == now.keys() and all(_is_close(before[name], now[name], 1e-9) for name in before)
     if isinstance(before, list) and isinstance(now, list):
-        return len(before) == len(now) and all(_same(a, b, abs_tol) for a, b in zip(before, now, strict=True))
+        return len(before) == len(now) and all(_is_close(a, b, abs_tol) for a, b in zip(before, now, strict=True))
     return before == now
 
 
 def hash_rows(table: Table, begin: np.ndarray, end: np.ndarray) -> list[str]:
-    """Hash the values and covariates in rows `begin` to `end`, (channels,) each, of each channel."""
+    """Hash each channel's values and covariates in its rows `begin` to `end`, (channels,) each."""
     columns = [_as_bytes(values) for _, values in table.covariates.rows.items()] if table.covariates else []
     part = table.spans.part(begin, end)
     hashes = []
@@ -130,22 +121,22 @@ def _as_bytes(values: pd.Series) -> np.ndarray:
     return np.array([hashlib.sha256(text.encode()).digest()[:8] for text in values.astype(str)], "S8")
 
 
-def keep_rows(table: Table, rows: np.ndarray) -> list[int]:
-    """Sample fingerprints of the first `rows`, (channels,), of each channel: the smallest, which is a random choice."""
+def sample_fingerprints(table: Table, rows: np.ndarray) -> list[int]:
+    """Compute fingerprints of each channel's first `rows`, (channels,); of many, the smallest are a random sample."""
     found = _fingerprints(table, np.zeros_like(rows), rows)
-    if len(found) > _MAX_KEPT:
-        found = np.partition(found, _MAX_KEPT - 1)[:_MAX_KEPT]
+    if len(found) > _MAX_FINGERPRINTS:
+        found = np.partition(found, _MAX_FINGERPRINTS - 1)[:_MAX_FINGERPRINTS]
     return found.view(np.int64).tolist()
 
 
-def share_kept(table: Table, begin: np.ndarray, end: np.ndarray, kept: Sequence[int]) -> float:
-    """Estimate the share of rows `begin` to `end`, (channels,) each, that are among the rows given to `keep_rows`.
+def estimate_overlap(table: Table, begin: np.ndarray, end: np.ndarray, sampled: Sequence[int]) -> float:
+    """Estimate the share of rows `begin` to `end`, (channels,) each, that other data contain.
 
-    `kept` are the fingerprints that `keep_rows` returned.
+    `sampled` are the fingerprints of the other data, from `sample_fingerprints`.
     """
-    known = np.array(kept, np.int64).view(np.uint64)
+    known = np.array(sampled, np.int64).view(np.uint64)
     found = _fingerprints(table, begin, end)
-    if len(known) >= _MAX_KEPT:  # larger fingerprints were not kept
+    if len(known) >= _MAX_FINGERPRINTS:  # larger fingerprints were not sampled
         found = found[found <= known.max()]
     return float(np.isin(found, known).mean()) if len(found) and len(known) else 0.0
 

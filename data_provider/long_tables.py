@@ -27,9 +27,8 @@ def long_table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table:
         raise UserError(f"{path} data row {ids.isna().argmax() + 1}, column {ID!r} is empty: name its series")
     codes, names = pd.factorize(ids.astype(str))
     is_chosen = _choose_series(path, names, options.series)
-    is_future = np.zeros(len(frame), bool)
-    if covariate_names:
-        is_future = _follows_last_known(frame[VALUE].notna().to_numpy(), codes)
+    is_known = frame[VALUE].notna().to_numpy()
+    is_future = _follows_last_known(is_known, codes) if covariate_names else np.zeros(len(frame), bool)
     rows = np.bincount(codes[~is_future], minlength=len(names))
     is_kept = is_chosen & (rows >= options.seq_len)
     if not is_kept.any():

@@ -17,7 +17,7 @@ from utils.errors import UserError
 
 
 def read_table(args: argparse.Namespace) -> Table:
-    """Read the run's CSV once; later changes of the file have no effect.
+    """Read the run's CSV.
 
     Raises:
         UserError: names the file, column, row or flag that is wrong.

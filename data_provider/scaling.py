@@ -49,11 +49,7 @@ def fit_scaler(table: Table, training_rows: np.ndarray) -> Scaler:
 
 
 def scale(table: Table, scaler: Scaler) -> np.ndarray:
-    """Scale the values of a table, (all rows,) float64.
-
-    Raises:
-        UserError: names a value that is too far from the mean of the training rows.
-    """
+    """Scale the values of a table, (all rows,); raise a UserError if one is too far from the training rows' mean."""
     scaled = table.scaled(scaler.mean_, scaler.scale_)
     if (too_large := np.flatnonzero(np.abs(scaled) > FARTHEST)).size:
         channel = table.spans.channel_of(too_large[0])

@@ -1,4 +1,4 @@
-"""Scale and split a table; build the windows of its splits and the facts that a checkpoint keeps."""
+"""Scale and split a table; build the windows of its splits and the facts that a checkpoint stores."""
 
 import argparse
 from dataclasses import asdict, dataclass
@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from data_provider.covariates import Explainer, fit_explainer
-from data_provider.facts import DataFacts, hash_rows, keep_rows, share_kept
+from data_provider.facts import DataFacts, estimate_overlap, hash_rows, sample_fingerprints
 from data_provider.horizon import LastWindow, last_window
 from data_provider.reading import read_table
 from data_provider.scaling import Scaler, fit_scaler, note_on_constants, scale
@@ -40,7 +40,7 @@ class Series:
         ends: (channels, 3): the row of each channel after its training, validation and test rows.
         notes: what the user should know about the data, one line each.
         explainer: the fitted effect of the covariates; None without covariates.
-        covariate_effect: (all rows,) float32, the effect that `values` lack; None without covariates.
+        covariate_effect: (all rows,) float32, the effect subtracted from `values`; None without covariates.
     """
 
     table: Table
@@ -62,7 +62,7 @@ class Series:
         return self.table.channels
 
     def facts(self) -> DataFacts:
-        """Collect the facts that a checkpoint keeps."""
+        """Collect the facts that a checkpoint stores."""
         training, validation, _ = self.ends.T
         _, trained = self._borders("train")
         return DataFacts(
@@ -73,12 +73,12 @@ class Series:
             explainer=asdict(self.explainer) if self.explainer else None,
             training_hashes=hash_rows(self.table, np.zeros_like(training), training),
             validation_hashes=hash_rows(self.table, training, validation),
-            trained_rows=keep_rows(self.table, np.clip(trained, 0, training)),
+            trained_rows=sample_fingerprints(self.table, np.clip(trained, 0, training)),
         )
 
     def share_trained_on(self, facts: DataFacts) -> float:
         """Estimate the share of the test rows that a run with these facts was trained on."""
-        return share_kept(self.table, self.ends[:, 1], self.ends[:, 2], facts.trained_rows)
+        return estimate_overlap(self.table, self.ends[:, 1], self.ends[:, 2], facts.trained_rows)
 
     def seasonal_errors(self, season: int) -> dict[str, float]:
         """Compute the mean absolute error of the seasonal naive on each channel's training rows, in scaled units.

@@ -60,12 +60,12 @@ class Table:
         return (self.raw - np.repeat(mean, self.spans.rows)) / np.repeat(deviation, self.spans.rows)
 
     def rows_of(self, channel: int) -> slice:
-        """Return the slice of a channel's values."""
+        """Compute the slice of a channel's values."""
         first = self.spans.first[channel]
         return slice(first, first + self.spans.rows[channel])
 
     def dates_of(self, channel: int) -> pd.DatetimeIndex:
-        """Return a channel's dates."""
+        """Select a channel's dates."""
         first = self.spans.dates[channel]
         return self.dates[first : first + self.spans.rows[channel]]
 
@@ -101,8 +101,8 @@ class Table:
         # With a tolerance of one half, because months and years differ in length.
         jumps = np.flatnonzero(steps > 1.5 * usual) if usual else np.zeros(0, np.int64)
         if 0 < len(jumps) < (~is_border).sum() / 2:
-            where = f"before {self._row(jumps[0] + 1)} first"
-            notes.append(f"{len(jumps)} gaps in the dates, {where}: windows run across them")
+            row = self._row(jumps[0] + 1)
+            notes.append(f"{len(jumps)} gaps in the dates, before {row} first: windows run across them")
         return notes
 
     def _row(self, date: int) -> str:
@@ -138,11 +138,8 @@ class TableOptions(FlagGroup):
 def fill(values: np.ndarray, spans: Spans) -> np.ndarray:
     """Forward-fill the gaps of each channel; a gap at a channel's start takes the channel's first value.
 
-    So a context never holds a later value, except in a channel that begins with a gap.
-
-    Args:
-        values: (all rows,), NaN where a cell is empty; every channel has a number. Without gaps, they are returned.
-        spans: the rows of each channel.
+    So a context never holds a later value, except in a channel that begins with a gap. Every channel of `values`,
+    (all rows,), needs a number. Without gaps, `values` itself is returned.
     """
     empty = np.isnan(values)
     if not empty.any():

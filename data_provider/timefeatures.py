@@ -50,14 +50,9 @@ class MarkOptions(FlagGroup):
 
 
 def scaled_features(dates: pd.DatetimeIndex, freq: str) -> np.ndarray:
-    """Compute calendar features between -0.5 and 0.5, as GluonTS does.
+    """Compute calendar features between -0.5 and 0.5, (rows, features) float32, as GluonTS does.
 
-    Args:
-        dates: one timestamp per row.
-        freq: the step of the series, such as ``h``, ``t`` or ``15min``; longer steps have fewer features.
-
-    Returns:
-        float32, (rows, features).
+    `freq` is the step of the series, such as ``h``, ``t`` or ``15min``; longer steps have fewer features.
 
     Raises:
         UserError: if the step is unknown.

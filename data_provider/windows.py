@@ -14,7 +14,7 @@ from utils.cli.options import FlagGroup
 Window = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
-# Windows gathered at a time where all are read.
+# The number of windows in a chunk, where all windows are read.
 _CHUNK = 4096
 
 
@@ -86,7 +86,7 @@ class WindowDataset(Dataset):
         marks: (dates, marks) float32.
         spans: the rows of each channel to take windows from; a channel too short for a window has none.
         is_long: whether the channels are the series of a long CSV.
-        covariate_effect: (all rows,) float32, the covariates' effect, which `values` and `targets` lack.
+        covariate_effect: (all rows,) float32, the effect subtracted from `values` and `targets`.
     """
 
     def __init__(
@@ -155,9 +155,9 @@ class WindowDataset(Dataset):
 
     def in_chunks(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
         """Yield windows in chunks: their numbers, contexts (B, seq_len) and targets (B, pred_len)."""
-        for some in chunks(indices):
-            context, following, *_ = self.__getitems__(some)
-            yield some, context[..., 0], following[:, -self.pred_len :, 0]
+        for chunk in chunks(indices):
+            context, following, *_ = self.__getitems__(chunk)
+            yield chunk, context[..., 0], following[:, -self.pred_len :, 0]
 
     def with_covariate_effect(self, indices: Sequence[int], forecast: np.ndarray) -> np.ndarray:
         """Add the covariates' effect to forecasts or targets of windows, (B, pred_len)."""
@@ -167,7 +167,7 @@ class WindowDataset(Dataset):
         return forecast + sliding_window_view(self._covariate_effect, self.length)[rows, self.seq_len :]
 
     def whole_context(self, index: int) -> np.ndarray:
-        """Return the context of a window with the covariates' effect, (seq_len,)."""
+        """Add the covariates' effect to the context of a window, (seq_len,)."""
         (row,), _ = self._places([index])
         rows = slice(row, row + self.seq_len)
         return self.values[rows] + self._covariate_effect[rows] if self.has_covariates else self.values[rows]
