@@ -11,9 +11,8 @@ from torch.nn import Module
 
 from base_models.make_tiny_llm import make_tiny_llm
 from data_provider.data_factory import windows_and_loader
-from data_provider.layouts import SPLITS
 from data_provider.reading import read_table
-from data_provider.series import Series, series_of
+from data_provider.series import SPLITS, Series, series_of
 from data_provider.tables import Table
 from dataset.demo import write_demo_csv
 from models import build
@@ -139,12 +138,12 @@ class Repetition:
             series.last_window()  # what it lacks is reported first
         self.args, self.series = args, series
         self.accelerator = _start(args)
-        check_same_on_all_ranks(series.table.sha256, str(series.source))
+        check_same_on_all_ranks(series.table.sha256, str(series.table.source))
         check_optimizer(args.optimizer, self.accelerator.device)
         check_reporting(args.report_to)
         self.splits = self._prepare_splits()
         check_levels(args.level, self.splits["val"])
-        check_columns(series.channels, series.is_long, args.level)
+        check_columns(series.channels, series.table.is_long, args.level)
         _warn(self.accelerator, series.notes)
         for line in series.explainer.lines() if series.explainer else ():
             self.accelerator.print(line)
