@@ -5,7 +5,7 @@ row, a model forecasts the residual, and the forecast is the sum of both.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -14,7 +14,8 @@ import pandas as pd
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import TimeSeriesSplit
 
-from data_provider.windows import Spans
+from data_provider.tables import Table
+from data_provider.windows import evenly_spaced
 from utils.errors import UserError, listed
 from utils.exact import HUGE
 
@@ -34,26 +35,10 @@ _PRINTED_CHANNELS = 8
 
 
 @dataclass(frozen=True)
-class Covariates:
-    """The covariates of a table's rows and of the rows to forecast.
-
-    Attributes:
-        rows: one row for each date of the table.
-        future: the rows after the last known row of each channel, with their dates as index.
-        spans: the rows of `future` that belong to each channel (`first` and `rows`).
-    """
-
-    rows: pd.DataFrame
-    future: pd.DataFrame
-    spans: Spans
-
-
-@dataclass(frozen=True)
 class Column:
     """The encoding of a covariate as standardized features.
 
     Attributes:
-        name: the covariate's name.
         texts: the texts of a one-hot encoded column; None for a numeric column.
         mean, scale: one number per feature.
     """
@@ -82,8 +67,6 @@ class Explainer:
     """The linear effect of the covariates on each channel.
 
     Attributes:
-        columns: the encodings of the covariates.
-        channels: the channels' names.
         coefficients: (channels, features), for scaled channels.
         shares: the share of each channel's training variance that the covariates explain.
     """
@@ -93,29 +76,20 @@ class Explainer:
     coefficients: list[list[float]]
     shares: list[float]
 
-    def as_dict(self) -> dict:
-        """Convert to the plain values that a checkpoint keeps."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, kept: dict) -> Self:
-        """Restore an explainer from `as_dict`."""
-        return cls(**{**kept, "columns": [Column(**column) for column in kept["columns"]]})
+        """Restore an explainer from the dictionary that `dataclasses.asdict` made of it."""
+        return cls(**kept | {"columns": [Column(**column) for column in kept["columns"]]})
 
     def explain(self, frame: pd.DataFrame, rows: Sequence[slice], channels: Sequence[str]) -> np.ndarray:
-        """Compute the covariates' effect on scaled channels, one channel after the other.
+        """Compute the effect of the covariates in `frame` on scaled channels, one channel after the other.
 
-        Args:
-            frame: the covariates.
-            rows: the rows of `frame` that belong to each channel.
-            channels: the channels' names; a channel unseen in training takes the mean coefficients of the others.
+        `rows` are each channel's rows of `frame`. A channel unseen in training takes the others' mean coefficients.
         """
         features = np.hstack([column.encode(frame[column.name]) for column in self.columns])
         known = dict(zip(self.channels, np.array(self.coefficients), strict=True))
-        average = np.mean(self.coefficients, axis=0)
-        return np.concatenate(
-            [features[own] @ known.get(name, average) for own, name in zip(rows, channels, strict=True)]
-        )
+        mean = np.mean(self.coefficients, axis=0)
+        return np.concatenate([features[own] @ known.get(name, mean) for own, name in zip(rows, channels, strict=True)])
 
     def lines(self) -> list[str]:
         """Format the coefficients for the console, one line per channel."""
@@ -130,47 +104,41 @@ class Explainer:
     def warnings(self) -> list[str]:
         """Warn of channels that the covariates explain so well that target leakage is likely."""
         leaks = [name for name, share in zip(self.channels, self.shares, strict=True) if share > _LEAKAGE_SHARE]
-        if not leaks:
-            return []
-        return [
+        warning = (
             f"the covariates explain {listed(leaks)} almost completely: a covariate that is the target itself, or is"
             " known only together with it, leaks the target and makes a test meaningless"
-        ]
+        )
+        return [warning] if leaks else []
 
 
-def fit_explainer(
-    source: Path, covariates: pd.DataFrame, scaled: Sequence[np.ndarray], rows: Sequence[slice], channels: Sequence[str]
-) -> Explainer:
+def fit_explainer(table: Table, scaled: np.ndarray, training_rows: np.ndarray) -> Explainer:
     """Fit a ridge regression of each scaled channel on the covariates of its training rows.
 
     Time-ordered cross-validation chooses the penalty of each channel; with many channels, a sample chooses it for all.
 
     Args:
-        source: the CSV's name in messages.
-        covariates: one row for each date.
-        scaled: the training rows of each channel, NaN where a cell is empty.
-        rows: the training rows of each channel in `covariates`.
-        channels: the channels' names.
+        table: a CSV with covariates.
+        scaled: its scaled values, (all rows,), NaN where a cell is empty.
+        training_rows: the number of training rows at the start of each channel, (channels,).
 
     Raises:
         UserError: if a covariate cannot be encoded.
     """
+    training, covariates = table.spans.part(0, training_rows), table.covariates.rows
     in_training = np.zeros(len(covariates), bool)
-    for own in rows:
-        in_training[own] = True
-    training = covariates[in_training]
-    columns = [_fit_encoding(source, training[name]) for name in covariates.columns]
+    for dates in training.date_slices():
+        in_training[dates] = True
+    columns = [_fit_encoding(table.source, values) for _, values in covariates[in_training].items()]
     features = np.hstack([column.encode(covariates[column.name]) for column in columns])
     pairs = []
-    for own, target in zip(rows, scaled, strict=True):
-        is_known = ~np.isnan(target)
-        pairs.append((features[own][is_known], target[is_known]))
-    searched = np.linspace(0, len(pairs) - 1, min(len(pairs), _SEARCHED_CHANNELS)).round().astype(int)
-    penalties = {number: _best_penalty(*pairs[number]) for number in searched}
+    for rows, dates in zip(training.slices(), training.date_slices(), strict=True):
+        is_known = ~np.isnan(scaled[rows])
+        pairs.append((features[dates][is_known], scaled[rows][is_known]))
+    penalties = {number: _best_penalty(*pairs[number]) for number in evenly_spaced(len(pairs), _SEARCHED_CHANNELS)}
     common = np.exp(np.median(np.log(list(penalties.values()))))
     fits = [_fit_ridge(*pair, penalties.get(number, common)) for number, pair in enumerate(pairs)]
     coefficients, shares = map(list, zip(*fits, strict=True))
-    return Explainer(columns, list(channels), coefficients, shares)
+    return Explainer(columns, list(table.channels), coefficients, shares)
 
 
 def _fit_ridge(features: np.ndarray, target: np.ndarray, penalty: float) -> tuple[list[float], float]:
@@ -195,7 +163,7 @@ def _best_penalty(features: np.ndarray, target: np.ndarray) -> float:
 def _fit_encoding(source: Path, values: pd.Series) -> Column:
     """Fit the encoding of a covariate to its training rows."""
     texts = None
-    if not is_numeric(values):
+    if not pd.api.types.is_numeric_dtype(values):
         texts = sorted(values.astype(str).unique())
         are_numbers = pd.to_numeric(pd.Series(texts), errors="coerce").notna().to_numpy()
         if len(texts) / 2 < are_numbers.sum() < len(texts):
@@ -218,23 +186,12 @@ def _unscaled_features(values: pd.Series, texts: list[str] | None) -> np.ndarray
     return (values.astype(str).to_numpy()[:, None] == np.array(texts)).astype(np.float64)
 
 
-def is_numeric(values: pd.Series) -> bool:
-    """Return whether a covariate holds numbers or booleans, not text."""
-    return pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values)
-
-
-def check_covariates(
-    source: Path, frame: pd.DataFrame, covariates: Sequence[str], not_covariates: Sequence[str]
-) -> None:
-    """Refuse covariates that are missing, named twice or to be forecast, or that have empty or infinite cells.
-
-    Raises:
-        UserError: names the covariate, and the row of a cell.
-    """
+def check_covariates(source: Path, frame: pd.DataFrame, covariates: Sequence[str], reserved: Sequence[str]) -> None:
+    """Raise a UserError for a covariate that is missing, named twice or to be forecast, or has an invalid cell."""
     for number, name in enumerate(covariates):
         if name not in frame.columns:
             raise UserError(f"{source} has no column {name!r} for --covariates: it has {list(frame.columns)}")
-        if name in not_covariates:
+        if name in reserved:
             raise UserError(
                 f"--covariates {name}: this column of {source} is to be forecast, or holds dates or the series' names:"
                 " leave it out"

@@ -1,4 +1,4 @@
-"""Read CSV files, parse their numbers and dates, and refuse what is not valid."""
+"""Read CSV files, parse their numbers and dates, and refuse invalid ones."""
 
 import warnings
 from pathlib import Path
@@ -48,7 +48,7 @@ def _refuse_change(path: Path, before: tuple[int, int] | None) -> None:
 
 
 def _size_and_time(path: Path) -> tuple[int, int] | None:
-    """Return a file's size and modification time; None if the file does not exist."""
+    """Read a file's size and modification time; None if the file does not exist."""
     try:
         state = path.stat()
     except OSError:
@@ -131,11 +131,7 @@ def parse_dates(path: Path, column: pd.Series) -> pd.DatetimeIndex:
 
 
 def check_sorted(path: Path, column: pd.Series, dates: pd.DatetimeIndex) -> None:
-    """Refuse dates that are not in order.
-
-    Raises:
-        UserError: names the first row whose date is before the date of the row above it.
-    """
+    """Raise a UserError that names the first row whose date is before the date of the row above it."""
     if len(back := np.flatnonzero(np.diff(dates.asi8) < 0)):
         row = back[0] + 1
         raise UserError(

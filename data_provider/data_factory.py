@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Subset
 from data_provider.series import Series, load_series
 from data_provider.windows import WindowDataset, chunks, evenly_spaced
 from utils.errors import UserError
-from utils.system.gpu import pins_batches
+from utils.system.gpu import should_pin_batches
 
 
 def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, DataLoader]:
@@ -24,19 +24,16 @@ def windows_and_loader(series: Series, args: argparse.Namespace, flag: str) -> t
     other loaders keep the order and drop nothing; with ``--eval_windows``, the validation and test loaders show a
     Subset of evenly spaced windows.
 
-    Args:
-        series: the run's data.
-        args: the parsed flags.
-        flag: train, val, test, or pred: the last window of each channel, whose pred_len rows to forecast are NaN. It
-            is scaled by the training rows, so the CSV must contain them.
+    `flag` is train, val, test, or pred: the last window of each channel, whose pred_len rows to forecast are NaN. It is
+    scaled by the training rows, so the CSV must contain them.
 
     Raises:
         UserError: if the CSV is too short for the split, or no target to score is known.
     """
     dataset = series.windows(flag)
     is_scored = flag in ("val", "test")
-    few = is_scored and args.eval_windows and len(dataset) > args.eval_windows
-    shown = Subset(dataset, evenly_spaced(len(dataset), args.eval_windows).tolist()) if few else dataset
+    is_subset = is_scored and args.eval_windows and len(dataset) > args.eval_windows
+    shown = Subset(dataset, evenly_spaced(len(dataset), args.eval_windows).tolist()) if is_subset else dataset
     batch = args.batch_size if flag == "train" else args.eval_batch_size or args.batch_size
     loader = DataLoader(
         shown,
@@ -46,9 +43,9 @@ def windows_and_loader(series: Series, args: argparse.Namespace, flag: str) -> t
         num_workers=args.num_workers,
         collate_fn=_keep_batch,
         worker_init_fn=_ignore_interrupts,
-        pin_memory=pins_batches(),
+        pin_memory=should_pin_batches(),
     )
-    if is_scored and (few or dataset.has_gaps):
+    if is_scored and (is_subset or dataset.has_gaps):
         _check_known_target(dataset, window_numbers(loader), args.target if args.features == "MS" else None)
     return dataset, loader
 
@@ -65,7 +62,7 @@ def _check_known_target(dataset: WindowDataset, numbers: np.ndarray, target: str
     if target is not None:
         whose = f" of --target {target}"
         numbers = numbers[dataset.channel_of(numbers) == dataset.channels.index(target)]
-    if not any(dataset.has_known_target(some) for some in chunks(numbers)):
+    if not any(dataset.has_known_target(chunk) for chunk in chunks(numbers)):
         raise UserError(
             f"no evaluated window{whose} has a known value to score: raise --eval_windows or --test_windows to"
             f" {len(dataset.channels)} or more, or fill the empty cells"
@@ -78,7 +75,7 @@ def _keep_batch(batch):
 
 
 def _ignore_interrupts(_worker: int) -> None:
-    """Let a worker process continue at Ctrl-C: the main process finishes its step and then ends its workers."""
+    """Make a worker process ignore Ctrl-C: the main process finishes its step and then ends its workers."""
     for name in ("SIGINT", "SIGBREAK"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

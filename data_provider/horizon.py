@@ -9,8 +9,7 @@ import pandas as pd
 
 from data_provider.covariates import Explainer
 from data_provider.facts import DataFacts
-from data_provider.gaps import fill
-from data_provider.tables import Table
+from data_provider.tables import Table, fill
 from utils.errors import UserError
 
 
@@ -19,7 +18,6 @@ class LastWindow:
     """The last rows of each channel of a CSV, and the dates to forecast.
 
     Attributes:
-        table: the CSV.
         values: (seq_len, channels), in the CSV's units, with filled gaps.
         dates: the dates of these rows, for each channel.
         future_dates: the pred_len dates to forecast, for each channel.
@@ -60,7 +58,7 @@ class LastWindow:
         if not facts.explainer:
             return np.zeros((steps, len(self.channels)))
         covariates = self.table.covariates
-        rows = [slice(first, first + steps) for first in covariates.spans.first]
+        rows = covariates.spans.part(0, steps).slices()
         effect = Explainer.from_dict(facts.explainer).explain(covariates.future, rows, self.channels)
         return effect.reshape(-1, steps).T
 
@@ -68,15 +66,12 @@ class LastWindow:
 def scaled_rows(table: Table, mean: np.ndarray, deviation: np.ndarray, explainer: dict | None) -> np.ndarray:
     """Scale all rows of a table, subtract the covariates' effect and fill the gaps, (all rows,).
 
-    Args:
-        table: the CSV.
-        mean, deviation: the scale of each channel, (channels,) each.
-        explainer: the result of `Explainer.as_dict`; None without covariates.
+    `mean` and `deviation` are (channels,); `explainer` holds the fields of an `Explainer`, None without covariates.
     """
     scaled = table.scaled(mean, deviation)
     if explainer:
-        effect = Explainer.from_dict(explainer).explain(table.covariates.rows, table.date_rows(), table.channels)
-        scaled = scaled - effect
+        rows, dates = table.covariates.rows, table.spans.date_slices()
+        scaled = scaled - Explainer.from_dict(explainer).explain(rows, dates, table.channels)
     return fill(scaled, table.spans)
 
 
@@ -89,7 +84,7 @@ def last_window(table: Table, seq_len: int, pred_len: int) -> LastWindow:
     spans = table.spans
     if spans.rows.min() < seq_len:
         raise UserError(f"{table.source} has {spans.rows.min()} rows: a forecast needs --seq_len {seq_len}")
-    dates = [table.dates_of(channel) for channel in range(len(table.channels))]
+    dates = [table.dates[rows] for rows in spans.date_slices()]
     next_dates = _dates_of_covariates if table.covariates else _extrapolated_dates
     return LastWindow(
         table=table,
@@ -120,7 +115,7 @@ def _dates_of_covariates(table: Table, dates: Sequence[pd.DatetimeIndex], count:
 
 def _extrapolated_dates(table: Table, dates: Sequence[pd.DatetimeIndex], count: int) -> Iterator[pd.DatetimeIndex]:
     """Yield the next dates of each channel, at the step of the data."""
-    step = step_of(table.dates_of_longest(), table.source)
+    step = step_of(table.dates_of(table.spans.rows.argmax()), table.source)
     futures = {}  # most series end with the same date
     for own in dates:
         if own[-1] not in futures:

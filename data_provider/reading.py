@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data_provider.covariates import Covariates, check_covariates
+from data_provider.covariates import check_covariates
 from data_provider.csv_cells import ID, check_sorted, is_long, parse_dates, parse_numbers, read_csv
 from data_provider.long_tables import long_table
-from data_provider.tables import Table, TableOptions
+from data_provider.tables import Covariates, Table, TableOptions
 from data_provider.windows import Spans
 from utils.cli.places import csv_path
 from utils.errors import UserError
 
 
 def read_table(args: argparse.Namespace) -> Table:
-    """Read the run's CSV once; later changes of the file have no effect.
+    """Read the run's CSV.
 
     Raises:
         UserError: names the file, column, row or flag that is wrong.
@@ -30,13 +30,7 @@ def read_table(args: argparse.Namespace) -> Table:
 def table_of(frame: pd.DataFrame, name: str, args: argparse.Namespace) -> Table:
     """Build the table of a DataFrame: in long format, or with dates in the column `date` or as index.
 
-    Args:
-        frame: the data.
-        name: the DataFrame's name in messages.
-        args: the parsed flags.
-
-    Raises:
-        UserError: as in `read_table`.
+    `name` is the DataFrame's name in messages; the errors are those of `read_table`.
     """
     if "date" not in frame.columns and not is_long(frame):
         if not isinstance(frame.index, pd.DatetimeIndex):
@@ -58,13 +52,14 @@ def _table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table:
 
 
 def _wide_table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table:
-    check_covariates(path, frame, options.covariates, ("date", options.target) if options.needs_target else ("date",))
+    names = options.covariate_names
+    check_covariates(path, frame, names, ("date", options.target) if options.needs_target else ("date",))
     channels = _choose_channels(path, frame, options)
     cells = parse_numbers(path, frame, channels)
     dates = parse_dates(path, frame["date"])
     check_sorted(path, frame["date"], dates)
     rows = len(cells)
-    if options.covariates and rows:  # the rows after the last known one are to be forecast
+    if names and rows:  # the rows after the last known one are to be forecast
         is_known = ~np.isnan(cells).all(axis=1)
         rows -= int(is_known[::-1].argmax())
     cells = cells[:rows]
@@ -72,17 +67,16 @@ def _wide_table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table
     if rows and not has_numbers.all():
         raise UserError(f"{path}, column {channels[has_numbers.argmin()]!r} holds no number: drop it")
     covariates = None
-    if options.covariates:
+    if names:
         zeros = np.zeros(len(channels), np.int64)
-        columns = frame[list(options.covariates)]
-        future = columns[rows:].set_axis(dates[rows:])
-        covariates = Covariates(columns[:rows], future, Spans(zeros, zeros + len(future), zeros))
-    values = np.ascontiguousarray(cells.T).ravel()
-    return Table(path, dates[:rows], values, tuple(channels), Spans.of_table(*cells.shape), covariates=covariates)
+        future = frame[names][rows:].set_axis(dates[rows:])
+        covariates = Covariates(frame[names][:rows], future, Spans(zeros, zeros + len(future), zeros))
+    spans = Spans.of_table(*cells.shape)
+    return Table(path, dates[:rows], cells.T.ravel(), tuple(channels), spans, covariates=covariates)
 
 
 def _choose_channels(path: Path, frame: pd.DataFrame, options: TableOptions) -> list[str]:
-    channels = [name for name in frame.columns if name not in ("date", *options.covariates)]
+    channels = [name for name in frame.columns if name not in ("date", *options.covariate_names)]
     target = options.target
     if target not in channels:
         if options.needs_target:
@@ -90,7 +84,7 @@ def _choose_channels(path: Path, frame: pd.DataFrame, options: TableOptions) -> 
         return channels
     if options.features == "S":
         return [target]
-    if options.target_last:
+    if not options.data.startswith("ETT"):  # Time-LLM puts the target last
         channels.remove(target)
         channels.append(target)
     return channels

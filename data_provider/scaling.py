@@ -12,11 +12,7 @@ from utils.exact import FARTHEST, HUGE, mean_and_variance
 
 @dataclass(frozen=True)
 class Scaler:
-    """The mean and the standard deviation of each channel's training rows; 1 is the deviation of a constant channel.
-
-    Attributes:
-        mean_, scale_: (channels,) float64, in the CSV's units.
-    """
+    """The mean and the standard deviation (1 if constant) of each channel's training rows, (channels,) float64 each."""
 
     mean_: np.ndarray
     scale_: np.ndarray
@@ -25,16 +21,14 @@ class Scaler:
 def fit_scaler(table: Table, training_rows: np.ndarray) -> Scaler:
     """Fit a scaler to the known training values of each channel; the result is identical on every machine.
 
-    Args:
-        table: the CSV.
-        training_rows: the number of training rows at the start of each channel, (channels,).
+    `training_rows`, (channels,), is the number of training rows at the start of each channel.
 
     Raises:
         UserError: if the training rows of a channel hold no number, or a number that is too large.
     """
     found = np.zeros((len(table.channels), 2))
-    for channel, (first, rows) in enumerate(zip(table.spans.first, training_rows, strict=True)):
-        training = table.raw[first : first + rows]
+    for channel, rows in enumerate(table.spans.part(0, training_rows).slices()):
+        training = table.raw[rows]
         known = training[~np.isnan(training)]
         if not len(known) and table.is_long:  # the series is not trained on, but can be forecast
             series = table.raw[table.rows_of(channel)]
@@ -45,7 +39,7 @@ def fit_scaler(table: Table, training_rows: np.ndarray) -> Scaler:
                 " more rows"
             )
         if (huge := np.flatnonzero(np.abs(training) > HUGE)).size:
-            _refuse(table, first + huge[0], "is too large to be a reading")
+            _refuse(table, rows.start + huge[0], "is too large to be a reading")
         mean, variance = mean_and_variance(known)
         # Rounding may give a constant channel a small variance; scikit-learn's StandardScaler has the same test.
         rounding = np.finfo(np.float64).eps * len(known)
@@ -55,11 +49,7 @@ def fit_scaler(table: Table, training_rows: np.ndarray) -> Scaler:
 
 
 def scale(table: Table, scaler: Scaler) -> np.ndarray:
-    """Scale the values of a table, (all rows,) float64.
-
-    Raises:
-        UserError: names a value that is too far from the mean of the training rows.
-    """
+    """Scale the values of a table, (all rows,); raise a UserError if one is too far from the training rows' mean."""
     scaled = table.scaled(scaler.mean_, scaler.scale_)
     if (too_large := np.flatnonzero(np.abs(scaled) > FARTHEST)).size:
         channel = table.spans.channel_of(too_large[0])
@@ -71,14 +61,9 @@ def scale(table: Table, scaler: Scaler) -> np.ndarray:
 
 def note_on_constants(table: Table, training_rows: np.ndarray) -> list[str]:
     """List the channels that are constant in their training rows, in at most one line."""
-    constant = [
-        name
-        for name, first, rows in zip(table.channels, table.spans.first, training_rows, strict=True)
-        if np.ptp(table.filled[first : first + rows]) == 0
-    ]
-    if not constant:
-        return []
-    return [f"{table.source}: constant in the training rows, so not scaled: {listed(constant)}"]
+    slices = table.spans.part(0, training_rows).slices()
+    constant = [name for name, rows in zip(table.channels, slices, strict=True) if np.ptp(table.filled[rows]) == 0]
+    return [f"{table.source}: constant in the training rows, so not scaled: {listed(constant)}"] if constant else []
 
 
 def _refuse(table: Table, place: int, problem: str) -> NoReturn:

@@ -1,24 +1,30 @@
-"""Scale and split a table; build the windows of its splits and the facts that a checkpoint keeps."""
+"""Scale and split a table; build the windows of its splits and the facts that a checkpoint stores."""
 
 import argparse
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
 
 from data_provider.covariates import Explainer, fit_explainer
-from data_provider.facts import DataFacts
-from data_provider.fingerprints import hash_rows, keep_rows, share_kept
-from data_provider.gaps import fill
+from data_provider.facts import DataFacts, estimate_overlap, hash_rows, sample_fingerprints
 from data_provider.horizon import LastWindow, last_window
-from data_provider.layouts import LAYOUTS, SPLITS
 from data_provider.reading import read_table
 from data_provider.scaling import Scaler, fit_scaler, note_on_constants, scale
-from data_provider.tables import Table
+from data_provider.tables import Table, fill
 from data_provider.timefeatures import MarkOptions
 from data_provider.windows import Spans, WindowDataset, WindowSizes
 from utils.errors import UserError
+
+SPLITS = ("train", "val", "test")
+
+_MONTH = 30 * 24
+
+# The numbers of training, validation and test rows, where they are fixed; other data are split 70/10/20.
+LAYOUTS = {
+    **dict.fromkeys(("ETTh1", "ETTh2"), (12 * _MONTH, 4 * _MONTH, 4 * _MONTH)),
+    **dict.fromkeys(("ETTm1", "ETTm2"), (48 * _MONTH, 16 * _MONTH, 16 * _MONTH)),
+}
 
 
 @dataclass(frozen=True)
@@ -26,19 +32,15 @@ class Series:
     """The scaled channels of a table, one after the other, and their splits.
 
     Attributes:
-        table: the CSV.
-        sizes: the rows of a window.
         percent: the percentage of the training rows to train on.
         values: (all rows,) float32, scaled by the training rows' mean and deviation, without the covariates' effect,
             with filled gaps.
         targets: `values` with NaN in the gaps; `values` itself if there are no gaps.
         marks: (dates, marks) float32, the time marks.
-        mark_options: the flags that the time marks depend on.
-        scaler: the mean and the deviation of each channel.
         ends: (channels, 3): the row of each channel after its training, validation and test rows.
         notes: what the user should know about the data, one line each.
         explainer: the fitted effect of the covariates; None without covariates.
-        covariate_effect: (all rows,) float32, the effect that `values` lack; None without covariates.
+        covariate_effect: (all rows,) float32, the effect subtracted from `values`; None without covariates.
     """
 
     table: Table
@@ -55,38 +57,28 @@ class Series:
     covariate_effect: np.ndarray | None = None
 
     @property
-    def source(self) -> Path:
-        """The CSV's name in messages."""
-        return self.table.source
-
-    @property
     def channels(self) -> tuple[str, ...]:
         """The channels' names."""
         return self.table.channels
 
-    @property
-    def is_long(self) -> bool:
-        """Whether the CSV is long."""
-        return self.table.is_long
-
     def facts(self) -> DataFacts:
-        """Collect the facts that a checkpoint keeps."""
-        training, validation = self.ends[:, 0], self.ends[:, 1]
+        """Collect the facts that a checkpoint stores."""
+        training, validation, _ = self.ends.T
         _, trained = self._borders("train")
         return DataFacts(
             channels=list(self.channels),
             mean=self.scaler.mean_.tolist(),
             deviation=self.scaler.scale_.tolist(),
-            is_long=self.is_long,
-            explainer=self.explainer.as_dict() if self.explainer else None,
+            is_long=self.table.is_long,
+            explainer=asdict(self.explainer) if self.explainer else None,
             training_hashes=hash_rows(self.table, np.zeros_like(training), training),
             validation_hashes=hash_rows(self.table, training, validation),
-            trained_rows=keep_rows(self.table, np.clip(trained, 0, training)),
+            trained_rows=sample_fingerprints(self.table, np.clip(trained, 0, training)),
         )
 
     def share_trained_on(self, facts: DataFacts) -> float:
         """Estimate the share of the test rows that a run with these facts was trained on."""
-        return share_kept(self.table, self.ends[:, 1], self.ends[:, 2], facts.trained_rows)
+        return estimate_overlap(self.table, self.ends[:, 1], self.ends[:, 2], facts.trained_rows)
 
     def seasonal_errors(self, season: int) -> dict[str, float]:
         """Compute the mean absolute error of the seasonal naive on each channel's training rows, in scaled units.
@@ -94,10 +86,10 @@ class Series:
         `season` is in rows. Channels with an error of 0, or with no known pair of values a season apart, are left out.
         """
         errors = {}
-        for first, end, name in zip(self.table.spans.first, self.ends[:, 0], self.channels, strict=True):
-            training = self.targets[first : first + end].astype(np.float64)
+        for rows, name in zip(self.table.spans.part(0, self.ends[:, 0]).slices(), self.channels, strict=True):
+            training = self.targets[rows].astype(np.float64)
             if self.covariate_effect is not None:
-                training += self.covariate_effect[first : first + end]
+                training += self.covariate_effect[rows]
             steps = np.abs(training[season:] - training[:-season])
             known = steps[~np.isnan(steps)]
             if len(known) and (error := float(known.mean())):
@@ -118,44 +110,44 @@ class Series:
         begin, end = self._borders(split)
         needed, rows = self.sizes.seq_len + self.sizes.pred_len, int((end - begin).max())
         if rows < needed:
-            whose = " of its longest series" if self.is_long else ""
+            whose = " of its longest series" if self.table.is_long else ""
             raise UserError(
-                f"{self.source.name}: the {split} split{whose} is too short for --seq_len {self.sizes.seq_len} and"
-                f" --pred_len {self.sizes.pred_len}: {needed} rows needed, {max(rows, 0)} available"
+                f"{self.table.source.name}: the {split} split{whose} is too short for --seq_len {self.sizes.seq_len}"
+                f" and --pred_len {self.sizes.pred_len}: {needed} rows needed, {max(rows, 0)} available"
             )
         part = self.table.spans.part(begin, end)
         self._check_targets(split, part)
         arrays = self.values, self.targets, self.marks
-        return WindowDataset(*arrays, part, self.channels, self.sizes, self.is_long, self.covariate_effect)
+        return WindowDataset(*arrays, part, self.channels, self.sizes, self.table.is_long, self.covariate_effect)
 
     def last_window(self) -> LastWindow:
-        """Take the last rows of the CSV, to forecast from; raises as `horizon.last_window` does."""
+        """Take the last rows of the CSV, to forecast from, see `horizon.last_window`."""
         return last_window(self.table, self.sizes.seq_len, self.sizes.pred_len)
 
     def _borders(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the first row of each channel in the windows of a split, and the row after the last."""
+        """Find each channel's first row in the windows of a split, and the row after its last one."""
         number, seq_len = SPLITS.index(split), self.sizes.seq_len
         end = self.ends[:, number]
         # The first context is the end of the split before.
         begin = self.ends[:, number - 1] - seq_len if number else np.zeros_like(end)
         if split == "train":
             end = (end - seq_len) * self.percent // 100 + seq_len
-        if self.is_long:
+        if self.table.is_long:
             begin = np.maximum(begin, 0)
         elif begin[0] < 0:
             rows = begin[0] + seq_len
-            raise UserError(f"{self.source.name}: --seq_len {seq_len} exceeds the {rows} rows before the {split} split")
+            raise UserError(
+                f"{self.table.source.name}: --seq_len {seq_len} exceeds the {rows} rows before the {split} split"
+            )
         return begin, end
 
     def _check_targets(self, split: str, part: Spans) -> None:
         """Refuse a split without a known value to forecast."""
-        begins, ends = part.first + self.sizes.seq_len, part.first + part.rows
-        if self.targets is not self.values and all(
-            np.isnan(self.targets[begin:end]).all() for begin, end in zip(begins, ends, strict=True)
-        ):
+        horizons = part.part(self.sizes.seq_len, part.rows).slices()
+        if self.targets is not self.values and all(np.isnan(self.targets[rows]).all() for rows in horizons):
             raise UserError(
-                f"{self.source.name}: every cell of the {split} split is empty, so there is nothing to score: fill"
-                " cells, or give a CSV that ends before them"
+                f"{self.table.source.name}: every cell of the {split} split is empty, so there is nothing to score:"
+                " fill cells, or give a CSV that ends before them"
             )
 
     def _last_windows(self) -> WindowDataset:
@@ -168,26 +160,18 @@ class Series:
         future_marks = np.stack([self.mark_options.marks(own) for own in future])
         marks = np.concatenate([self.marks[dates], future_marks], axis=1).reshape(count * length, -1)
         spans = Spans.of_series(np.full(count, length))
-        return WindowDataset(values, targets, marks, spans, self.channels, self.sizes, self.is_long)
+        return WindowDataset(values, targets, marks, spans, self.channels, self.sizes, self.table.is_long)
 
 
 def load_series(args: argparse.Namespace) -> Series:
-    """Read the run's CSV, scale it and split it.
-
-    Raises:
-        UserError: names the file, column, row or flag that is wrong.
-    """
+    """Read the run's CSV, scale it and split it, see `read_table` and `series_of`."""
     return series_of(read_table(args), args)
 
 
 def series_of(table: Table, args: argparse.Namespace) -> Series:
-    """Scale a table and split it.
-
-    Raises:
-        UserError: names the column or row that is wrong, or the number of rows that are missing.
-    """
+    """Scale a table and split it; raise a UserError if a value is invalid or rows are missing."""
     sizes, mark_options = WindowSizes.of(args), MarkOptions.of(args)
-    rows = np.array([LAYOUTS[args.data].rows(rows) for rows in table.spans.rows.tolist()])  # (channels, 3)
+    rows = np.array([_split(args.data, rows) for rows in table.spans.rows.tolist()])  # (channels, 3)
     _check_rows(table, args.data, rows)
     training = rows[:, 0]
     # Fitted to all training rows, whatever --percent is, as in Time-LLM.
@@ -196,21 +180,21 @@ def series_of(table: Table, args: argparse.Namespace) -> Series:
     notes = [*table.notes(sizes.seq_len), *note_on_constants(table, training)]
     explainer = effect = None
     if table.covariates:
-        explainer = _fit_explainer(table, targets, training)
-        effect = explainer.explain(table.covariates.rows, table.date_rows(), table.channels)
+        explainer = fit_explainer(table, targets, training)
+        effect = explainer.explain(table.covariates.rows, table.spans.date_slices(), table.channels)
         targets = targets - effect
         notes += [f"{table.source}: {warning}" for warning in explainer.warnings()]
-    values = fill(targets, table.spans)
-    has_gaps = values is not targets
-    values = values.astype(np.float32)
+    filled = fill(targets, table.spans)
+    values = filled.astype(np.float32)
+    codes, dates = pd.factorize(table.dates)  # series share most of their dates
     notes += _note_on_short_series(table, training, sizes)
     return Series(
         table=table,
         sizes=sizes,
         percent=args.percent,
         values=values,
-        targets=targets.astype(np.float32) if has_gaps else values,
-        marks=_marks(table, mark_options),
+        targets=values if filled is targets else targets.astype(np.float32),
+        marks=mark_options.marks(dates)[codes],
         mark_options=mark_options,
         scaler=scaler,
         ends=rows.cumsum(axis=1),
@@ -220,28 +204,22 @@ def series_of(table: Table, args: argparse.Namespace) -> Series:
     )
 
 
-def _fit_explainer(table: Table, scaled: np.ndarray, training_rows: np.ndarray) -> Explainer:
-    training = [scaled[first : first + rows] for first, rows in zip(table.spans.first, training_rows, strict=True)]
-    slices = [slice(first, first + rows) for first, rows in zip(table.spans.dates, training_rows, strict=True)]
-    return fit_explainer(table.source, table.covariates.rows, training, slices, table.channels)
-
-
-def _marks(table: Table, options: MarkOptions) -> np.ndarray:
-    if not table.is_long:
-        return options.marks(table.dates)
-    codes, dates = pd.factorize(table.dates)  # series share most of their dates
-    return options.marks(dates)[codes]
+def _split(data: str, rows: int) -> tuple[int, int, int]:
+    """Count the training, validation and test rows."""
+    if data in LAYOUTS:
+        return LAYOUTS[data]
+    train, test = int(rows * 0.7), int(rows * 0.2)
+    return train, rows - train - test, test
 
 
 def _note_on_short_series(table: Table, training_rows: np.ndarray, sizes: WindowSizes) -> list[str]:
     needed = sizes.seq_len + sizes.pred_len
     short = (training_rows < needed).sum()
-    if not table.is_long or not short:
-        return []
-    return [
+    note = (
         f"{table.source}: {short} of {len(training_rows)} series are too short to train on (fewer than {needed}"
         " training rows, --seq_len plus --pred_len): they are tested and forecast if they have enough rows"
-    ]
+    )
+    return [note] if table.is_long and short else []
 
 
 def _check_rows(table: Table, data: str, rows: np.ndarray) -> None:

@@ -1,17 +1,30 @@
-"""A CSV as arrays, and the flags that decide which series and columns are used."""
+"""A CSV as arrays, the flags that select its series and columns, and its gaps."""
 
-import argparse
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import pandas as pd
 
-from data_provider.covariates import Covariates
-from data_provider.gaps import fill, note_on_gaps
 from data_provider.windows import Spans
+from utils.cli.options import FlagGroup
+from utils.errors import listed
+
+
+@dataclass(frozen=True)
+class Covariates:
+    """The covariates of a table's rows and of the rows to forecast.
+
+    Attributes:
+        rows: one row for each date of the table.
+        future: the rows after the last known row of each channel, with their dates as index.
+        spans: the rows of `future` that belong to each channel (`first` and `rows`).
+    """
+
+    rows: pd.DataFrame
+    future: pd.DataFrame
+    spans: Spans
 
 
 @dataclass(frozen=True, eq=False)  # arrays cannot be compared with ==
@@ -22,10 +35,7 @@ class Table:
         source: the CSV's name in messages.
         dates: the dates of all channels, see `spans`; they never decrease within a channel.
         raw: (all rows,) float64, in the CSV's units; NaN where a cell is empty.
-        channels: the channels' names.
-        spans: the rows of each channel.
         is_long: whether the CSV is long; its channels may differ in length.
-        covariates: None if no covariates are named.
         left_out: a note on series and columns that are not used; empty if all are used.
         sha256: the hash of the CSV as it was read; empty for a DataFrame.
     """
@@ -42,7 +52,7 @@ class Table:
 
     @cached_property
     def filled(self) -> np.ndarray:
-        """The values with forward-filled gaps, (all rows,), see `gaps.fill`."""
+        """The values with forward-filled gaps, (all rows,), see `fill`."""
         return fill(self.raw, self.spans)
 
     def scaled(self, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
@@ -50,29 +60,21 @@ class Table:
         return (self.raw - np.repeat(mean, self.spans.rows)) / np.repeat(deviation, self.spans.rows)
 
     def rows_of(self, channel: int) -> slice:
-        """Return the slice of a channel's values."""
+        """Compute the slice of a channel's values."""
         first = self.spans.first[channel]
         return slice(first, first + self.spans.rows[channel])
 
-    def date_rows(self) -> list[slice]:
-        """List the slices of each channel's dates and covariates."""
-        return [slice(first, first + rows) for first, rows in zip(self.spans.dates, self.spans.rows, strict=True)]
-
     def dates_of(self, channel: int) -> pd.DatetimeIndex:
-        """Return a channel's dates."""
+        """Select a channel's dates."""
         first = self.spans.dates[channel]
         return self.dates[first : first + self.spans.rows[channel]]
-
-    def dates_of_longest(self) -> pd.DatetimeIndex:
-        """Return the dates of the channel with the most rows."""
-        return self.dates_of(int(self.spans.rows.argmax()))
 
     def rows_of_a_season(self) -> int:
         """Count the rows of a day, of a week for daily data, or of a year for longer steps; at least 1.
 
         The count is the median of the data, so that a week of business days has five rows.
         """
-        dates = self.dates_of_longest()
+        dates = self.dates_of(self.spans.rows.argmax())
         days = dates.to_series().diff().median() / pd.Timedelta("1D")  # NaN for a single row: no comparison holds
         for longest_step, length, period in ((0.5, 1, "D"), (3.5, 7, "W"), (183, 365.25, "Y")):
             if days <= longest_step:
@@ -83,8 +85,7 @@ class Table:
 
     def notes(self, seq_len: int) -> list[str]:
         """Describe gaps, irregular dates and unused series or columns, one line each."""
-        gaps = note_on_gaps(self.raw, self.spans, self.channels, seq_len)
-        lines = [self.left_out, *self._notes_on_dates(), gaps]
+        lines = [self.left_out, *self._notes_on_dates(), _note_on_gaps(self, seq_len)]
         return [f"{self.source}: {line}" for line in lines if line]
 
     def _notes_on_dates(self) -> list[str]:
@@ -100,8 +101,8 @@ class Table:
         # With a tolerance of one half, because months and years differ in length.
         jumps = np.flatnonzero(steps > 1.5 * usual) if usual else np.zeros(0, np.int64)
         if 0 < len(jumps) < (~is_border).sum() / 2:
-            where = f"before {self._row(jumps[0] + 1)} first"
-            notes.append(f"{len(jumps)} gaps in the dates, {where}: windows run across them")
+            row = self._row(jumps[0] + 1)
+            notes.append(f"{len(jumps)} gaps in the dates, before {row} first: windows run across them")
         return notes
 
     def _row(self, date: int) -> str:
@@ -113,28 +114,64 @@ class Table:
 
 
 @dataclass(frozen=True)
-class TableOptions:
-    """The flags that a table depends on.
+class TableOptions(FlagGroup):
+    """The flags that a table depends on."""
 
-    `covariates` is the flag's list; `target_last` says whether the target becomes the last channel, as in Time-LLM for
-    every data set except ETT.
-    """
-
+    data: str
     features: str
     target: str
     series: str
-    covariates: tuple[str, ...]
+    covariates: str
     seq_len: int
-    target_last: bool
 
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> Self:
-        """Take the options from the parsed flags."""
-        covariates = tuple(filter(None, (name.strip() for name in args.covariates.split(","))))
-        target_last = not args.data.startswith("ETT")
-        return cls(args.features, args.target, args.series, covariates, args.seq_len, target_last)
+    @property
+    def covariate_names(self) -> list[str]:
+        """The names in --covariates."""
+        return [name.strip() for name in self.covariates.split(",") if name.strip()]
 
     @property
     def needs_target(self) -> bool:
         """Whether the CSV must have the target column: always, except for --features M with the default target."""
         return self.features != "M" or self.target != "OT"
+
+
+def fill(values: np.ndarray, spans: Spans) -> np.ndarray:
+    """Forward-fill the gaps of each channel; a gap at a channel's start takes the channel's first value.
+
+    So a context never holds a later value, except in a channel that begins with a gap. Every channel of `values`,
+    (all rows,), needs a number. Without gaps, `values` itself is returned.
+    """
+    empty = np.isnan(values)
+    if not empty.any():
+        return values
+    known = np.flatnonzero(~empty)
+    source = np.where(empty, 0, np.arange(len(values)))
+    # A channel's first row takes the channel's first number, not the last number of the channel before.
+    source[spans.first] = known[np.searchsorted(known, spans.first)]
+    return values[np.maximum.accumulate(source)]
+
+
+def _note_on_gaps(table: Table, seq_len: int) -> str:
+    """Describe the empty cells in one line: their number, the longest gaps, the channels with too many."""
+    spans, channels, empty = table.spans, table.channels, np.isnan(table.raw)
+    if not empty.any():
+        return ""
+    starts_gap = empty & ~np.concatenate([[False], empty[:-1]])
+    starts_gap[spans.first] = empty[spans.first]  # no gap crosses from one channel into the next
+    begins, lengths = np.flatnonzero(starts_gap), np.bincount(starts_gap.cumsum()[empty] - 1)
+    longest = np.zeros(len(channels), np.int64)
+    np.maximum.at(longest, spans.channel_of(begins), lengths)
+    cells = np.bincount(spans.channel_of(np.flatnonzero(empty)), minlength=len(channels))
+    parts = [
+        f"{cells.sum()} of {len(empty)} cells are empty",
+        "longest gap in rows: " + listed([f"{channels[n]} {longest[n]}" for n in np.argsort(-longest) if longest[n]]),
+    ]
+    if leading := int(lengths[np.isin(begins, spans.first)].sum()):
+        parts.append(f"{leading} at the very beginning take the first value")
+    for is_bad, words in (
+        (cells > spans.rows / 2, "more than half empty"),
+        (longest > seq_len, f"a gap longer than --seq_len {seq_len}"),
+    ):
+        if is_bad.any():
+            parts.append(f"{words}: {listed([channels[n] for n in np.flatnonzero(is_bad)])}")
+    return "; ".join(parts)

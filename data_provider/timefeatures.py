@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from data_provider.layouts import LAYOUTS
 from utils.cli.options import FlagGroup
 from utils.errors import UserError
 
@@ -47,18 +46,13 @@ class MarkOptions(FlagGroup):
         """Compute the time marks of dates, (dates, marks) float32."""
         if self.embed == "timeF":
             return scaled_features(dates, self.freq)
-        return integer_features(dates, LAYOUTS[self.data].quarter_hours)
+        return integer_features(dates, quarter_hours=self.data.startswith("ETTm"))
 
 
 def scaled_features(dates: pd.DatetimeIndex, freq: str) -> np.ndarray:
-    """Compute calendar features between -0.5 and 0.5, as GluonTS does.
+    """Compute calendar features between -0.5 and 0.5, (rows, features) float32, as GluonTS does.
 
-    Args:
-        dates: one timestamp per row.
-        freq: the step of the series, such as ``h``, ``t`` or ``15min``; longer steps have fewer features.
-
-    Returns:
-        float32, (rows, features).
+    `freq` is the step of the series, such as ``h``, ``t`` or ``15min``; longer steps have fewer features.
 
     Raises:
         UserError: if the step is unknown.
@@ -71,11 +65,7 @@ def scaled_features(dates: pd.DatetimeIndex, freq: str) -> np.ndarray:
 
 
 def integer_features(dates: pd.DatetimeIndex, quarter_hours: bool) -> np.ndarray:
-    """Compute month, day, weekday, hour and, if requested, the quarter of the hour.
-
-    Returns:
-        float32 like every other array of a batch, (rows, 4 or 5).
-    """
+    """Compute month, day, weekday, hour and, if requested, the quarter of the hour, (rows, 4 or 5) float32."""
     columns = [dates.month, dates.day, dates.day_of_week, dates.hour]
     if quarter_hours:
         columns.append(dates.minute // 15)

@@ -14,7 +14,7 @@ from utils.cli.options import FlagGroup
 Window = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
-# Windows gathered at a time where all are read.
+# The number of windows in a chunk, where all windows are read.
 _CHUNK = 4096
 
 
@@ -52,9 +52,17 @@ class Spans:
         first = np.concatenate([[0], rows.cumsum()[:-1]])
         return cls(first, rows, first)
 
-    def part(self, begin: np.ndarray, end: np.ndarray) -> Self:
+    def part(self, begin: np.ndarray | int, end: np.ndarray | int) -> Self:
         """Select rows `begin` to `end` of each channel; none where `end` is not after `begin`."""
-        return Spans(self.first + begin, np.maximum(end - begin, 0), self.dates + begin)
+        return Spans(self.first + begin, np.maximum(end - begin, np.zeros_like(self.rows)), self.dates + begin)
+
+    def slices(self) -> list[slice]:
+        """List the slice of each channel's values."""
+        return [slice(first, first + rows) for first, rows in zip(self.first, self.rows, strict=True)]
+
+    def date_slices(self) -> list[slice]:
+        """List the slice of each channel's dates."""
+        return [slice(first, first + rows) for first, rows in zip(self.dates, self.rows, strict=True)]
 
     def last(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Index the last values of each channel and their dates, (channels, count) each."""
@@ -77,11 +85,8 @@ class WindowDataset(Dataset):
         targets: (all rows,) float32, the values to forecast, NaN where unknown; `values` itself if all are known.
         marks: (dates, marks) float32.
         spans: the rows of each channel to take windows from; a channel too short for a window has none.
-        channels: the channels' names.
-        sizes: the rows of a window.
         is_long: whether the channels are the series of a long CSV.
-        covariate_effect: (all rows,) float32, the covariates' effect, which `values` and `targets` lack; None without
-            covariates.
+        covariate_effect: (all rows,) float32, the effect subtracted from `values` and `targets`.
     """
 
     def __init__(
@@ -124,7 +129,7 @@ class WindowDataset(Dataset):
 
     def has_known_target(self, indices: Sequence[int]) -> bool:
         """Return whether any value in the horizon of these windows is known."""
-        if self.targets is None:
+        if not self.has_gaps:
             return len(indices) > 0
         rows, _ = self._places(indices)
         return not np.isnan(sliding_window_view(self.targets, self.length)[rows, self.seq_len :]).all()
@@ -141,9 +146,8 @@ class WindowDataset(Dataset):
         """
         rows, dates = self._places(indices)
         # The views are not attributes: pickling a view for a worker process would copy every window.
-        values = torch.from_numpy(sliding_window_view(self.values, self.length)[rows, :, None])
-        targets = values
-        if self.targets is not None:
+        values = targets = torch.from_numpy(sliding_window_view(self.values, self.length)[rows, :, None])
+        if self.has_gaps:
             targets = torch.from_numpy(sliding_window_view(self.targets, self.length)[rows, :, None])
         marks = torch.from_numpy(sliding_window_view(self.marks, self.length, axis=0)[dates]).transpose(1, 2)
         context, repeated = self.seq_len, self.seq_len - self.label_len
@@ -151,24 +155,22 @@ class WindowDataset(Dataset):
 
     def in_chunks(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
         """Yield windows in chunks: their numbers, contexts (B, seq_len) and targets (B, pred_len)."""
-        for some in chunks(indices):
-            context, following, *_ = self.__getitems__(some)
-            yield some, context[..., 0], following[:, -self.pred_len :, 0]
+        for chunk in chunks(indices):
+            context, following, *_ = self.__getitems__(chunk)
+            yield chunk, context[..., 0], following[:, -self.pred_len :, 0]
 
     def with_covariate_effect(self, indices: Sequence[int], forecast: np.ndarray) -> np.ndarray:
         """Add the covariates' effect to forecasts or targets of windows, (B, pred_len)."""
-        if self._covariate_effect is None:
+        if not self.has_covariates:
             return forecast
         rows, _ = self._places(indices)
         return forecast + sliding_window_view(self._covariate_effect, self.length)[rows, self.seq_len :]
 
     def whole_context(self, index: int) -> np.ndarray:
-        """Return the context of a window with the covariates' effect, (seq_len,)."""
+        """Add the covariates' effect to the context of a window, (seq_len,)."""
         (row,), _ = self._places([index])
-        context = self.values[row : row + self.seq_len]
-        if self._covariate_effect is None:
-            return context
-        return context + self._covariate_effect[row : row + self.seq_len]
+        rows = slice(row, row + self.seq_len)
+        return self.values[rows] + self._covariate_effect[rows] if self.has_covariates else self.values[rows]
 
     def _places(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Index the first rows and the first dates of windows."""
@@ -181,11 +183,9 @@ class WindowDataset(Dataset):
         return self._ends.searchsorted(indices, side="right")
 
 
-def evenly_spaced(windows: int, at_most: int) -> np.ndarray:
-    """Choose at most `at_most` of `windows` window numbers, evenly spaced, including the first and the last."""
-    if windows <= at_most:
-        return np.arange(windows)
-    return np.linspace(0, windows - 1, at_most).round().astype(np.int64)
+def evenly_spaced(count: int, at_most: int) -> np.ndarray:
+    """Choose at most `at_most` of the numbers below `count`, evenly spaced, including the first and the last."""
+    return np.linspace(0, count - 1, min(count, at_most)).round().astype(np.int64)
 
 
 def chunks(numbers: Sequence[int]) -> list[np.ndarray]:

@@ -40,7 +40,7 @@ from utils.cli.options import get_parser
 from utils.cli.signals import leave
 from utils.llm.choice import LLMFlags
 from utils.llm.loading import LoadedLLM, load_llm
-from utils.system.gpu import is_gpu, peak_allocated, reset_peak_memory, wait_until_done
+from utils.system.gpu import is_gpu, peak_allocated, reset_peak_memory, synchronize
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Runner:
 def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
     """Measure the peak memory allocated during `run`, minus the memory allocated before, in bytes."""
     if is_gpu(device):
-        wait_until_done(device)
+        synchronize(device)
         reset_peak_memory(device)
         before = peak_allocated(device)
         run()
@@ -182,7 +182,7 @@ def seconds(run: Callable[[], None], device: torch.device) -> float:
     """Measure the wall time of `run`, including the device's queued work."""
     started = time.perf_counter()
     run()
-    wait_until_done(device)
+    synchronize(device)
     return time.perf_counter() - started
 
 

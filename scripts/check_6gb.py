@@ -33,7 +33,7 @@ from utils.cli.places import csv_path
 from utils.cli.signals import leave
 from utils.errors import UserError
 from utils.memory.plan import plan_memory
-from utils.training.optimizers import build_optimizer
+from utils.training.optimization import build_optimizer
 
 USERS_FLAGS = [
     *("--data", "ETTm1", "--seq_len", "512", "--pred_len", "96", "--d_model", "32", "--d_ff", "32"),

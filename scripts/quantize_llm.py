@@ -24,7 +24,7 @@ from utils.llm.choice import load_pretrained
 from utils.llm.loading import nf4
 from utils.llm.quiet import quiet_transformers
 from utils.system.files import UNFINISHED, rename, unfinished_name
-from utils.system.gpu import is_gpu, of_this_machine
+from utils.system.gpu import default_device, is_gpu
 
 
 def quantize_llm(source: str, target: Path) -> None:
@@ -38,7 +38,7 @@ def quantize_llm(source: str, target: Path) -> None:
     config = load_pretrained(AutoConfig, source)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{source} is already quantized: pass it to --llm_model_path directly")
-    device = of_this_machine() if is_gpu(of_this_machine()) else torch.device("cpu")
+    device = default_device() if is_gpu(default_device()) else torch.device("cpu")
     # Load in the precision of the files: --load_in_4bit quantizes the same numbers.
     options = {"config": config, "dtype": "auto", "quantization_config": nf4(torch.float32), "device_map": {"": device}}
     model = load_pretrained(AutoModel, source, **options)

@@ -17,7 +17,7 @@ from torch.nn import functional
 from base_models.make_tiny_llm import make_tiny_llm
 from models.TimeLLM import Model
 from utils.cli.options import get_parser
-from utils.training.optimizers import build_optimizer
+from utils.training.optimization import build_optimizer
 
 FOLDER = Path(__file__).parent / "frozen"
 SEQ_LEN, PRED_LEN, BATCH, STEPS = 64, 12, 8, 6

@@ -17,9 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import layers.FrozenLinear
 import models
-import utils.memory.plan
 import utils.runs.pictures
 import utils.training.evaluation
+import utils.training.experiment
 import utils.training.trainer
 from scripts.benchmark import peak_bytes, seconds
 from tests.conftest import largest_difference
@@ -28,7 +28,7 @@ from utils.cli.options import get_parser
 from utils.runs import load_run
 from utils.system.processes import build_accelerator
 from utils.training.batch_size import fit_batch_size
-from utils.training.optimizers import build_optimizer
+from utils.training.optimization import build_optimizer
 from utils.training.trainer import Trainer
 
 LIBRARIES = set_up()
@@ -42,7 +42,7 @@ ALIKE = ["--llm_dtype", "float32", "--dropout", "0"]
 def fresh(monkeypatch):
     """Each test begins on the CPU, with an empty record of waits; pictures and plans are made on the CPU anyway."""
     monkeypatch.setattr(utils.runs.pictures, "save_picture", lambda *_: None)
-    monkeypatch.setattr(utils.memory.plan, "memory_in_short", lambda *_: "")
+    monkeypatch.setattr(utils.training.experiment, "memory_summary", lambda *_: "")
     use(ON_CPU, monkeypatch)
     GPU.reset()
     yield
@@ -297,7 +297,7 @@ class WatchedBar:
 
 
 # What the documentation says of waiting: a line now and then; and who looks at forecasts must read them back.
-ALLOWED = {utils.training.trainer: ("_report_progress",), utils.training.evaluation: ("_gathered",)}
+ALLOWED = {utils.training.trainer: ("_report_progress",), utils.training.evaluation: ("_gather_forecasts",)}
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 import data_provider.reading
-from data_provider.fingerprints import keep_rows, share_kept
+from data_provider.facts import estimate_overlap, sample_fingerprints
 from data_provider.tables import Table
 from data_provider.windows import Spans
 from dataset.demo import write_demo_csv
@@ -361,11 +361,11 @@ def test_rows_trained_on_are_found_in_wide_and_in_long_data(channels, rows):
     dates = pd.date_range("2024-01-01", periods=rows, freq="h")
     table = Table(Path("x.csv"), dates, values, tuple(map(str, range(channels))), Spans.of_table(rows, channels))
     begin, half, end = (np.full(channels, place) for place in (0, rows // 2, rows))
-    kept = keep_rows(table, half)
+    kept = sample_fingerprints(table, half)
     assert len(kept) <= 4096
-    assert share_kept(table, begin, half, kept) == 1
-    assert share_kept(table, begin, end, kept) == pytest.approx(0.5, abs=0.05)
-    assert share_kept(table, half, end, kept) == 0
+    assert estimate_overlap(table, begin, half, kept) == 1
+    assert estimate_overlap(table, begin, end, kept) == pytest.approx(0.5, abs=0.05)
+    assert estimate_overlap(table, half, end, kept) == 0
 
 
 def test_a_path_may_be_a_path(run, own_csv):

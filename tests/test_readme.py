@@ -236,5 +236,5 @@ def test_contributing_names_what_is_there():
     text = text_of("CONTRIBUTING.md")
     for name in re.findall(r"`((?:utils|layers|models|data_provider|base_models|scripts|tests)/[\w./*-]+)`", text):
         assert list(ROOT.glob(name.replace("NAME", "*"))), name
-    for name, module in (("KNOWN_LLMS", "utils.llm.choice"), ("LAYOUTS", "data_provider.layouts")):
+    for name, module in (("KNOWN_LLMS", "utils.llm.choice"), ("LAYOUTS", "data_provider.series")):
         assert name in text and hasattr(importlib.import_module(module), name)

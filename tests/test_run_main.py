@@ -250,7 +250,7 @@ def test_a_loss_that_is_not_finite_between_validations_is_found_at_the_next_repo
 
 def test_the_best_checkpoint_survives_a_loss_that_is_not_finite(run, flags, monkeypatch):
     monkeypatch.setattr(
-        "utils.training.schedules.rate_of_epoch", lambda name, rate, epoch: rate if epoch == 1 else 1e25
+        "utils.training.optimization.rate_of_epoch", lambda name, rate, epoch: rate if epoch == 1 else 1e25
     )
     flags = [*flags, "--max_steps", 0, "--percent", 20, "--batch_size", 100, "--train_epochs", 3]
     done = run(*flags)

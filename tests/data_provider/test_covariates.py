@@ -7,6 +7,8 @@ import pytest
 from data_provider.covariates import fit_explainer
 from data_provider.data_factory import data_provider
 from data_provider.series import load_series
+from data_provider.tables import Covariates, Table
+from data_provider.windows import Spans
 from utils.cli.options import get_parser
 from utils.runs import load_run
 from utils.runs.checkpoint import read_checkpoint
@@ -143,7 +145,10 @@ def test_a_penalty_is_chosen_in_the_order_of_time(tmp_path):
     drawn = np.random.default_rng(0)
     rows = pd.DataFrame({"x": drawn.normal(size=300)})
     strong = 2 * rows["x"].to_numpy() + 0.1 * drawn.normal(size=300)
-    explained = fit_explainer(tmp_path, rows, [strong, drawn.normal(size=300)], [slice(0, 300)] * 2, ["s", "n"])
+    spans = Spans.of_table(300, 2)
+    values = np.concatenate([strong, drawn.normal(size=300)])
+    table = Table(tmp_path, rows.index, values, ("s", "n"), spans, covariates=Covariates(rows, rows[:0], spans))
+    explained = fit_explainer(table, values, spans.rows)
     (of_strong,), (of_noise,) = explained.coefficients
     assert of_strong == pytest.approx(2 * rows["x"].std(ddof=0), rel=0.02)
     assert abs(of_noise) < 0.1

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from data_provider.data_factory import data_provider
-from data_provider.gaps import fill
 from data_provider.series import load_series
+from data_provider.tables import fill
 from data_provider.windows import Spans
 from dataset.demo import demo_frame
 from utils.cli.options import get_parser

@@ -1,7 +1,4 @@
-"""A training step on meta tensors, its bytes counted.
-
-It is the model's own code that runs, so the count follows it by itself, for any architecture.
-"""
+"""Measure the memory of a training step on meta tensors; this runs the model's own code, so any architecture works."""
 
 import argparse
 import weakref
@@ -17,103 +14,99 @@ from models import build
 from utils.llm.choice import LLMChoice, choose_dtype
 from utils.llm.meta import llm_without_weights
 
-# Of NF4 with double quantisation: half a byte, a byte a block of 64, four bytes a block of 256 such blocks.
+# NF4 with double quantization: 4 bits per weight, 1 byte per block of 64 weights, 4 bytes per 256 such blocks.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
-# Layers that the step is tried with; what each further layer adds is the difference.
+# The numbers of layers to run the step with; their difference shows what each further layer adds.
 _FEW, _MORE = 2, 3
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step on few layers, in bytes; `EXTENSIVE` names what grows with the layers.
+    """The memory of a step with a few of the LLM's layers, in bytes; the values in `PER_LAYER` grow with the layers.
 
-    `kept`: alive when the way forward ends, the prompts' keys and values (`cache`) among it. `llm_moment`: the most
-    until backward leaves the LLM. `end_moment`: the most from there on. `constants`: the basis
-    of the text prototypes. `dequantized`: the largest matrix that is unpacked from 4 bits at one time.
+    Attributes:
+        constants: the basis of the text prototypes.
+        dequantized: the largest matrix that is unpacked from 4 bits.
+        cache: the keys and values of the prompts.
+        saved: the activations at the end of the forward pass, including `cache`.
+        llm_peak: the peak until the backward pass has left the LLM.
+        last_peak: the peak after that.
     """
 
-    EXTENSIVE = ("llm", "cache", "kept", "llm_moment", "end_moment")
+    PER_LAYER = ("llm", "cache", "saved", "llm_peak", "last_peak")
 
-    layers: int
     llm: int
     embedding: int
     trainable: int
     constants: int
     dequantized: int
     cache: int
-    kept: int
-    llm_moment: int
-    end_moment: int
+    saved: int
+    llm_peak: int
+    last_peak: int
 
 
-def layers_to_try(choice: LLMChoice) -> tuple[int, ...]:
-    """Return the numbers of layers to try the step with: what each further layer adds is the difference."""
-    there = choice.text_config.num_hidden_layers
-    return (_FEW, _MORE) if there > _MORE else (there,)
+def trial_layers(choice: LLMChoice) -> tuple[int, ...]:
+    """Return the numbers of layers to run the step with."""
+    available = choice.text_config.num_hidden_layers
+    return (_FEW, _MORE) if available > _MORE else (available,)
 
 
 def try_step(args: argparse.Namespace, choice: LLMChoice, device: torch.device, layers: int) -> Step:
-    """Run a training step of the model that the flags describe, with so many layers of its LLM.
+    """Run a training step of the model that the flags describe, with the first `layers` layers of its LLM.
 
-    Args:
-        args: the parsed flags.
-        choice: their LLM.
-        device: that the step is planned for.
-        layers: of the LLM.
+    The tensors have no device memory; `device` only determines the LLM's data type.
     """
     dtype = choose_dtype(args.llm_dtype, device)
     model = build(args, llm_without_weights(choice, layers, dtype))
     backbone = model.llm_info.backbone
     embeddings = backbone.get_input_embeddings().weight
     matrices = [module.weight for module in backbone.modules() if type(module) is nn.Linear] if choice.in_4bit else []
-    in_matrices = sum(matrix.numel() for matrix in matrices)
-    others = backbone.num_parameters() - embeddings.numel() - in_matrices
+    quantized = sum(matrix.numel() for matrix in matrices)
+    unquantized = backbone.num_parameters() - embeddings.numel() - quantized
     basis = getattr(model.mapping_layer, "basis", None)
     tokens = [len(prompt) for prompt in model.tokenize(_windows(args)[..., 0])]
     return Step(
-        layers=layers,
-        llm=round(others * dtype.itemsize + in_matrices * NF4_BYTES),
+        llm=round(unquantized * dtype.itemsize + quantized * NF4_BYTES),
         embedding=embeddings.nbytes,
         trainable=4 * sum(parameter.numel() for parameter in model.parameters()),
         constants=0 if basis is None else basis.nbytes,
         dequantized=max((matrix.nbytes for matrix in matrices), default=0),
         cache=model.llm.prefix_bytes(max(tokens) * len(tokens)) if model.llm.uses_prefix else 0,
-        **_moments(model, args),
+        **_run_step(model, args, [] if basis is None else [basis]),
     )
 
 
-def _moments(model: nn.Module, args: argparse.Namespace) -> dict[str, int]:
-    """Run a training step and return `kept`, `llm_moment` and `end_moment`."""
-    constants = [*model.parameters(), *model.llm_info.backbone.parameters()]
-    constants += [basis for basis in [getattr(model.mapping_layer, "basis", None)] if basis is not None]
-    live = _LiveBytes(constants)
-    moments = []
+def _run_step(model: nn.Module, args: argparse.Namespace, buffers: list[torch.Tensor]) -> dict[str, int]:
+    """Run a training step and measure `saved`, `llm_peak` and `last_peak`, without the parameters and `buffers`."""
+    live = _LiveBytes([*model.parameters(), *model.llm_info.backbone.parameters(), *buffers])
+    llm_peaks = []
 
-    def through_the_llm(_gradient: torch.Tensor) -> None:
-        moments.append(live.peak)
+    def record_peak(_gradient: torch.Tensor) -> None:
+        llm_peaks.append(live.peak)
         live.peak = live.now
 
-    def watch(_module: nn.Module, _inputs: tuple, patches: torch.Tensor) -> None:
-        patches.register_hook(through_the_llm)
+    def register(_module: nn.Module, _inputs: tuple, patches: torch.Tensor) -> None:
+        patches.register_hook(record_peak)
 
-    model.reprogramming_layer.register_forward_hook(watch)
+    model.reprogramming_layer.register_forward_hook(register)
     model.train()
     with live:
         forecast = model(_windows(args))
         loss = functional.mse_loss(forecast, torch.empty_like(forecast))
-        kept = live.now
+        saved = live.now
         loss.backward()
-    return {"kept": kept, "llm_moment": moments[0], "end_moment": live.peak}
+    return {"saved": saved, "llm_peak": llm_peaks[0], "last_peak": live.peak}
 
 
 def _windows(args: argparse.Namespace) -> torch.Tensor:
-    """Return windows whose prompts are as long as others."""
+    """Draw windows whose prompts have a typical length."""
     return torch.randn(args.batch_size, args.seq_len, 1, generator=torch.Generator().manual_seed(0))
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Count the bytes of the tensors that are alive; those of `constants` are not counted."""
+    """Count the bytes of live tensors, except for `constants`."""
 
     def __init__(self, constants: list[torch.Tensor]):
         super().__init__()

@@ -16,11 +16,10 @@ def load_run(folder: str | Path, device: str | None = None, **changes: object) -
         forecast = run.predict(frame)                    # a DataFrame with the columns of forecast.csv
         forecast = run.predict(frame, level=[80, 95])    # with intervals, if the run was tested with --level
 
-    `frame` has the columns of the run's CSV: `date` (or dates as the index) and the run's channels. The LLM is loaded
-    once and kept in memory. The forecasts equal those of `--predict` to the last digit.
+    For the columns of `frame`, see `TrainedRun.predict`. The forecasts equal those of `--predict` to the last digit.
 
     Args:
-        folder: the run folder, with a checkpoint.
+        folder: the run folder.
         device: such as "cpu" or "cuda:1"; None for the first GPU, or the CPU if there is no GPU.
         changes: flags that differ from the run's, such as `llm_model_path` if the LLM's folder was moved.
 

@@ -40,10 +40,7 @@ class Run:
 class Checkpoint:
     """A `checkpoint` or `last` as it was when it was read; training may have replaced the file since.
 
-    Attributes:
-        path: the file.
-        sha256: the hash of the file.
-        contents: see `save_checkpoint` and `save_last`.
+    `sha256` is the hash of the file; for the contents, see `save_checkpoint` and `save_last`.
     """
 
     path: Path
@@ -100,24 +97,16 @@ def _save(run: Run, model: Forecaster, name: str, position: dict) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a `checkpoint`.
-
-    Raises:
-        UserError: if it is damaged or was not written by this program.
-    """
+    """Read a `checkpoint`; raise UserError if it is damaged or was not written by this program."""
     return _read(path, lambda contents: check_progress(contents["progress"]))
 
 
 def read_last(path: Path) -> Checkpoint:
-    """Read a `last`.
-
-    Raises:
-        UserError: if it is damaged or was not written by this program.
-    """
+    """Read a `last`; raise as `read_checkpoint` does."""
     return _read(path, lambda contents: check_training(contents["training"]))
 
 
-def training_ended(last: Checkpoint) -> bool:
+def _training_ended(last: Checkpoint) -> bool:
     """Return whether the run that wrote a `last` has nothing left to train by its own flags."""
     flags, state = last.flags, last.contents["training"]
     if not last.contents["weights"]:  # a model without weights is only scored
@@ -131,15 +120,9 @@ def training_ended(last: Checkpoint) -> bool:
 
 
 def ended_state(folder: Path) -> str:
-    """Return the SHA-256 of a run's `last` if training has ended, else an empty string.
-
-    Raises:
-        UserError: if `last` is damaged.
-    """
-    if not (folder / "last").is_file():
-        return ""
-    last = read_last(folder / "last")
-    return last.sha256 if training_ended(last) else ""
+    """Return the SHA-256 of a run's `last` if training has ended, else ""; raise UserError if `last` is damaged."""
+    last = read_last(folder / "last") if (folder / "last").is_file() else None
+    return last.sha256 if last and _training_ended(last) else ""
 
 
 def _read(path: Path, check_position: Callable[[dict], None]) -> Checkpoint:
@@ -152,25 +135,20 @@ def _read(path: Path, check_position: Callable[[dict], None]) -> Checkpoint:
                     raise ValueError(f"the checksum of its part {broken} is wrong")
             file.seek(0)
             contents = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as problem:  # zipfile and torch can raise anything for a truncated or foreign file
-        raise _damaged(path, problem) from problem
-    if not isinstance(contents, dict) or contents.get("format") != FORMAT or not contents.keys() >= _REQUIRED:
-        raise UserError(f"{path} is not a checkpoint of this program: name another --checkpoint")
-    contents = {**_DEFAULTS_OF_EARLIER_VERSIONS, **contents}
-    if contents.pop("one_in", 1) != 1:  # earlier versions chose the rows in another way
-        contents["trained_rows"] = []
-    llm = contents["llm"]
-    if isinstance(llm, dict) and "words_hash" in llm:  # the key's name in earlier versions
-        llm["embedding_hash"] = llm.pop("words_hash")
-    try:
+        if not isinstance(contents, dict) or contents.get("format") != FORMAT or not contents.keys() >= _REQUIRED:
+            raise UserError(f"{path} is not a checkpoint of this program: name another --checkpoint")
+        contents = {**_DEFAULTS_OF_EARLIER_VERSIONS, **contents}
+        if contents.pop("one_in", 1) != 1:  # earlier versions chose the rows in another way
+            contents["trained_rows"] = []
+        llm = contents["llm"]
+        if isinstance(llm, dict) and "words_hash" in llm:  # the key's name in earlier versions
+            llm["embedding_hash"] = llm.pop("words_hash")
         check_contents(contents)
         check_position(contents)
-    except Exception as problem:  # the contents of a foreign file can make a check raise anything
-        raise _damaged(path, problem) from problem
+    except UserError:
+        raise
+    except Exception as problem:  # zipfile, torch and the checks can raise anything for a truncated or foreign file
+        raise UserError(
+            f"{path} is damaged or not a checkpoint ({first_line(problem)}): train again, or name another --checkpoint"
+        ) from problem
     return Checkpoint(path, sha256, contents)
-
-
-def _damaged(path: Path, problem: Exception) -> UserError:
-    return UserError(
-        f"{path} is damaged or not a checkpoint ({first_line(problem)}): train again, or name another --checkpoint"
-    )

@@ -12,30 +12,17 @@ from accelerate import PartialState
 
 from data_provider.facts import DataFacts
 from models.forecaster import Forecaster
-from utils.cli.options import (
-    DEFAULTS,
-    MUST_MATCH_CHECKPOINT,
-    RESUME_MAY_CHANGE,
-    WARN_IF_CHANGED,
-    check_types,
-    flags_tagged,
-    get_parser,
-    has_llm,
-    must_match_for,
-)
+from utils.cli import options
 from utils.errors import UserError, listed
 from utils.llm.identity import LLMTraces, check_same_llm
 from utils.runs.checkpoint import Checkpoint, Run, read_checkpoint
 
 
 def check_flags(saved: Checkpoint, flags: Mapping[str, object]) -> None:
-    """Refuse flags with which a checkpoint cannot be used.
-
-    Raises:
-        UserError: names the first such flag.
-    """
-    needed = flags_tagged(MUST_MATCH_CHECKPOINT) | flags_tagged(must_match_for(flags["model"]))
-    for name, before in _changed_flags(saved, flags, sorted(needed)):
+    """Raise UserError for the first flag with which a checkpoint cannot be used."""
+    tags = options.MUST_MATCH_CHECKPOINT, options.must_match_for(flags["model"])
+    needed = sorted(set().union(*map(options.flags_tagged, tags)))
+    for name, before in _changed_flags(saved, flags, needed):
         raise UserError(
             f"{saved.path} was trained with --{name} {before}, not {flags[name]}: give it the value of its run"
         )
@@ -43,25 +30,24 @@ def check_flags(saved: Checkpoint, flags: Mapping[str, object]) -> None:
 
 def _changed_flags(saved: Checkpoint, flags: Mapping[str, object], names: Iterable[str]) -> list[tuple[str, object]]:
     """List the name and the saved value of each of these flags that has changed."""
-    before = [(name, saved.flags.get(name, DEFAULTS.get(name))) for name in names]
-    return [(name, value) for name, value in before if value != flags[name]]
+    before = {name: saved.flags.get(name, options.DEFAULTS.get(name)) for name in names}
+    return [(name, value) for name, value in before.items() if value != flags[name]]
 
 
 def load_checkpoint(saved: Checkpoint, model: Forecaster, flags: dict, data: DataFacts | None) -> None:
     """Load the trained weights into a model.
 
     Args:
-        saved: the checkpoint.
         model: the unwrapped model.
         flags: the present flags; a note is printed for each difference that changes forecasts.
-        data: the facts about the test data, None if there are none. If they differ from the run's, a note is printed,
-            unless the checkpoint was named by --checkpoint.
+        data: the facts about the test data, if there are any. If they differ from the run's, a note is printed, unless
+            --checkpoint named the checkpoint.
 
     Raises:
         UserError: if the checkpoint belongs to another model or another LLM.
     """
     check_flags(saved, flags)
-    for name, before in _changed_flags(saved, flags, sorted(flags_tagged(WARN_IF_CHANGED))):
+    for name, before in _changed_flags(saved, flags, sorted(options.flags_tagged(options.WARN_IF_CHANGED))):
         PartialState().print(f"Note: {saved.path} was trained with --{name} {before}, not {flags[name]}")
     if _description_changed(saved, model):
         PartialState().print(f"Note: {saved.path} was trained with another description of the data in its prompts")
@@ -76,7 +62,7 @@ def load_last(last: Checkpoint, run: Run, model: Forecaster) -> dict:
     Raises:
         UserError: if a flag, the LLM or the data has changed, or the best weights so far are missing.
     """
-    fixed_flags = [name for name in run.flags if name not in flags_tagged(RESUME_MAY_CHANGE)]
+    fixed_flags = [name for name in run.flags if name not in options.flags_tagged(options.RESUME_MAY_CHANGE)]
     for name, before in _changed_flags(last, run.flags, fixed_flags):
         raise UserError(
             f"{last.path} is from a run with --{name} {before}, not {run.flags[name]}: resume with the flags of the run"
@@ -106,42 +92,31 @@ def _check_best(last: Checkpoint, best: Path, fixed_flags: Sequence[str]) -> Non
 
 
 def check_channels(facts: DataFacts, channels: Sequence[str], is_long: bool, csv: Path) -> None:
-    """Refuse data with other channels than a checkpoint was trained on; a long CSV may have new series.
-
-    Raises:
-        UserError: if the channels differ.
-    """
+    """Raise UserError for data with other channels than a checkpoint was trained on; a long CSV may have new series."""
     if is_long != facts.is_long:
         trained, present = ("long", "wide") if facts.is_long else ("wide", "long")
         raise UserError(
             f"{csv} is a {present} CSV, but the checkpoint was trained on a {trained} CSV: give a {trained} CSV"
         )
-    if is_long:
-        if unseen := len(set(channels) - set(facts.channels)):
-            PartialState().print(f"Note: {unseen} of {len(channels)} series of {csv} were not in the training data")
-    elif list(channels) != facts.channels:
+    if not is_long and list(channels) != facts.channels:
         raise UserError(f"{csv} has the channels {list(channels)}, the checkpoint was trained on {facts.channels}")
+    if unseen := len(set(channels) - set(facts.channels)):
+        PartialState().print(f"Note: {unseen} of {len(channels)} series of {csv} were not in the training data")
 
 
 def check_shapes(saved: Checkpoint, shapes: Mapping[str, torch.Size]) -> None:
-    """Refuse a checkpoint whose weights do not fit the model of its flags, before that model takes memory.
+    """Raise UserError for the first weight that does not fit the model of the flags, before that model takes memory.
 
     The mapping layer is checked on loading, which may convert its weights.
-
-    Raises:
-        UserError: names the first weight that does not fit.
     """
-    found = {name: tensor.shape for name, tensor in saved.contents["weights"].items()}
+    found = {name: tuple(tensor.shape) for name, tensor in saved.contents["weights"].items()}
     for name in sorted(shapes.keys() | found.keys()):
-        if not name.startswith("mapping_layer.") and found.get(name) != shapes.get(name):
+        shape, needed = found.get(name, "missing"), tuple(shapes[name]) if name in shapes else "missing"
+        if not name.startswith("mapping_layer.") and shape != needed:
             raise UserError(
-                f"{saved.path} does not fit ({name} is {_shape(found.get(name))}, by its flags"
-                f" {_shape(shapes.get(name))}): it is damaged, or give it the flags of its run"
+                f"{saved.path} does not fit ({name} is {shape}, by its flags {needed}): it is damaged, or give it the"
+                " flags of its run"
             )
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "missing" if shape is None else str(tuple(shape))
 
 
 def flags_to_test(saved: Checkpoint, changes: Mapping[str, object]) -> argparse.Namespace:
@@ -150,18 +125,18 @@ def flags_to_test(saved: Checkpoint, changes: Mapping[str, object]) -> argparse.
     Raises:
         UserError: if a change does not name a flag, or gives a flag an invalid value.
     """
-    if unknown := sorted(changes.keys() - DEFAULTS.keys()):
+    if unknown := sorted(changes.keys() - options.DEFAULTS.keys()):
         raise UserError(f"run_main.py has no flag {listed(unknown)}: load_run takes the flags of the run")
     changes = {name: _plain(value) for name, value in changes.items()}
     try:
-        check_types(changes)
+        options.check_types(changes)
     except ValueError as problem:
         raise UserError(str(problem)) from problem
     # Runs of earlier versions lack the newer flags, whose defaults reproduce the earlier behavior.
-    args = get_parser().parse_args(["--data", saved.flags["data"]])
+    args = options.get_parser().parse_args(["--data", saved.flags["data"]])
     test_flags = {"is_training": 0, "resume": "", "demo": False, "checkpoint": str(saved.path.parent)}
     vars(args).update({**saved.flags, **test_flags, **changes})
-    if has_llm(args) and not {"llm_model", "llm_model_path"} & changes.keys():
+    if options.has_llm(args) and not {"llm_model", "llm_model_path"} & changes.keys():
         _keep_local_llm(saved, args)
     return args
 
@@ -178,8 +153,7 @@ def _keep_local_llm(saved: Checkpoint, args: argparse.Namespace) -> None:
     llm = saved.contents["llm"] or {}
     if llm.get("folder") is None:  # from the Hub, or a checkpoint of an earlier version
         return
-    has_source = (Path(llm["source"]) / "config.json").is_file()
-    args.llm_model_path = llm["source"] if has_source else llm["folder"]
+    args.llm_model_path = llm["source"] if (Path(llm["source"]) / "config.json").is_file() else llm["folder"]
     if args.llm_layers is None and args.ablation != "no_llm":
         args.llm_layers = llm["layers"]  # an LLM chosen by name may have a lower default
 

@@ -60,7 +60,8 @@ def _check_data(contents: dict) -> None:
 
 
 def _check_explainer(explainer: dict, channels: list[str]) -> None:
-    _check(explainer["channels"] == channels, "its covariates explain other channels")
+    fits = explainer["channels"] == channels and len(explainer["coefficients"]) == len(channels)
+    _check(fits, "its covariates explain other channels")
     _check(_are_numbers(explainer["shares"], len(channels)), "the shares of its covariates are not finite")
     features = 0
     for column in explainer["columns"]:
@@ -71,7 +72,6 @@ def _check_explainer(explainer: dict, channels: list[str]) -> None:
         _check(_are_numbers(column["mean"], own) and _are_numbers(column["scale"], own), "a covariate is not finite")
         _check(all(scale > 0 for scale in column["scale"]), "a covariate's scale is not positive")
         features += own
-    _check(len(explainer["coefficients"]) == len(channels), "its covariates explain other channels")
     _check(all(_are_numbers(row, features) for row in explainer["coefficients"]), "a coefficient is not finite")
 
 
@@ -99,8 +99,8 @@ def check_training(training: dict) -> None:
     _check(len(training["random"]) > 0, "it has no random states")
     for states in training["random"]:
         torch.Generator().set_state(states["cpu"])
-    _check(all(_are_texts(row) for row in training["history"]), "its history has cells that are not strings")
     for row in training["history"]:
+        _check(_are_texts(row), "its history has cells that are not strings")
         _check(len(row) >= 2 and row[0].isdecimal() and row[1].isdecimal(), "a row of its history has no steps")
         _check(all(cell == "" or math.isfinite(float(cell)) for cell in row), "a cell of its history is not a number")
     for tensor in _tensors_in(training["optimizer"]):
@@ -108,7 +108,7 @@ def check_training(training: dict) -> None:
     for group in training["optimizer"]["param_groups"]:
         _check(_is_number(group["lr"]) and group["lr"] >= 0, "a learning rate is not a number")
     schedule = training["schedule"]
-    _check(all(_is_number(schedule[name]) for name in ("last_epoch",)), "its schedule has no position")
+    _check(_is_number(schedule["last_epoch"]), "its schedule has no position")
     for name in ("base_lrs", "_last_lr"):
         _check(all(map(_is_number, schedule.get(name, []))), f"its schedule's {name} are not numbers")
 

@@ -7,20 +7,12 @@ from utils.cli.options import DEFAULTS, NOT_RUN_IDENTITY, flags_of_final_test, f
 from utils.cli.places import csv_path
 from utils.system.files import hash_of, read_json
 
-# Flags in which a later test may differ from its run without a change of the scores.
-_TEST_MAY_CHANGE = {"is_training", "checkpoint"}
-
 
 def is_of(folder: Path, args: argparse.Namespace) -> bool:
-    """Return whether a run folder was written with these flags, including the repetition's seed, and their CSV.
-
-    Raises:
-        UserError: if args.json is damaged.
-    """
-    path = folder / "args.json"
-    if not path.is_file():
+    """Return whether a run folder was written with these flags and CSV; raise UserError if args.json is damaged."""
+    if not (folder / "args.json").is_file():
         return False
-    before = read_json(path)
+    before = read_json(folder / "args.json")
     return before.get("data_sha256") == hash_of(csv_path(args)) and _same_flags(before, args)
 
 
@@ -33,14 +25,13 @@ def is_finished(folder: Path, args: argparse.Namespace) -> bool:
     Raises:
         UserError: if metrics.json or args.json is damaged.
     """
-    path = folder / "metrics.json"
-    if not path.is_file() or not is_of(folder, args):
+    if not (folder / "metrics.json").is_file() or not is_of(folder, args):
         return False
-    metrics = read_json(path)
+    metrics = read_json(folder / "metrics.json")
     tested = metrics.get("flags")
     return (
         isinstance(tested, dict)  # earlier versions did not write the flags
-        and _same_flags(tested, args, _TEST_MAY_CHANGE)
+        and _same_flags(tested, args, {"is_training", "checkpoint"})  # a later test has the same scores
         and metrics.get("eval_windows") == flags_of_final_test(args).eval_windows
         and metrics.get("data_sha256") == hash_of(csv_path(args))
         and metrics.get("prompt_file_sha256") == hash_of(Path(args.prompt_file))

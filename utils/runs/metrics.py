@@ -15,12 +15,9 @@ WORST_SHOWN = 10
 
 @dataclass(frozen=True)
 class Scores:
-    """Mean errors of the scaled series over windows, counting only known targets.
+    """Mean errors of the scaled series over all windows, or those of the target channel, counting only known targets.
 
-    Attributes:
-        mse, mae: the headline errors, over all windows or over those of the target channel.
-        windows: the number of windows behind the headline errors.
-        per_channel: mse, mae and windows of each channel, and the number of `known` targets if some are missing.
+    `per_channel` holds mse, mae and windows of each channel, and the number of `known` targets if some are missing.
     """
 
     mse: float
@@ -34,8 +31,7 @@ class Forecasts:
     """The forecasts of one batch of windows, gathered from all processes, in the order of their split.
 
     Attributes:
-        numbers: the windows' indices in their split, (B,).
-        channels: the indices of the windows' channels, (B,).
+        numbers, channels: the indices of the windows in their split, and of their channels, (B,) each.
         forecast, target: (B, pred_len) float32, scaled; a missing target is NaN.
         deviation: the standard deviation of each window's context, (B,) float32, scaled.
     """
@@ -67,7 +63,7 @@ class KeptForecasts(Metric):
 
     def compute(self) -> Forecasts:
         """Concatenate all batches."""
-        names = [one.name for one in fields(Forecasts)]
+        names = [field.name for field in fields(Forecasts)]
         return Forecasts(*(np.concatenate([getattr(batch, name) for batch in self._batches]) for name in names))
 
 
@@ -75,7 +71,6 @@ class UnitErrors(Metric):
     """Errors by forecast step, and errors in the data's own units.
 
     Args:
-        facts: the facts about the data.
         naive_errors: the mean absolute error of the seasonal naive forecast on the scaled training rows, by channel;
             it may lack channels.
         target: the channel of the headline errors, None for all channels.
@@ -103,16 +98,15 @@ class UnitErrors(Metric):
         in_units = (forecast * deviation + mean, target * deviation + mean)
         # A window's weight is its share of known targets.
         weights = (~np.isnan(target)).mean(axis=-1)
-        np.add.at(self._smape[0], batch.channels, weights * symmetric_error(*in_units))
+        np.add.at(self._smape[0], batch.channels, weights * _symmetric_error(*in_units))
         np.add.at(self._smape[1], batch.channels, weights)
 
     def compute(self, scores: Scores) -> dict:
         """Compute the errors of metrics.json, overall and for each channel, given the mean errors of the same windows.
 
-        Besides the scaled mse and mae: rmse, the root mean squared error in the data's units; mase, the mean absolute
+        mse, mae and mse_by_step are scaled, rmse is in the data's units, smape in percent. mase is the mean absolute
         error divided by that of the seasonal naive forecast on the training rows (Hyndman and Koehler, 2006), None if
-        that is unknown or 0; smape, in percent. Overall errors are means over windows (rmse: of its square).
-        mse_by_step is scaled, with one value per forecast step.
+        that is unknown or 0. Overall errors are means over windows (rmse: of its square).
         """
         per_channel = {name: self._of_channel(name, errors) for name, errors in scores.per_channel.items()}
         headline = [errors for name, errors in per_channel.items() if self.target in (None, name)]
@@ -126,21 +120,22 @@ class UnitErrors(Metric):
             "smape": float(np.average([errors["smape"] for errors in headline], weights=weights)),
             "windows": scores.windows,
             "per_channel": per_channel,
-            "mse_by_step": [
-                square / known if known else None
-                for square, known in zip(self._squares.tolist(), self._known.tolist(), strict=True)
-            ],
+            "mse_by_step": by_step(self._squares, self._known),
         }
 
     def _of_channel(self, name: str, errors: dict[str, float]) -> dict[str, float | None]:
-        number = self._number_of[name]
-        naive = self.naive_errors.get(name)
+        number, naive = self._number_of[name], self.naive_errors.get(name)
         return {
             **errors,
             "rmse": math.sqrt(errors["mse"]) * float(self._deviation[number]),
             "mase": errors["mae"] / naive if naive else None,
             "smape": float(self._smape[0, number] / self._smape[1, number]),
         }
+
+
+def by_step(sums: np.ndarray, known: np.ndarray) -> list[float | None]:
+    """Divide sums by the number of known targets of each forecast step; None for a step without any."""
+    return np.where(known > 0, sums / np.maximum(known, 1), None).tolist()
 
 
 def summary_of_series(per_channel: Mapping[str, dict]) -> dict:
@@ -154,11 +149,8 @@ def summary_of_series(per_channel: Mapping[str, dict]) -> dict:
     return {"series": {"count": len(per_channel), **spread}, "per_channel": {name: per_channel[name] for name in worst}}
 
 
-def symmetric_error(forecast: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Compute the mean of 200 |forecast - target| / (|forecast| + |target|) over the last axis; 0 / 0 counts as 0.
-
-    A NaN target does not count; the mean over no known target is 0.
-    """
+def _symmetric_error(forecast: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Average 200 |forecast - target| / (|forecast| + |target|) over the last axis' known targets; 0 / 0 is 0."""
     size = np.abs(forecast) + np.abs(target)
     error = np.abs(forecast - target)
     shares = np.divide(error, size, out=np.zeros_like(error), where=size > 0)  # also 0 where size is NaN

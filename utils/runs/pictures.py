@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 import utils.system.plotting  # noqa: F401 - before matplotlib, which may refuse the environment
 from utils.system.files import atomic_write
@@ -19,6 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font, get_font_names
 from matplotlib.text import Text
 
+if TYPE_CHECKING:
+    from utils.runs.prediction import Forecast
+
 CONTEXT, TARGET, FORECAST = "0.45", "tab:green", "tab:orange"
 
 # Fonts with Chinese, Japanese and Korean characters on Windows, macOS and Linux.
@@ -28,40 +31,24 @@ _FURTHER_FONTS = (
 )
 
 
-@dataclass(frozen=True)
-class DrawnForecast:
-    """The forecast of one channel to draw, in the CSV's units.
-
-    Attributes:
-        name: the channel's name.
-        context_dates, context: the rows before the forecast, (seq_len,) each.
-        dates, values: the forecast, (pred_len,) each.
-        half_widths: half the width of the intervals, (pred_len,) each, by level in percent.
-    """
-
-    name: str
-    context_dates: pd.DatetimeIndex
-    context: np.ndarray
-    dates: pd.DatetimeIndex
-    values: np.ndarray
-    half_widths: dict[int, np.ndarray]
-
-
-def draw_forecasts(path: Path, title: str, drawn: Sequence[DrawnForecast], share_dates: bool) -> None:
-    """Draw forecasts with their contexts and intervals as a PNG, one axis per channel, on the same dates if shared."""
-    figure = Figure(figsize=(10, 1 + 1.7 * len(drawn)), layout="constrained")
-    axes = figure.subplots(len(drawn), 1, sharex=share_dates, squeeze=False)[:, 0]
-    for number, (axis, one) in enumerate(zip(axes, drawn, strict=True)):
-        axis.plot(one.context_dates, one.context, color=CONTEXT, linewidth=1, label="context")
+def draw_forecast(path: Path, title: str, forecast: "Forecast", channels: Sequence[int]) -> None:
+    """Draw the forecasts of some channels, given by their indices, with contexts and intervals, as a PNG."""
+    window = forecast.window
+    figure = Figure(figsize=(10, 1 + 1.7 * len(channels)), layout="constrained")
+    axes = figure.subplots(len(channels), 1, sharex=not window.is_long, squeeze=False)[:, 0]
+    for place, (axis, channel) in enumerate(zip(axes, channels, strict=True), start=1):
+        past, context = window.dates[channel], window.values[:, channel]
+        future, values = window.future_dates[channel], forecast.values[:, channel]
+        half_widths = {level: half[:, channel] for level, half in forecast.half_widths.items()}
+        axis.plot(past, context, color=CONTEXT, linewidth=1, label="context")
         # The line starts at the last row of the context, to leave no gap.
-        dates, values = one.context_dates[-1:].append(one.dates), np.append(one.context[-1:], one.values)
-        axis.plot(dates, values, color=FORECAST, label="forecast")
-        _draw_bands(axis, one.dates, one.values, one.half_widths)
-        axis.axvline(one.context_dates[-1], color="0.8", linewidth=0.8)
-        axis.set_ylabel(label(one.name, f"channel {number + 1}"))
-    axes[0].legend(loc="upper left", ncols=2 + len(drawn[0].half_widths), fontsize="small")
+        axis.plot(past[-1:].append(future), np.append(context[-1:], values), color=FORECAST, label="forecast")
+        _draw_bands(axis, future, values, half_widths)
+        axis.axvline(past[-1], color="0.8", linewidth=0.8)
+        axis.set_ylabel(label(window.channels[channel], f"channel {place}"))
+    axes[0].legend(loc="upper left", ncols=2 + len(forecast.half_widths), fontsize="small")
     figure.suptitle(title)
-    if share_dates:
+    if not window.is_long:
         figure.autofmt_xdate()
     save_picture(figure, path)
 
@@ -69,16 +56,13 @@ def draw_forecasts(path: Path, title: str, drawn: Sequence[DrawnForecast], share
 def _draw_bands(axis: Axes, x: Sequence, forecast: np.ndarray, half_widths: dict[int, np.ndarray]) -> None:
     """Draw intervals around a forecast; the widest is the palest."""
     for place, (level, half) in enumerate(reversed(half_widths.items())):
-        shade = {"color": FORECAST, "alpha": min(0.15 + 0.15 * place, 0.6), "linewidth": 0}
-        axis.fill_between(x, forecast - half, forecast + half, label=f"{level}%", **shade)
+        alpha, lower, upper = min(0.15 + 0.15 * place, 0.6), forecast - half, forecast + half
+        axis.fill_between(x, lower, upper, label=f"{level}%", color=FORECAST, alpha=alpha, linewidth=0)
 
 
 @dataclass(frozen=True)
 class DrawnWindow:
-    """A test window to draw: a context, (seq_len,), a target and a forecast, (pred_len,) each, all scaled.
-
-    `half_widths` holds half the width of the forecast's intervals, (pred_len,) each, by level in percent.
-    """
+    """A scaled test window: context, (seq_len,); target, forecast and half widths by level, (pred_len,) each."""
 
     title: str
     context: np.ndarray
@@ -105,19 +89,14 @@ def draw_windows(path: Path, windows: Sequence[DrawnWindow]) -> None:
 
 
 def draw_errors(path: Path, errors: Sequence[float | None], naive_errors: Sequence[float | None] | None) -> None:
-    """Draw the scaled squared error of each forecast step, and of the seasonal naive forecast if given, as a PNG.
-
-    The error of a step without known targets is None.
-    """
+    """Draw the error of each step (None without known targets), and the naive forecast's if given, as a PNG."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     steps = np.arange(1, len(errors) + 1)
     if naive_errors is not None:
         axis.plot(steps, np.array(naive_errors, float), ".-", markersize=3, color=CONTEXT, label="seasonal naive")
     axis.plot(steps, np.array(errors, float), ".-", markersize=3, color=FORECAST, label="forecast")
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("forecast step")
-    axis.set_ylabel("test MSE, scaled")
+    axis.set(ylim=(0, None), xlabel="forecast step", ylabel="test MSE, scaled")
     axis.legend(fontsize="small")
     save_picture(figure, path)
 
@@ -131,12 +110,10 @@ def draw_history(path: Path, rows: Sequence[dict[str, str]]) -> None:
         if known:
             axis.plot(*zip(*known, strict=True), ".-", color=color, label=f"{shown} loss")
     rate_axis = axis.twinx()
-    rates = [float(row["lr"]) for row in rows]
-    rate_axis.plot([int(row["steps"]) for row in rows], rates, ":", color=TARGET, label="learning rate")
-    rate_axis.set_ylim(bottom=0)
-    rate_axis.set_ylabel("learning rate")
-    axis.set_xlabel("optimizer steps")
-    axis.set_ylabel("loss, scaled")
+    steps, rates = [int(row["steps"]) for row in rows], [float(row["lr"]) for row in rows]
+    rate_axis.plot(steps, rates, ":", color=TARGET, label="learning rate")
+    rate_axis.set(ylim=(0, None), ylabel="learning rate")
+    axis.set(xlabel="optimizer steps", ylabel="loss, scaled")
     axis.legend(handles=[*axis.lines, *rate_axis.lines], fontsize="small")
     save_picture(figure, path)
 
@@ -192,13 +169,13 @@ def draw_comparison(
 
 
 def _best_so_far(history: Sequence[Validation]) -> tuple[list[float], list[float]]:
-    """Return the seconds at which the validation error reached a new minimum, and the test errors then, if known."""
+    """Collect the seconds at which the validation error reached a new minimum, and the test errors then, if known."""
     seconds, errors, lowest = [], [], np.inf
-    for one in history:
-        if one.vali_mse < lowest and one.test_mse is not None:
-            seconds.append(one.seconds)
-            errors.append(one.test_mse)
-        lowest = min(lowest, one.vali_mse)
+    for validation in history:
+        if validation.vali_mse < lowest and validation.test_mse is not None:
+            seconds.append(validation.seconds)
+            errors.append(validation.test_mse)
+        lowest = min(lowest, validation.vali_mse)
     if errors:  # the best weights stay the same until the end
         seconds.append(history[-1].seconds)
         errors.append(errors[-1])

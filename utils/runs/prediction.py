@@ -16,12 +16,11 @@ from utils.errors import UserError, first_line
 from utils.exact import FARTHEST
 from utils.runs.intervals import Calibration
 from utils.runs.metrics import SERIES_FILE
-from utils.runs.pictures import DrawnForecast, draw_forecasts
+from utils.runs.pictures import draw_forecast
 from utils.system.files import write_text
 
 # The most channels, and series of a long CSV, that a plot shows legibly.
-MOST_CHANNELS = 12
-SERIES_SHOWN = 6
+MOST_CHANNELS, MOST_SERIES = 12, 6
 
 # A value this many standard deviations from the mean of the training rows is hardly a true reading.
 FAR = 1000
@@ -32,7 +31,7 @@ class Forecast:
     """A forecast in the CSV's units.
 
     Attributes:
-        window: the rows that it was made from.
+        window: the context.
         values: (pred_len, channels).
         half_widths: half the width of the intervals, (pred_len, channels) each, by ascending level in percent.
         warnings: one line each, for the user.
@@ -44,10 +43,7 @@ class Forecast:
     warnings: tuple[str, ...] = ()
 
     def as_frame(self) -> pd.DataFrame:
-        """Lay the forecast out like the CSV: one row per date, and for each channel a column followed by its bounds.
-
-        If the CSV was long: one row per series and date, with `unique_id`, `ds`, `y` and its bounds.
-        """
+        """Lay the forecast out like the CSV, wide or long, with the bounds of each column after it."""
         names, dates = self.window.channels, self.window.future_dates
         if not self.window.is_long:
             columns = {"date": dates[0]}
@@ -61,16 +57,9 @@ class Forecast:
 
 
 def check_columns(channels: Sequence[str], is_long: bool, levels: Sequence[int]) -> None:
-    """Refuse a channel whose name is the column of another channel's bound, since one would overwrite the other.
-
-    Raises:
-        UserError: names the channel.
-    """
-    if is_long:  # a long forecast has bounds of the column `y` only
-        return
-    empty = np.zeros(0)
-    for name in channels:
-        bounds = _with_bounds(name, empty, dict.fromkeys(levels, empty)).keys() - {name}
+    """Raise UserError for a channel with the name of another channel's bound: one column would overwrite the other."""
+    for name in () if is_long else channels:  # a long forecast has bounds of the column `y` only
+        bounds = _with_bounds(name, 0, dict.fromkeys(levels, 0)).keys() - {name}
         if taken := sorted(bounds & set(channels)):
             raise UserError(
                 f"the channel {taken[0]!r} has the name of a bound of {name!r} with --level: rename the channel"
@@ -92,18 +81,11 @@ def forecast_window(
     calibration: Calibration | None = None,
     levels: Sequence[int] = (),
 ) -> Forecast:
-    """Forecast the rows after the last window of each channel.
+    """Forecast the rows after the last window of each channel, with intervals of the levels in ascending order.
 
-    Channels are scaled as in training, so that rows before the window do not matter; a series that training has not
-    seen is scaled by its window.
-
-    Args:
-        model: the model with the checkpoint's weights; left in evaluation mode.
-        window: the last rows of each channel.
-        facts: the facts about the checkpoint's data.
-        batch_size: channels per batch.
-        calibration: the calibration of the intervals; None without levels.
-        levels: the levels of the intervals, in percent, in ascending order.
+    Channels are scaled by the facts about the training data, so that rows before the window do not matter; a series
+    that training has not seen is scaled by its window. The batch size is in channels; the model is left in evaluation
+    mode.
 
     Raises:
         UserError: if a value is too far off to be a reading, or the forecast is not finite.
@@ -133,19 +115,16 @@ def _check_window(window: LastWindow, scaled: np.ndarray, facts: DataFacts) -> t
     for channel, name in enumerate(window.channels):
         values, distances = window.values[:, channel], np.abs(scaled[:, channel])
         is_known = name in facts.channels
-        if not is_known:
-            distances = _distances_from_others(values)
-        row = int(distances.argmax())
-        subject = f"{name!r}, {window.dates[channel][row]}: {values[row]:g} is"
-        if is_known and abs(values[row] - mean[channel]) <= FAR * deviation[channel]:
-            subject = f"{name!r}, {window.dates[channel][row]}: what its covariates explain is"
-        rows = "training rows" if is_known else "other rows"
-        warnings += _judge(distances[row], subject, f"the {rows}' mean {mean[channel]:g}")
+        row, distance = (distances.argmax(), distances.max()) if is_known else _farthest_from_others(values)
+        is_explained = is_known and abs(values[row] - mean[channel]) <= FAR * deviation[channel]
+        subject = "what its covariates explain" if is_explained else f"{values[row]:g}"
+        subject = f"{name!r}, {window.dates[channel][row]}: {subject} is"
+        warnings += _judge(distance, subject, f"the {'training' if is_known else 'other'} rows' mean {mean[channel]:g}")
     effect = np.abs(window.future_covariate_effect(facts))
     for channel, name in enumerate(window.channels):
-        row = int(effect[:, channel].argmax())
-        date = window.future_dates[channel][row]
-        warnings += _judge(effect[row, channel], f"{name!r}, {date}: what its covariates explain is", "the mean")
+        row = effect[:, channel].argmax()
+        subject = f"{name!r}, {window.future_dates[channel][row]}: what its covariates explain is"
+        warnings += _judge(effect[row, channel], subject, "the mean")
     if len(warnings) > 8:
         warnings[8:] = [f"{len(warnings) - 8} more values are as far from the mean"]
     return tuple(warnings)
@@ -160,24 +139,20 @@ def _judge(distance: float, subject: str, mean: str) -> list[str]:
     return [f"{subject} {distance:.2g} deviations from {mean}: a forecast from such a value may be meaningless"]
 
 
-def _distances_from_others(values: np.ndarray) -> np.ndarray:
-    """Measure how far the most extreme value is from the others, in their standard deviations; the rest are 0.
-
-    A series that is scaled by its own window hides an outlier in its deviation.
-    """
-    distances = np.zeros(len(values))
-    place = int(np.abs(values - np.median(values)).argmax())
-    others = np.delete(values, place)
-    if len(others):
-        spread = others.std() or max(abs(others.mean()), 1.0)  # constant so far
-        distances[place] = abs(values[place] - others.mean()) / spread
-    return distances
+def _farthest_from_others(values: np.ndarray) -> tuple[int, float]:
+    """Find the most extreme value, and its distance from the others in their deviations, which it cannot inflate."""
+    row = np.abs(values - np.median(values)).argmax()
+    others = np.delete(values, row)
+    if not len(others):
+        return row, 0.0
+    spread = others.std() or max(abs(others.mean()), 1.0)  # constant so far
+    return row, abs(values[row] - others.mean()) / spread
 
 
-def written_out(dates: pd.DatetimeIndex) -> list[str]:
+def _format_dates(dates: pd.DatetimeIndex) -> list[str]:
     """Format dates with the fewest fractional digits that keep all of them exact, and with their UTC offset if any."""
-    precisions = (("s", "seconds"), ("ms", "milliseconds"), ("us", "microseconds"), ("ns", "nanoseconds"))
-    precision = next(name for unit, name in precisions if unit == "ns" or (dates == dates.floor(unit)).all())
+    precisions = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
+    precision = next(name for unit, name in precisions.items() if (dates == dates.floor(unit)).all())
     return [date.isoformat(sep=" ", timespec=precision) for date in dates]
 
 
@@ -185,45 +160,29 @@ def write_forecast(folder: Path, forecast: Forecast) -> None:
     """Write forecast.csv, and forecast.png with the forecast after its context."""
     frame = forecast.as_frame()
     dates = "ds" if forecast.window.is_long else "date"
-    frame[dates] = written_out(pd.DatetimeIndex(frame[dates]))
+    frame[dates] = _format_dates(pd.DatetimeIndex(frame[dates]))
     write_text(folder / "forecast.csv", frame.to_csv(index=False, lineterminator="\n"))
-    _draw(folder, forecast)
-
-
-def _draw(folder: Path, forecast: Forecast) -> None:
-    window = forecast.window
-    count, steps = len(window.channels), len(forecast.values)
+    window, (steps, count) = forecast.window, forecast.values.shape
     if window.is_long:
-        numbers = _series_to_show(folder / SERIES_FILE, window.channels)
-        title = f"{steps} steps after the end of each series ({len(numbers)} of {count} series, by test error)"
+        shown = _series_to_show(folder / SERIES_FILE, window.channels)
+        title = f"{steps} steps after the end of each series ({len(shown)} of {count} series, by test error)"
     else:
-        numbers = list(range(min(count, MOST_CHANNELS)))
-        selection = f" (the first {len(numbers)} of {count} channels)" if len(numbers) < count else ""
+        shown = range(min(count, MOST_CHANNELS))
+        selection = f" (the first {len(shown)} of {count} channels)" if len(shown) < count else ""
         title = f"{steps} steps after {window.dates[0][-1]}{selection}"
-    drawn = [
-        DrawnForecast(
-            name=window.channels[number],
-            context_dates=window.dates[number],
-            context=window.values[:, number],
-            dates=window.future_dates[number],
-            values=forecast.values[:, number],
-            half_widths={level: half[:, number] for level, half in forecast.half_widths.items()},
-        )
-        for number in numbers
-    ]
-    draw_forecasts(folder / "forecast.png", title, drawn, share_dates=not window.is_long)
+    draw_forecast(folder / "forecast.png", title, forecast, shown)
 
 
 def _series_to_show(scores: Path, names: Sequence[str]) -> list[int]:
     """Choose series evenly from the best to the worst test MSE; evenly by position if none was tested."""
-    number_of = {name: number for number, name in enumerate(names)}
-    order = list(number_of.values())
+    order = range(len(names))
     if scores.is_file():
         try:
             tested = pd.read_csv(scores, dtype={"unique_id": str, "mse": float}, keep_default_na=False)
             tested = tested.sort_values("mse", kind="stable")["unique_id"]
         except Exception as problem:  # pandas can raise anything for a damaged file
             raise UserError(f"{scores} is damaged ({first_line(problem)}): test again to write it anew") from problem
+        number_of = {name: number for number, name in enumerate(names)}
         order = [number_of[name] for name in tested if name in number_of] or order
-    places = np.linspace(0, len(order) - 1, min(len(order), SERIES_SHOWN)).round().astype(int)
+    places = np.linspace(0, len(order) - 1, min(len(order), MOST_SERIES)).round().astype(int)
     return [order[place] for place in places]

@@ -1,5 +1,6 @@
 """Write the records of a run folder: args.json, metrics.json, series.csv, history.csv and test forecasts."""
 
+import contextlib
 import csv
 import io
 import json
@@ -44,11 +45,8 @@ _FILES = (
 def open_run_folder(folder: Path, flags: dict, data_sha256: str, device: str, resumes: bool) -> None:
     """Create the run folder and write args.json: all flags, the CSV's hash, the package versions and the device.
 
-    A new training run renames the files of an earlier run with the same name to *.old, *.old2 and so on. A test of the
-    run's own checkpoint does not change args.json.
-
-    Args:
-        resumes: whether training continues with the files in the folder.
+    A new training run, unless it resumes, renames the files of an earlier run with the same name to *.old, *.old2 and
+    so on. A test of the run's own checkpoint does not change args.json.
 
     Raises:
         UserError: if the folder cannot be written.
@@ -61,32 +59,21 @@ def open_run_folder(folder: Path, flags: dict, data_sha256: str, device: str, re
         if flags["is_training"]:
             for leftover in folder.glob(f"*{UNFINISHED}"):
                 leftover.unlink()
-            if not resumes:
-                _keep_earlier_files(folder)
+            present = [folder / name for name in _FILES if (folder / name).exists()]
+            if not resumes and any(map(_holds_results, present)):  # else the run was stopped before its first step
+                back_up(present)
     except OSError as problem:
         raise UserError(f"cannot write to {folder}: {problem.strerror or problem} (--checkpoints)") from problem
-    args = {**flags, "data_sha256": data_sha256, "versions": _versions(), "device": device}
-    _write_json(folder / "args.json", args)
+    _write_json(folder / "args.json", {**flags, "data_sha256": data_sha256, "versions": _versions(), "device": device})
 
 
 def _versions() -> dict[str, str | None]:
+    versions = {"python": platform.python_version(), **dict.fromkeys(_PACKAGES)}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):  # bitsandbytes is optional
+            versions[package] = version(package)
     # torch.__version__ includes the build, such as 2.13.0+cu130; the package metadata may not.
-    packages = {name: _version(name) for name in _PACKAGES} | {"torch": str(torch.__version__)}
-    return {"python": platform.python_version()} | packages
-
-
-def _version(package: str) -> str | None:
-    """Return the version of a package, None if it is not installed: bitsandbytes is optional."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _keep_earlier_files(folder: Path) -> None:
-    present = [folder / name for name in _FILES if (folder / name).exists()]
-    if any(_holds_results(file) for file in present):  # else the run was stopped before its first step
-        back_up(present)
+    return versions | {"torch": str(torch.__version__)}
 
 
 def _holds_results(file: Path) -> bool:
@@ -108,14 +95,10 @@ def write_metrics(
     """Write metrics.json.
 
     Args:
-        folder: the run folder.
-        figures: the errors of the best checkpoint, see `UnitErrors.compute`.
-        intervals: see `IntervalScores.compute`; empty without levels.
+        figures, intervals: see `UnitErrors.compute` and `IntervalScores.compute`; no intervals without levels.
         naive: the errors of the seasonal naive forecast on the same windows; None if a window is shorter than a season.
         seconds: the duration of the test.
-        llm: the model's LLM, None if it has no LLM.
-        cost: see `cost_of`.
-        origin: see `origin_of`.
+        cost, origin: see `cost_of` and `origin_of`.
     """
     contents = {
         "split": "test",
@@ -149,16 +132,12 @@ def origin_of(
     eval_windows: int,
     ended_state: str,
 ) -> dict:
-    """Build the entries of metrics.json that tell which weights, data and flags its scores belong to.
+    """Build the entries of metrics.json that tell which weights, data and flags of the test its scores belong to.
 
     Args:
-        checkpoint: the tested checkpoint.
-        flags: all flags of the test.
-        csv: the data.
-        data_sha256: the hash of the CSV when it was read.
-        prompt_sha256: the hash of --prompt_file when it was read; empty without one.
+        data_sha256, prompt_sha256: the hashes of the CSV and of --prompt_file (empty without one) when they were read.
         eval_windows: the maximum number of windows, 0 for all.
-        ended_state: the SHA-256 of the run's `last` if training has ended, else empty.
+        ended_state: see `checkpoint.ended_state`.
     """
     return {
         "checkpoint": str(checkpoint.path),
@@ -173,10 +152,7 @@ def origin_of(
 
 
 def cost_of(model: nn.Module, device: torch.device, seconds_per_step: float | None) -> dict:
-    """Collect the cost of a model: trainable parameters, seconds per training step, and peak memory in bytes.
-
-    The peak memory is that of the tensors on a GPU, or of the whole process on a CPU.
-    """
+    """Collect the cost of a model; the peak memory, in bytes, is that of a GPU's tensors, or of the whole process."""
     return {
         "trainable_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seconds_per_step": seconds_per_step,
@@ -195,10 +171,7 @@ def _peak_of_process() -> int:
 def write_predictions(
     folder: Path, kept: KeptForecasts, windows: WindowDataset, calibration: Calibration | None, levels: Sequence[int]
 ) -> None:
-    """Write pred.npy and true.npy, (windows, pred_len), and test.png with the best, the median and the worst window.
-
-    Intervals of the given levels are drawn; without levels the calibration may be None.
-    """
+    """Write pred.npy and true.npy, (windows, pred_len), and test.png with the best, the median and the worst window."""
     test = kept.compute()
     for name, values in (("pred.npy", test.forecast), ("true.npy", test.target)):
         atomic_write(folder / name, lambda file, values=values: np.save(file, values))
@@ -214,8 +187,8 @@ def write_predictions(
         title = f"{rank} of {len(errors)}: window {number}, {windows.channels[channel[0]]}, MSE {errors[place]:.4f}"
         deviation = Normalize()(context)[1].deviation.numpy()
         half_widths = {level: calibration.half_widths(level, channel, deviation)[0] for level in levels}
-        whole_context = windows.whole_context(number)
-        drawn.append(DrawnWindow(title, whole_context, test.target[place], test.forecast[place], half_widths))
+        shown = windows.whole_context(number), test.target[place], test.forecast[place]
+        drawn.append(DrawnWindow(title, *shown, half_widths))
     draw_windows(folder / "test.png", drawn)
 
 
@@ -227,17 +200,13 @@ class History:
     """Writer of history.csv, with one row per validation, and of its plot history.png.
 
     A file that cannot be written, for example because Excel has it open on Windows, only causes a warning; it is
-    written with the next row. The state to resume from also holds the rows. The plot is updated at most once a second,
-    and at the end.
-
-    Args:
-        path: the CSV.
-        rows: the rows of a resumed run, as lists of cells.
+    written with the next row. The plot is updated at most once a second, and at the end. A resumed run begins with the
+    rows of its `last`, as lists of cells; those of an earlier version have fewer columns.
     """
 
     def __init__(self, path: Path, rows: Sequence[list[str]] = ()):
         self.path = path
-        self.rows = [list(row) for row in rows]
+        self.rows = [[*row, *[""] * (len(HISTORY_COLUMNS) - len(row))] for row in rows]
         self._is_behind = self._has_warned = False
         self._drawn_at, self._rows_drawn = -math.inf, 0
         self._write()
@@ -260,9 +229,7 @@ class History:
 
     def _write(self) -> None:
         text = io.StringIO()
-        # The rows of a run that an earlier version started have fewer columns.
-        padded = [[*row, *[""] * (len(HISTORY_COLUMNS) - len(row))] for row in self.rows]
-        csv.writer(text).writerows([HISTORY_COLUMNS, *padded])
+        csv.writer(text).writerows([HISTORY_COLUMNS, *self.rows])
         self._is_behind = not self._is_written(lambda: write_text(self.path, text.getvalue()))
 
     def _draw(self) -> None:
@@ -274,9 +241,9 @@ class History:
         """Write a file and return whether that succeeded; only the first failure prints a warning."""
         try:
             write()
+            return True
         except UserError as problem:
             if not self._has_warned:
                 print(f"Warning: {problem}; training continues, the next validation tries again", flush=True)
             self._has_warned = True
             return False
-        return True

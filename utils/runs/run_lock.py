@@ -12,13 +12,9 @@ from utils.errors import UserError
 
 
 class RunLock:
-    """A context manager that holds the lock of a run folder against other processes.
+    """A context manager that creates a run folder if needed, and locks it against other processes.
 
-    The operating system releases the lock when its owner ends, however that happens. A file beside the lock names the
-    owner.
-
-    Args:
-        folder: the run folder; created if it does not exist.
+    The operating system releases the lock when its owner ends, however that happens. A file beside it names the owner.
     """
 
     def __init__(self, folder: Path):
@@ -27,11 +23,7 @@ class RunLock:
         self._owner = folder / ".owner"
 
     def __enter__(self) -> "RunLock":
-        """Take the lock.
-
-        Raises:
-            UserError: if another process holds it, or the folder cannot be written.
-        """
+        """Take the lock; raise UserError if another process holds it, or the folder cannot be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)

@@ -35,15 +35,13 @@ class TrainedRun:
     """A run with its best weights and its LLM, loaded once, as `utils.runs.load_run` returns it.
 
     Args:
-        saved: the run's checkpoint.
         args: the flags to forecast with.
         mixed_precision: no, bf16 or fp16, as in accelerate.
         model: the model with the checkpoint's weights; None to build the model on first use.
 
     Attributes:
         channels: the columns to forecast, in order.
-        seq_len: the rows of the context.
-        pred_len: the rows of the horizon.
+        seq_len, pred_len: the numbers of rows of the context and of the forecast.
     """
 
     def __init__(
@@ -88,35 +86,30 @@ class TrainedRun:
             frame: at least `seq_len` rows with the columns of the run's CSV: `date` (or dates as the index) and the
                 run's channels, or `unique_id`, `ds` and `y` for a long frame. Rows before the context only fill gaps
                 at its start. Covariates need `pred_len` more rows in which only they have values.
-            level: the levels of prediction intervals, in percent, such as `[80, 95]`. The run must have been tested
-                with --level.
+            level: the levels of prediction intervals, in percent, such as `[80, 95]`, if the run was tested with
+                --level.
 
         Returns:
             The columns of forecast.csv: `date`, and each channel `x` followed by `x-lo-95`, `x-lo-80`, `x-hi-80` and
             `x-hi-95`; for a long frame `unique_id`, `ds`, `y` and its bounds.
 
         Raises:
-            UserError: if the frame has other channels, too few rows or cells that are not numbers, or a level is
-                invalid.
+            UserError: if the frame has other channels, too few rows or invalid cells, or a level is invalid.
         """
         levels = [level] if np.ndim(level) == 0 else list(level)
         if not all(isinstance(one, Integral) for one in levels):
             raise UserError(f"level={level!r}: levels are whole percentages from 1 to 99")
         levels = sorted(map(int, levels))
         check_options(flags_to_test(self._saved, {"level": levels}))
-        table = table_of(frame, "the DataFrame", self.args)
-        forecast = self.forecast(table, levels, self._saved.path.parent)
+        forecast = self.forecast(table_of(frame, "the DataFrame", self.args), levels, self._saved.path.parent)
         for warning in forecast.warnings:
             warnings.warn(warning, stacklevel=2)
         return forecast.as_frame()
 
     def forecast(self, table: Table, levels: Sequence[int], calibrated: Calibration | Path | None) -> Forecast:
-        """Forecast the rows after the last rows of a table.
+        """Forecast the rows after the last rows of a table, with intervals of the levels in ascending order.
 
-        Args:
-            table: the data.
-            levels: the levels of prediction intervals, in percent, in ascending order.
-            calibrated: the calibration of the intervals, or the run folder that holds it.
+        `calibrated` is the calibration of the intervals, or the run folder that holds it.
 
         Raises:
             UserError: if the table does not fit the checkpoint, or the calibration is missing.
@@ -129,9 +122,8 @@ class TrainedRun:
         if levels and isinstance(calibrated, Path):
             calibrated = load_calibration(calibrated, self._saved, table.channels, levels)
         batch_size = self.args.eval_batch_size or self.args.batch_size
-        model = self.model
-        with torch.autocast(model.device.type, self._half_precision, enabled=bool(self._half_precision)):
-            return forecast_window(model, window, facts, batch_size, calibrated, levels)
+        with torch.autocast(self.model.device.type, self._half_precision, enabled=bool(self._half_precision)):
+            return forecast_window(self.model, window, facts, batch_size, calibrated, levels)
 
 
 def build_trained(saved: Checkpoint, args: argparse.Namespace) -> Forecaster:
@@ -142,9 +134,8 @@ def build_trained(saved: Checkpoint, args: argparse.Namespace) -> Forecaster:
     """
     check_flags(saved, vars(args))
     check_shapes(saved, weight_shapes(args))
-    reads_season = args.model == "SeasonalNaive" and not args.season
-    season = read_table(args).rows_of_a_season() if reads_season else 0
-    model = build(args, basis=saved.basis, season=season)
+    is_season_unknown = args.model == "SeasonalNaive" and not args.season
+    model = build(args, basis=saved.basis, season=read_table(args).rows_of_a_season() if is_season_unknown else 0)
     load_checkpoint(saved, model, vars(args), None)
     return model
 

@@ -1,4 +1,4 @@
-"""Files that are never half-written, and their hashes."""
+"""Write files atomically, rename them, back them up and hash them."""
 
 import contextlib
 import hashlib
@@ -15,25 +15,21 @@ from utils.errors import UserError
 
 UNFINISHED = ".unfinished"
 
-# Seconds to wait for whoever has a file open: under Windows it can neither be renamed meanwhile nor be replaced.
+# Seconds between attempts to rename: Windows can neither rename nor replace a file that another program has open.
 _PAUSES = (0.1, 0.3, 1, 3) if os.name == "nt" else ()
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file under another name, make sure that it is on the disk, then give it its name.
+    """Write a file under a temporary name, flush it to the disk, and rename it to `path`, replacing an existing file.
 
-    Whatever happens on the way, a power cut too, `path` holds either what it held before or all of the new.
-
-    Args:
-        path: the file; it is replaced if it is there.
-        write: writes the contents to the open file that it is given.
+    After a failure at any moment, even a power cut, `path` has either its old or all of its new contents.
 
     Raises:
         UserError: if the disk is full, cannot be written or fails.
     """
     unfinished = unfinished_name(path)
     try:
-        with unfinished.open("xb") as file:  # x: a file that is there, or a link to one, is not written to
+        with unfinished.open("xb") as file:  # "x" never follows a link that somebody has planted
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -42,95 +38,84 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException as problem:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        if cause := _failed_write(problem):
+        if cause := _os_error_behind(problem):
             raise UserError(f"cannot write {path}: {cause.strerror or cause}: what it held before is kept") from problem
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file as UTF-8, whole or not at all."""
+    """Write a text file as UTF-8, atomically."""
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def unfinished_name(path: Path) -> Path:
-    """Return a name beside `path` that nobody can foresee: a link that was planted there would be written through."""
+    """Return a temporary name beside `path`, random so that nobody can plant a link there."""
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
 
 
 def read_json(path: Path) -> dict:
-    """Return the contents of a JSON file that a run has written.
-
-    Raises:
-        UserError: if it is damaged.
-    """
+    """Read a JSON object that a run has written; raise a UserError if the file is damaged."""
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(contents, dict):
+            raise ValueError("no JSON object")
     except (OSError, ValueError, RecursionError) as problem:
         raise UserError(f"{path} is damaged ({problem}): move it away and run again") from problem
-    if not isinstance(contents, dict):
-        raise UserError(f"{path} is damaged (no JSON object): move it away and run again")
     return contents
 
 
 def hash_of(path: Path) -> str:
-    """Return the SHA-256 of a file, an empty text if it is not there."""
+    """Compute the SHA-256 of a file; an empty string if there is no such file."""
     if not path.is_file():
         return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def rename(unfinished: Path, path: Path) -> None:
-    """Give a file or a folder its name; under Windows, wait for a virus scanner or a viewer that has it open.
-
-    Raises:
-        OSError: if it cannot be renamed, or cannot take the place of what is there.
-    """
+def rename(source: Path, path: Path) -> None:
+    """Rename a file or a folder; on Windows, wait for a virus scanner or a viewer that has it open."""
     for seconds in _PAUSES:
-        try:
-            unfinished.replace(path)
+        with contextlib.suppress(PermissionError):
+            source.replace(path)
             return
-        except PermissionError:
-            time.sleep(seconds)
-    unfinished.replace(path)
+        time.sleep(seconds)
+    source.replace(path)
 
 
 def back_up(files: Sequence[Path]) -> None:
-    """Rename files of one folder that are there to *.old, or, if there are such, to *.old2 and so on, all alike.
+    """Rename those of some files in one folder that exist to *.old or, if it has *.old files, to *.old2 and so on.
 
     Raises:
-        UserError: if one cannot be renamed, as Windows has it of a file that a viewer shows; none is then.
+        UserError: if a file cannot be renamed, for example because a viewer has it open; then none is renamed.
     """
     folder = files[0].parent
     endings = itertools.chain([".old"], (f".old{number}" for number in itertools.count(2)))
     ending = next(ending for ending in endings if not any(folder.glob(f"*{ending}")))
     renamed = []
     for file in filter(Path.exists, files):
-        kept = file.with_name(file.name + ending)
+        backup = file.with_name(file.name + ending)
         try:
-            rename(file, kept)
+            rename(file, backup)
         except OSError as problem:
-            for before, after in renamed:  # all or none
-                rename(after, before)
+            for original, renamed_to in renamed:
+                rename(renamed_to, original)
             reason = problem.strerror or problem
             raise UserError(
                 f"cannot rename {file}: {reason}: close what has it open, or name this run with --des"
             ) from problem
-        renamed.append((file, kept))
+        renamed.append((file, backup))
 
 
-def _failed_write(problem: BaseException | None) -> OSError | None:
-    """Return the error of the operating system behind an exception; torch.save puts others on top of it."""
+def _os_error_behind(problem: BaseException | None) -> OSError | None:
+    """Find the operating system's error in a chain of exceptions; torch.save wraps it in others."""
     while problem is not None and not isinstance(problem, OSError):
         problem = problem.__cause__ or problem.__context__
     return problem
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a new name last, where a folder can be opened for that."""
-    if os.name != "posix":
-        return
-    with contextlib.suppress(OSError):  # some network file systems refuse; the file is in its place already
+    """Flush a folder, and so a new name in it, to the disk."""
+    with contextlib.suppress(OSError):  # Windows and some network file systems refuse; the file is renamed anyway
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""The GPU, if there is one: its memory, its random numbers, what it computes in. Nobody else asks for it by name.
+"""Query the GPU, if there is one: its memory, its random generator and its data types.
 
-What torch says of one stands in a module of its own (`torch.cuda`, also for AMD's; `torch.xpu`), with the same names
-in each. Apple's GPU shares the host's memory, and its module counts none: here it is treated like the CPU.
+PyTorch has a module with the same functions for each kind of GPU: `torch.cuda` (NVIDIA, AMD) and `torch.xpu` (Intel).
+Apple's GPU shares the host's memory, and its module counts no bytes; here it is treated like the CPU.
 """
 
 import contextlib
@@ -15,30 +15,30 @@ from layers.HostToDevice import is_reached_from_pinned_memory
 
 
 def _module_of(device: torch.device) -> ModuleType | None:
-    """Return torch's module of a GPU that has memory of its own, None for any other device."""
+    """Return PyTorch's module for a GPU with its own memory, None for any other device."""
     module = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
     return module if hasattr(module, "mem_get_info") else None
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Return whether a device is a GPU with memory of its own."""
+    """Return whether a device is a GPU with its own memory."""
     return _module_of(device) is not None
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory that is free for this process, including what it holds already."""
+    """Return the free memory of a device; on a GPU this includes the memory that this process has reserved."""
     if gpu := _module_of(device):
         return gpu.mem_get_info(device)[0] + gpu.memory_reserved(device)
     return psutil.virtual_memory().available
 
 
 def total_bytes(device: torch.device) -> int:
-    """Return the memory that a GPU has."""
+    """Return the total memory of a GPU."""
     return _module_of(device).get_device_properties(device).total_memory
 
 
 def peak_allocated(device: torch.device) -> int:
-    """Return the peak bytes of tensors on a GPU so far."""
+    """Return the peak memory of the tensors on a GPU so far."""
     return _module_of(device).max_memory_allocated(device)
 
 
@@ -47,20 +47,19 @@ def reset_peak_memory(device: torch.device) -> None:
     _module_of(device).reset_peak_memory_stats(device)
 
 
-def wait_until_done(device: torch.device) -> None:
-    """Wait until a device has done all that it was told; the CPU always has."""
-    if device.type not in ("cpu", "meta"):
-        torch.get_device_module(device).synchronize()
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has finished all queued work; a CPU has no queue."""
+    torch.get_device_module(device).synchronize()
 
 
 def peak_reserved(device: torch.device) -> int:
-    """Return the peak bytes of a GPU that this process has reserved so far."""
+    """Return the peak memory of a GPU that this process has reserved so far."""
     return _module_of(device).max_memory_reserved(device)
 
 
 @contextlib.contextmanager
 def forbid_host_fallback(device: torch.device) -> Iterator[None]:
-    """Let a GPU that is full raise an error: under Windows its driver would move tensors to host memory instead."""
+    """Let a full GPU raise an error; otherwise, on Windows, its driver would move tensors to host memory."""
     gpu = _module_of(device)
     if gpu is None:
         yield
@@ -73,7 +72,7 @@ def forbid_host_fallback(device: torch.device) -> Iterator[None]:
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the states of torch's generators, that of the CPU and that of a GPU, by the kind of device."""
+    """Return the states of PyTorch's random generators on the CPU and on a GPU, by device type."""
     states = {"cpu": torch.get_rng_state()}
     if gpu := _module_of(device):
         states[device.type] = gpu.get_rng_state(device)
@@ -81,7 +80,7 @@ def random_states(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def restore_random(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Put the generators where `random_states` found them; one of another kind of device is left out."""
+    """Restore the random generators from `random_states`, ignoring a state of another device type."""
     torch.set_rng_state(states["cpu"])
     gpu = _module_of(device)
     if gpu and device.type in states:
@@ -89,28 +88,28 @@ def restore_random(states: dict[str, torch.Tensor], device: torch.device) -> Non
 
 
 def fork_random(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Return a context that leaves the random generators of the CPU and of a GPU as they were."""
+    """Return a context that restores the random generators of the CPU and of a GPU when it ends."""
     if _module_of(device):
         return torch.random.fork_rng([device], device_type=device.type)
     return torch.random.fork_rng([])
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Return whether a GPU computes in bfloat16 in hardware; of other devices nothing is known."""
+    """Return whether a device is a GPU that computes in bfloat16 in hardware."""
     gpu = _module_of(device)
     return gpu is not None and gpu.is_bf16_supported(including_emulation=False)
 
 
 def has_fused_8bit_optimizers(device: torch.device) -> bool:
-    """Return whether bitsandbytes updates a state of 8 bits in place there; elsewhere it unpacks it at every step."""
+    """Return whether bitsandbytes updates an 8-bit state in place; elsewhere it unpacks the state in every step."""
     return device.type == "cuda"
 
 
-def of_this_machine() -> torch.device:
-    """Return the kind of device that is used where nobody asks for another: the GPU, if there is one."""
+def default_device() -> torch.device:
+    """Return the type of device that is used by default: a GPU if there is one, else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def pins_batches() -> bool:
-    """Return whether batches are to be in pinned memory: there is a GPU that takes them from there without a wait."""
-    return is_reached_from_pinned_memory(of_this_machine())
+def should_pin_batches() -> bool:
+    """Return whether batches should be in pinned memory, from which a GPU copies them asynchronously."""
+    return is_reached_from_pinned_memory(default_device())

@@ -1,4 +1,4 @@
-"""Import matplotlib whatever the environment variable MPLBACKEND says; pictures go to files and need no backend."""
+"""Import matplotlib despite an invalid environment variable MPLBACKEND; saving plots to files needs no backend."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from utils.errors import UserError
 
 _refusal = ""
 if "matplotlib" not in sys.modules:
-    # matplotlib reads the variable when it is imported, and cannot be imported again after it has refused it.
+    # matplotlib reads the variable when it is imported, and cannot be imported again after a failure.
     _backend = os.environ.pop("MPLBACKEND", None)
     import matplotlib
 
@@ -20,10 +20,6 @@ if "matplotlib" not in sys.modules:
 
 
 def check_backend() -> None:
-    """Refuse a value of MPLBACKEND that matplotlib does not know.
-
-    Raises:
-        UserError: if there is one.
-    """
+    """Raise a UserError if matplotlib does not know the value of MPLBACKEND."""
     if _refusal:
         raise UserError(_refusal)

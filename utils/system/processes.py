@@ -1,4 +1,4 @@
-"""Device, precision, processes and random seeds, through accelerate."""
+"""Set up the device, the precision, the processes and the random seeds with accelerate."""
 
 import contextlib
 import os
@@ -20,52 +20,47 @@ from accelerate.utils import (
 from utils.cli.environment import overruled_variables
 from utils.cli.signals import Interrupts
 from utils.errors import UserError, first_line
-from utils.system.gpu import has_bfloat16, is_gpu, of_this_machine
+from utils.system.gpu import default_device, has_bfloat16, is_gpu
 
-# Several processes agree on stopping about once a second, but at least every so many steps: each poll is a blocking
-# collective.
-AGREE_EVERY = 10
+# Processes vote on stopping about once a second, because each vote is a blocking collective operation, but at least
+# once in this many polls.
+_MAX_POLLS_PER_VOTE = 10
 
 
 def start_processes(
     seed: int, grad_accum: int, use_amp: bool, deterministic: bool, shares_buffers: bool
 ) -> Accelerator:
-    """Return the accelerator of this run and seed every random generator.
-
-    Args:
-        seed: of the weights, of dropout and of the order of the windows.
-        grad_accum, use_amp, deterministic: the flags of these names.
-        shares_buffers: whether all processes take the first one's buffers before each batch: PatchTST keeps means of
-            its batches. TimeLLM's one buffer, the basis of the prototypes, never changes.
-
-    Raises:
-        UserError: if several processes were started that would not work together.
-    """
+    """Build the accelerator of a run and seed all random generators; see `build_accelerator`."""
     accelerator = build_accelerator(seed, grad_accum, use_amp, shares_buffers)
     set_seed(seed)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first product is made
-    # Where a kernel has no deterministic form, torch warns and names it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it before its first product
+    # PyTorch warns of a kernel that has no deterministic form.
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     return accelerator
 
 
 def build_accelerator(seed: int, grad_accum: int, use_amp: bool, shares_buffers: bool) -> Accelerator:
-    """Return the accelerator of a run, and leave the random generators alone.
+    """Build the accelerator of a run; `seed` is only that of the windows' order.
+
+    If `shares_buffers`, all processes copy the buffers of the first one before each batch, which PatchTST's running
+    means need; TimeLLM's only buffer, the basis of the prototypes, never changes.
 
     Raises:
-        UserError: as in `start_processes`.
+        UserError: if several processes were started but cannot communicate.
     """
-    # accelerate keeps its settings for the life of the interpreter and refuses others; `main` may be called
-    # again with another precision.
+    # accelerate refuses to change its settings, but `main` may be called again with another precision.
     AcceleratorState._reset_state()
-    mixed_precision = _half_precision(of_this_machine()) if use_amp else "no"
-    # So that accelerate gives torch's data parallelism device_ids=None. With a device it moves the windows there, and
-    # `forward` would wait to have them back: the prompts are written on the host.
+    mixed_precision = "no"
+    if use_amp:
+        device = default_device()
+        mixed_precision = "fp16" if is_gpu(device) and not has_bfloat16(device) else "bf16"
+    # Makes accelerate pass device_ids=None to DistributedDataParallel, which would otherwise move the windows to the
+    # device, from where `forward` would have to copy them back to write the prompts.
     os.environ.setdefault("ACCELERATE_BYPASS_DEVICE_MAP", "true")
-    with refused_environment():
+    with reraise_environment_errors():
         accelerator = Accelerator(
-            mixed_precision=mixed_precision,  # left out, the environment would be asked for each of these three
+            mixed_precision=mixed_precision,  # without these three arguments accelerate reads the environment
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=grad_accum),
             dynamo_backend="no",
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed, non_blocking=True),
@@ -83,12 +78,8 @@ def build_accelerator(seed: int, grad_accum: int, use_amp: bool, shares_buffers:
 
 
 @contextlib.contextmanager
-def refused_environment() -> Iterator[None]:
-    """Turn what accelerate and torch say of variables that make no sense into one line.
-
-    Raises:
-        UserError: if they cannot start.
-    """
+def reraise_environment_errors() -> Iterator[None]:
+    """Reraise the errors of accelerate and PyTorch about invalid environment variables as a UserError."""
     try:
         yield
     except (ValueError, RuntimeError, ImportError) as problem:
@@ -99,34 +90,22 @@ def refused_environment() -> Iterator[None]:
 
 
 def check_same_on_all_ranks(value: str, what: str) -> None:
-    """Refuse a value that the processes should share and do not.
-
-    Args:
-        value: this process's.
-        what: it is of, as the message calls it.
-
-    Raises:
-        UserError: if they differ.
-    """
+    """Raise a UserError that names `what`, unless all processes have the same value."""
     if len(set(gather_object([value]))) > 1:
         raise UserError(f"{what} is not the same for all processes: give all machines the same file")
 
 
 def seed_rank(accelerator: Accelerator, seed: int) -> None:
-    """Let each process draw random numbers of its own from here on: their windows differ, so must their dropout.
+    """Seed each process but the first differently, so that dropout differs between them as their windows do.
 
-    The first goes on as a single process would. The weights are drawn before, from one seed for all.
+    Call it after the weights were initialized, which all processes must draw from the same seed.
     """
     if accelerator.process_index > 0:
         set_seed(seed + accelerator.process_index)
 
 
 def exists_on_all_ranks(path: Path) -> bool:
-    """Return whether a file is there.
-
-    Raises:
-        UserError: if it is for some processes and not for others.
-    """
+    """Return whether a file exists; raise a UserError if only some processes see it."""
     found = gather_object([path.is_file()])
     if len(set(found)) > 1:
         raise UserError(
@@ -135,36 +114,26 @@ def exists_on_all_ranks(path: Path) -> bool:
     return found[0]
 
 
-def _half_precision(device: torch.device) -> str:
-    return "fp16" if is_gpu(device) and not has_bfloat16(device) else "bf16"
-
-
 class StopVote:
-    """Tells when to stop; all processes get the same answer, if all ask equally often.
-
-    Args:
-        interrupts: of this process.
-        accelerator: of the run.
-    """
+    """A vote of all processes on whether to stop; each process must poll equally often and gets the same answer."""
 
     def __init__(self, interrupts: Interrupts, accelerator: Accelerator):
         self._interrupts = interrupts
         self._accelerator = accelerator
-        self._polls = 0
-        self._next = 1
-        self._agreed = (0, time.monotonic())  # when the processes last agreed, by polls and by the clock
+        self._polls, self._polls_per_vote = 0, 1
+        self._voted_at = time.monotonic()
 
     def poll(self) -> bool:
         """Return whether to stop."""
         if self._accelerator.num_processes == 1:
             return self._interrupts.is_requested
         self._polls += 1
-        if self._polls < self._next:
+        if self._polls < self._polls_per_vote:
             return False
-        before, since = self._agreed
-        seconds = (time.monotonic() - since) / max(self._polls - before, 1)
-        votes = torch.tensor([float(self._interrupts.is_requested), seconds], device=self._accelerator.device)
-        requests, seconds_each = self._accelerator.reduce(votes, "mean").tolist()
-        self._next = self._polls + min(max(round(1 / max(seconds_each, 1e-3)), 1), AGREE_EVERY)
-        self._agreed = (self._polls, time.monotonic())
+        seconds = (time.monotonic() - self._voted_at) / self._polls
+        vote = torch.tensor([float(self._interrupts.is_requested), seconds], device=self._accelerator.device)
+        requests, seconds_per_poll = self._accelerator.reduce(vote, "mean").tolist()
+        polls_per_second = max(round(1 / max(seconds_per_poll, 1e-3)), 1)
+        self._polls, self._polls_per_vote = 0, min(polls_per_second, _MAX_POLLS_PER_VOTE)
+        self._voted_at = time.monotonic()
         return requests > 0

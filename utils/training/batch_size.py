@@ -14,39 +14,34 @@ from utils.system.gpu import forbid_host_fallback, fork_random
 
 
 def fit_batch_size(args: argparse.Namespace, accelerator: Accelerator, model: Forecaster) -> argparse.Namespace:
-    """Halve the batch size, and raise the gradient accumulation as much, until a training step fits into memory.
+    """Halve the batch size until a training step fits into memory, and increase gradient accumulation to compensate.
 
-    A step is tried with random windows, beside the memory that the optimiser will need. The weights and the random
-    generators stay as they are; an optimiser step has as many windows as before.
-
-    Args:
-        args: the parsed flags.
-        accelerator: of the run; told of the change.
-        model: not prepared yet.
+    Each trial step uses random windows and allocates as much memory as the optimizer state will need. The weights and
+    the random generators are left unchanged. `model` is not prepared by accelerate yet.
 
     Returns:
-        The flags with the batch size that fits.
+        The flags with the batch size that fits; an optimizer step still sees as many windows.
 
     Raises:
         torch.OutOfMemoryError: if not even the smallest batch fits.
     """
     with fork_random(accelerator.device), forbid_host_fallback(accelerator.device):
         fitting = _largest_fitting(args, model)
-    # All processes take as many steps; and where nothing fits into one, none goes on to wait for it.
+    # All processes use the smallest of their sizes. If one has none, all stop; otherwise the others would wait for it.
     fitting = int(accelerator.gather(torch.tensor([fitting], device=accelerator.device)).min())
     if fitting == 0:
         raise torch.OutOfMemoryError("CUDA out of memory.")
     if fitting == args.batch_size:
         return args
-    fitted = with_batches(args, accelerator, fitting, args.grad_accum * (args.batch_size // fitting))
+    fitted = with_batch_size(args, accelerator, fitting, args.grad_accum * (args.batch_size // fitting))
     accelerator.print(f"Memory is short: --batch_size {fitting} --grad_accum {fitted.grad_accum} from here on")
     return fitted
 
 
-def with_batches(
+def with_batch_size(
     args: argparse.Namespace, accelerator: Accelerator, batch_size: int, grad_accum: int
 ) -> argparse.Namespace:
-    """Return the flags with another batch size, for an evaluation too if it is smaller; tell the accelerator."""
+    """Replace the batch size in the flags, limit the evaluation batch to a smaller one, and update the accelerator."""
     eval_batch_size = args.eval_batch_size
     if batch_size < args.batch_size:
         eval_batch_size = min(eval_batch_size, batch_size)
@@ -56,7 +51,7 @@ def with_batches(
 
 
 def _largest_fitting(args: argparse.Namespace, model: Forecaster) -> int:
-    """Return the largest of the batch sizes that a step fits with, 0 if there is none."""
+    """Find the largest batch size whose training step fits into memory; 0 if none does."""
     sizes = _sizes(args.batch_size)
     trial = find_executable_batch_size(_try_step, next(sizes), lambda: next(sizes, 0))
     try:
@@ -68,7 +63,7 @@ def _largest_fitting(args: argparse.Namespace, model: Forecaster) -> int:
 
 
 def _sizes(size: int) -> Iterator[int]:
-    """Yield a batch size and smaller ones that it is a multiple of, each at most half of the one before."""
+    """Yield a batch size and its divisors in descending order, each at most half of the previous one."""
     whole = size
     while size:
         yield size
@@ -76,13 +71,13 @@ def _sizes(size: int) -> Iterator[int]:
 
 
 def _try_step(batch_size: int, args: argparse.Namespace, model: Forecaster) -> int:
-    """Train on one batch, without an update; return its size."""
+    """Run the forward and the backward pass on one batch, without an update, and return its size."""
     model.train()
-    model.zero_grad()  # of a step that did not fit
-    # PatchTST keeps means over its batches: these random windows must not be in them.
+    model.zero_grad()  # gradients of a step that did not fit
+    # PatchTST keeps running means of its batches; these random windows must not change them.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    trained = sum(parameter.numel() for parameter in model.parameters())
-    state = torch.empty(round(trained * STATE_BYTES[args.optimizer]), dtype=torch.uint8, device=model.device)
+    trainable = sum(parameter.numel() for parameter in model.parameters())
+    state = torch.empty(round(trainable * STATE_BYTES[args.optimizer]), dtype=torch.uint8, device=model.device)
     forecast = model(torch.randn(batch_size, args.seq_len, 1))
     functional.mse_loss(forecast, torch.zeros_like(forecast)).backward()
     model.zero_grad()

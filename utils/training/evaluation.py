@@ -1,4 +1,4 @@
-"""Score forecasts: every window once, each with the same weight."""
+"""Score forecasts; every window counts once and has the same weight."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from data_provider.data_factory import window_numbers
 from data_provider.windows import WindowDataset
 from layers.StandardNorm import Normalize
 from utils.runs.metrics import Forecasts, Metric, Scores
-from utils.training.progress import show_loss, windows_bar
+from utils.training.reporting import show_loss, windows_bar
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,7 @@ class Split:
 
 
 def prepare_split(accelerator: Accelerator, windows: WindowDataset, loader: DataLoader) -> Split:
-    """Prepare a split whose batches are distributed over the processes.
-
-    They stay on the CPU: there a model writes the prompts, without waiting for the device.
-    """
+    """Distribute the batches of a split over the processes; they stay on the CPU, where the prompts are written."""
     return Split(windows, accelerator.prepare_data_loader(loader, device_placement=False))
 
 
@@ -42,53 +39,49 @@ def evaluate(
     before_batch: Callable[[], None] = lambda: None,
     metrics: Sequence[Metric] = (),
 ) -> Scores:
-    """Forecast the windows of a split's loader and score them.
+    """Forecast the windows that a split's loader shows, and score the forecasts.
 
     Args:
-        accelerator: gathers the errors of all processes.
-        model: (B, seq_len, 1) -> (B, pred_len, 1); left in the mode it came in.
-        split: the windows to score.
-        target: the channel of the headline, None for all channels.
-        title: of the progress bar.
-        before_batch: called before each batch; what it raises ends the evaluation.
-        metrics: to compute, too; for them the forecasts are read back from the device.
+        model: (B, seq_len, 1) -> (B, pred_len, 1); its training mode is restored afterwards.
+        target: the channel of the headline errors, None for all channels.
+        title: shown by the progress bar.
+        before_batch: called before each batch; an exception from it ends the evaluation.
+        metrics: further metrics to update; for these the forecasts are copied to the host.
     """
     was_training = model.training
     model.eval()
     parts = []
-    numbers, seen = window_numbers(split.loader), 0
+    windows, numbers, seen = split.windows, window_numbers(split.loader), 0
     bar = windows_bar(split.loader, title)
     for number, (seq_x, seq_y, *_) in enumerate(bar):
         before_batch()
         forecast = model(seq_x)
         target_rows = seq_y[:, -forecast.shape[1] :].to(forecast.device, non_blocking=True)
-        errors = _errors(forecast, target_rows, split.windows.has_gaps)
-        # Windows that fill up the last batch of some process are cut off again here.
-        parts.append(accelerator.gather_for_metrics(errors))
+        # Gathering drops the duplicates that accelerate adds to give every process a full last batch.
+        parts.append(accelerator.gather_for_metrics(_errors(forecast, target_rows, windows.has_gaps)))
         show_loss(bar, number, parts[-1][:, 0])
         if metrics:
-            batch = _gathered(accelerator, seq_x, forecast, target_rows, numbers[seen:], split.windows)
+            batch = _gather_forecasts(accelerator, seq_x, forecast, target_rows, numbers[seen:], windows)
             seen += len(batch.numbers)
             for metric in metrics:
                 metric.update(batch)
     model.train(was_training)
     errors = torch.cat(parts).T.double().cpu().numpy()
-    windows = split.windows
     return _score(errors, windows.channel_of(numbers), windows.channels, target)
 
 
 def _errors(forecast: torch.Tensor, target: torch.Tensor, has_gaps: bool) -> torch.Tensor:
-    """Return squared and absolute error of each window, (B, 2); with gaps the number of known targets, too, (B, 3)."""
+    """Compute each window's mse and mae, (B, 2), and with gaps also its number of known targets, (B, 3)."""
     error = forecast - target
     if not has_gaps:
         return torch.stack([error.square().mean((1, 2)), error.abs().mean((1, 2))], dim=1)
-    is_known = ~target.isnan()  # a forecast that is not a number still counts
+    is_known = ~target.isnan()  # not ~error.isnan(): a NaN forecast must count
     error, count = torch.where(is_known, error, 0), is_known.sum((1, 2))
     sums = torch.stack([error.square().sum((1, 2)), error.abs().sum((1, 2))], dim=1)
     return torch.cat([sums / count.clamp(min=1)[:, None], count[:, None]], dim=1)
 
 
-def _gathered(
+def _gather_forecasts(
     accelerator: Accelerator,
     seq_x: torch.Tensor,
     forecast: torch.Tensor,
@@ -96,7 +89,7 @@ def _gathered(
     numbers: np.ndarray,
     windows: WindowDataset,
 ) -> Forecasts:
-    """Gather a batch from all processes for the metrics; `numbers` are those of this batch's windows and the next."""
+    """Gather a batch from all processes for the metrics; `numbers` starts with the numbers of its windows."""
     _, statistics = Normalize()(seq_x[..., 0].to(forecast.device))
     rows = torch.cat([forecast[..., 0], target[..., 0], statistics.deviation], dim=1).float()
     rows = accelerator.gather_for_metrics(rows).cpu().numpy()
@@ -111,10 +104,7 @@ def _gathered(
 
 
 def _score(errors: np.ndarray, channel_of: np.ndarray, channels: tuple[str, ...], target: str | None) -> Scores:
-    """Take means over the errors of windows: mse, mae and, with gaps, known targets; (2 or 3, windows).
-
-    The windows come a channel after the other.
-    """
+    """Average the `_errors` of windows, (2 or 3, windows), which are ordered by channel."""
     is_scored = errors[2] > 0 if len(errors) == 3 else np.ones(len(channel_of), bool)
     errors, channel_of = errors[:, is_scored], channel_of[is_scored]
     begins = np.flatnonzero(np.diff(channel_of, prepend=-1))
@@ -127,9 +117,8 @@ def _score(errors: np.ndarray, channel_of: np.ndarray, channels: tuple[str, ...]
 
 
 def _means(errors: np.ndarray) -> dict[str, float]:
-    """Return mse, mae and the number of windows; with gaps, the number of known targets, too."""
-    if len(errors) == 2:
-        mse, mae = errors.mean(axis=1)
-        return {"mse": float(mse), "mae": float(mae), "windows": errors.shape[1]}
-    mse, mae = np.average(errors[:2], axis=1, weights=errors[2])
-    return {"mse": float(mse), "mae": float(mae), "windows": errors.shape[1], "known": int(errors[2].sum())}
+    """Average mse and mae over windows, with gaps weighted by the number of known targets."""
+    weights = errors[2] if len(errors) == 3 else None
+    mse, mae = np.average(errors[:2], axis=1, weights=weights)
+    known = {} if weights is None else {"known": int(weights.sum())}
+    return {"mse": float(mse), "mae": float(mae), "windows": errors.shape[1], **known}

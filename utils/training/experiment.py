@@ -11,9 +11,8 @@ from torch.nn import Module
 
 from base_models.make_tiny_llm import make_tiny_llm
 from data_provider.data_factory import windows_and_loader
-from data_provider.layouts import SPLITS
 from data_provider.reading import read_table
-from data_provider.series import Series, series_of
+from data_provider.series import SPLITS, Series, series_of
 from data_provider.tables import Table
 from dataset.demo import write_demo_csv
 from models import build
@@ -22,7 +21,7 @@ from utils.cli.options import flags_of_final_test, flags_of_repetition, has_llm,
 from utils.cli.places import csv_path, is_demo_default, run_folder, trained_folder
 from utils.cli.signals import Interrupts
 from utils.errors import UserError
-from utils.memory.plan import full_report, memory_error, memory_in_short
+from utils.memory.plan import memory_error, memory_report, memory_summary
 from utils.runs.checkpoint import Checkpoint, Run, ended_state, read_checkpoint, read_last
 from utils.runs.compatibility import load_checkpoint, load_last
 from utils.runs.finished import is_finished
@@ -36,13 +35,13 @@ from utils.system.plotting import check_backend
 from utils.system.processes import (
     check_same_on_all_ranks,
     exists_on_all_ranks,
-    refused_environment,
+    reraise_environment_errors,
     seed_rank,
     start_processes,
 )
-from utils.training.batch_size import fit_batch_size, with_batches
+from utils.training.batch_size import fit_batch_size, with_batch_size
 from utils.training.evaluation import Split, prepare_split
-from utils.training.optimizers import check_optimizer
+from utils.training.optimization import check_optimizer
 from utils.training.reporting import check_reporting, start_reporting, stop_reporting
 from utils.training.testing import TestSetup, calibrate, check_levels, test
 from utils.training.trainer import TrainConfig, Trainer
@@ -80,8 +79,8 @@ class Experiment:
 
     def memory_plan(self) -> str:
         """Describe the memory that the run needs."""
-        with refused_environment():
-            return full_report(self.args)
+        with reraise_environment_errors():
+            return memory_report(self.args)
 
     def run(self) -> None:
         """Run every repetition, on data that are read once; if the device is full, say in one line what helps."""
@@ -139,19 +138,19 @@ class Repetition:
             series.last_window()  # what it lacks is reported first
         self.args, self.series = args, series
         self.accelerator = _start(args)
-        check_same_on_all_ranks(series.table.sha256, str(series.source))
+        check_same_on_all_ranks(series.table.sha256, str(series.table.source))
         check_optimizer(args.optimizer, self.accelerator.device)
         check_reporting(args.report_to)
         self.splits = self._prepare_splits()
         check_levels(args.level, self.splits["val"])
-        check_columns(series.channels, series.is_long, args.level)
+        check_columns(series.channels, series.table.is_long, args.level)
         _warn(self.accelerator, series.notes)
         for line in series.explainer.lines() if series.explainer else ():
             self.accelerator.print(line)
         folder = run_folder(args, number)
         self.initial = self._read_initial(folder, trained_folder(args, number))
         if has_llm(args):
-            self.accelerator.print(memory_in_short(args))
+            self.accelerator.print(memory_summary(args))
         self.prompt_sha256 = hash_of(Path(args.prompt_file))
         basis = self.initial.basis if self.initial else None
         self.season = args.season or series.table.rows_of_a_season()
@@ -182,7 +181,7 @@ class Repetition:
         """Find the batch size that fits into memory, or take that of the run to resume."""
         if self.initial:
             flags = self.initial.flags
-            self.args = with_batches(self.args, self.accelerator, flags["batch_size"], flags["grad_accum"])
+            self.args = with_batch_size(self.args, self.accelerator, flags["batch_size"], flags["grad_accum"])
         else:
             self.args = fit_batch_size(self.args, self.accelerator, self.forecaster)
         self.splits = self._prepare_splits()

@@ -15,7 +15,7 @@ from base_models.make_tiny_llm import make_tiny_llm
 from layers.FrozenLLM import FrozenLLM
 from tests.conftest import SHARED, largest_difference, needs_shared
 from utils.cli.options import get_parser
-from utils.memory.plan import nearly_full, plan_memory, savings
+from utils.memory.plan import memory_warning, plan_memory, savings
 from utils.system.gpu import forbid_host_fallback
 from utils.training.trainer import Trainer
 
@@ -37,7 +37,7 @@ def test_the_plan_needs_the_config_alone(run, flags, tiny_llm, tmp_path):
     shutil.copy(Path(tiny_llm("qwen2")) / "config.json", folder)
     done = run(*flags, "--llm_model_path", folder, "--plan")
     assert (done.code, done.err, done.folders) == (0, "", [])
-    for part in ("LLM, frozen layers", "trained layers", "optimiser", "activations", "peak of a step", "It fits"):
+    for part in ("LLM, frozen layers", "trained layers", "optimizer", "activations", "peak of a step", "It fits"):
         assert part in done.out
 
 
@@ -80,7 +80,7 @@ def test_the_plan_of_the_users_command_agrees_with_arithmetic():
     assert whole.llm == pytest.approx(1.43e9, rel=0.01)  # 2.77 billion numbers at 0.516 bytes
     assert whole.embedding == 151936 * 2048 * 4  # float32 on a CPU
     full = plan(*USERS_COMMAND, "--mapping", "full")
-    assert full.trainable + full.gradients + full.optimizer == pytest.approx(2.43e9, rel=0.02)
+    assert 2 * full.trainable + full.optimizer == pytest.approx(2.43e9, rel=0.02)
     small = plan(*USERS_COMMAND, "--gradient_checkpointing")
     assert small.activations < whole.activations / 10
     assert small.total < whole.total / 1.5
@@ -100,7 +100,7 @@ def test_what_is_advised_is_what_it_saves():
 def test_further_layers_are_counted_as_if_all_were_tried(flags, tmp_path, monkeypatch):
     flags = [*flags, "--llm_model_path", str(make_tiny_llm("llama", tmp_path / "six", layers=6))]
     by_few = plan(*flags)
-    monkeypatch.setattr(utils.memory.plan, "layers_to_try", lambda choice: (6,))
+    monkeypatch.setattr(utils.memory.plan, "trial_layers", lambda choice: (6,))
     assert plan(*flags).total == pytest.approx(by_few.total, rel=0.02)
 
 
@@ -197,7 +197,7 @@ def only_up_to(windows, monkeypatch):
     monkeypatch.setattr(utils.training.batch_size, "_try_step", limited)
 
 
-def test_auto_batch_size_keeps_the_windows_of_an_optimiser_step(run, flags, monkeypatch):
+def test_auto_batch_size_keeps_the_windows_of_an_optimizer_step(run, flags, monkeypatch):
     flags = [*flags, "--eval_batch_size", "4"]
     given = run(*flags, "--batch_size", "4", "--grad_accum", "4")
     only_up_to(4, monkeypatch)
@@ -287,8 +287,8 @@ def test_a_warning_before_the_driver_spills(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
     for used, warned in ((94, False), (96, True)):
         monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device, used=used: used)
-        assert bool(nearly_full(torch.device("cuda"))) == warned
-    assert nearly_full(torch.device("cpu")) == ""
+        assert bool(memory_warning(torch.device("cuda"))) == warned
+    assert memory_warning(torch.device("cpu")) == ""
 
 
 def test_optimizers_for_a_gpu_are_refused_without_one(assert_refused, flags):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from utils.training.schedules import Schedule, rate_of_epoch
+from utils.training.optimization import EarlyStopping, Schedule, rate_of_epoch
 
 
 def rates(name, epochs, steps=1, rate=1.0, pct_start=0.2):
@@ -79,3 +79,16 @@ def test_groups_keep_the_ratio_of_their_rates(name):
 def test_an_unknown_schedule_is_an_error():
     with pytest.raises(ValueError, match="spiral"):
         rate_of_epoch("spiral", 1.0, 2)
+
+
+def test_it_counts_validations_without_gain_and_says_so():
+    lines = []
+    stopping = EarlyStopping(patience=2, report=lines.append)
+    assert [stopping.update(loss) for loss in (0.5, 0.4, 0.4, 0.3, 0.35)] == [True, True, False, True, False]
+    assert not stopping.should_stop
+    assert not stopping.update(0.31)
+    assert stopping.should_stop
+    assert stopping.lowest == 0.3
+    assert lines[0] == "Validation loss decreased (inf --> 0.500000).  Saving model ..."
+    assert lines[2] == "EarlyStopping counter: 1 out of 2"
+    assert lines[-1] == "EarlyStopping counter: 2 out of 2"
