@@ -3,9 +3,9 @@
     python scripts/benchmark.py --llm_model_path base_models/SmolLM2-135M --seq_len 512 --batch_size 8
 
 All variants run alternately in one process, with the same LLM, weights and windows. The times are medians over the
-rounds; the ratios are medians of each round's ratio. Other load on the machine adds time, and not to all variants
-equally: if the quickest step is much faster than the median, repeat the benchmark on an idle machine. Accepts the flags
-of run_main.py; without --data, it uses windows of the demo data.
+rounds, the ratios medians of each round's ratio. If the quickest step is much faster than the median, other load on the
+machine has distorted the times: repeat the benchmark on an idle machine. Accepts the flags of run_main.py; without
+--data, it uses the demo data.
 
 The first variant is the original Time-LLM's computation: pad tokens (its end-of-text token) without an attention mask,
 prompt and patches in one forward pass, the mapping layer over the whole vocabulary, all attention maps and hidden
@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -45,23 +45,18 @@ from utils.system.gpu import is_gpu, peak_allocated, reset_peak_memory, wait_unt
 
 @dataclass(frozen=True)
 class Variant:
-    """One configuration of the model's computation.
+    """One configuration of the model's computation: a name, three flags of run_main.py, and two settings.
 
     `attention_maps`: whether the LLM returns attention maps and hidden states. `onednn`: whether oneDNN computes the
     float32 matrix products on a CPU.
     """
 
     name: str
-    padding: str
-    one_pass: bool
+    prompt_padding: str
+    no_prefix_cache: bool
     mapping: str
     attention_maps: bool = False
     onednn: bool = True
-
-    @property
-    def flags(self) -> dict[str, object]:
-        """The variant's flags of run_main.py."""
-        return {"prompt_padding": self.padding, "no_prefix_cache": self.one_pass, "mapping": self.mapping}
 
 
 VARIANTS = (
@@ -73,26 +68,7 @@ VARIANTS = (
     Variant("compact map", "left", False, "compact"),
     Variant("pads seen", "right", False, "compact"),
 )
-
-
-@dataclass
-class Result:
-    """The measurements of one variant, in seconds and bytes."""
-
-    variant: str
-    step_seconds: float = 0.0
-    quickest_step_seconds: float = 0.0
-    step_ratio: float = 1.0
-    windows_per_second: float = 0.0
-    evaluation_ratio: float = 1.0
-    tokens_without_gradient: int = 0
-    tokens_with_gradient: int = 0
-    peak_bytes: int = 0
-    peak_share: float = 1.0
-    forecast_difference: float = 0.0
-    gradient_difference: float = 0.0
-    steps: list[float] = field(default_factory=list)
-    evaluations: list[float] = field(default_factory=list)
+OUTPUTS = ("output_attentions", "output_hidden_states")
 
 
 class Runner:
@@ -102,30 +78,27 @@ class Runner:
         self, variant: Variant, args: argparse.Namespace, llm: LoadedLLM, windows: tuple[torch.Tensor, torch.Tensor]
     ):
         self.variant = variant
-        self.model = build(argparse.Namespace(**{**vars(args), **variant.flags}), llm)
+        self.model = build(argparse.Namespace(**vars(args) | vars(variant)), llm)
         fused = not variant.attention_maps  # as in our training; the original Time-LLM's Adam is not fused
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.learning_rate, fused=fused)
         self.context, self.target = windows[0], windows[1].to(self.model.device)
 
     @contextlib.contextmanager
     def as_configured(self) -> Iterator[None]:
-        """Apply the variant's settings of the shared LLM and of oneDNN, and restore the defaults afterwards."""
+        """Apply the variant's settings to the shared LLM and to oneDNN, and restore the defaults afterwards."""
         backbone = self.model.llm.backbone
-        outputs = ("output_attentions", "output_hidden_states")
         before = backbone.config._attn_implementation
         # Our oneDNN products are for float32; in half precision torch itself calls oneDNN, in every variant.
         torch.backends.mkldnn.enabled = self.variant.onednn or backbone.dtype != torch.float32
         if self.variant.attention_maps:
             backbone.set_attn_implementation("eager")  # the only implementation that returns attention maps
-        for name in outputs:
-            setattr(backbone.config, name, self.variant.attention_maps)
+        backbone.config.update(dict.fromkeys(OUTPUTS, self.variant.attention_maps))
         try:
             yield
         finally:
             torch.backends.mkldnn.enabled = True
             backbone.set_attn_implementation(before)
-            for name in outputs:
-                setattr(backbone.config, name, False)
+            backbone.config.update(dict.fromkeys(OUTPUTS, False))
 
     def step(self) -> None:
         """Take one optimizer step on the batch."""
@@ -207,34 +180,39 @@ def floor_seconds(runner: Runner) -> dict[str, float]:
     return {"operations": operations, "operations_per_second": rate, "seconds": operations / rate}
 
 
-def measure(runners: list[Runner], rounds: int) -> list[Result]:
-    """Measure all variants alternately, for a number of rounds."""
+def measure(runners: list[Runner], rounds: int) -> list[dict]:
+    """Measure all variants alternately, for a number of rounds; times are in seconds, memory in bytes."""
     device = runners[0].model.device
-    results = [Result(runner.variant.name) for runner in runners]
-    references = {}
-    for runner, result in zip(runners, results, strict=True):
+    results, references = [], {}
+    for runner in runners:
         with runner.as_configured():
             forecast, gradient = runner.forecast_and_gradient()
             # Unmasked pad tokens change the model: compare each kind of padding with its own first variant.
-            reference = references.setdefault(runner.variant.padding, (forecast, gradient))
-            result.forecast_difference, result.gradient_difference = map(_difference, (forecast, gradient), reference)
-            result.tokens_without_gradient, result.tokens_with_gradient = runner.tokens()
-            result.peak_bytes = peak_bytes(runner.step, device)
+            reference = references.setdefault(runner.variant.prompt_padding, (forecast, gradient))
+            without_gradient, with_gradient = runner.tokens()
+            result = {
+                "variant": runner.variant.name,
+                "tokens_without_gradient": without_gradient,
+                "tokens_with_gradient": with_gradient,
+                "peak_bytes": peak_bytes(runner.step, device),
+                "forecast_difference": _difference(forecast, reference[0]),
+                "gradient_difference": _difference(gradient, reference[1]),
+            }
+            results.append({**result, "steps": [], "evaluations": []})
             runner.evaluate()
     for _ in range(rounds):
         for runner, result in zip(runners, results, strict=True):
             with runner.as_configured():
-                result.steps.append(seconds(runner.step, device))
+                result["steps"].append(seconds(runner.step, device))
                 runner.evaluate()  # the first evaluation after a step computes the prototypes: do not time it
-                result.evaluations.append(seconds(runner.evaluate, device))
-    windows = len(runners[0].context)
+                result["evaluations"].append(seconds(runner.evaluate, device))
     for result in results:
-        result.step_seconds = statistics.median(result.steps)
-        result.quickest_step_seconds = min(result.steps)
-        result.step_ratio = _ratio(results[0].steps, result.steps)
-        result.windows_per_second = windows / statistics.median(result.evaluations)
-        result.evaluation_ratio = _ratio(results[0].evaluations, result.evaluations)
-        result.peak_share = result.peak_bytes / results[0].peak_bytes
+        result["step_seconds"] = statistics.median(result["steps"])
+        result["quickest_step_seconds"] = min(result["steps"])
+        result["step_ratio"] = _ratio(results[0]["steps"], result["steps"])
+        result["windows_per_second"] = len(runners[0].context) / statistics.median(result["evaluations"])
+        result["evaluation_ratio"] = _ratio(results[0]["evaluations"], result["evaluations"])
+        result["peak_share"] = result["peak_bytes"] / results[0]["peak_bytes"]
     return results
 
 
@@ -248,25 +226,23 @@ def _difference(values: torch.Tensor, reference: torch.Tensor) -> float:
     return ((values - reference).abs().max() / reference.abs().max()).item()
 
 
-def table(results: list[Result], floor: dict[str, float]) -> str:
+def table(results: list[dict], floor: dict[str, float]) -> str:
     """Format the results as a Markdown table."""
     lines = [
         "| variant | step, s | quickest | faster | eval, windows/s | faster | tokens no grad + grad | peak, MB |"
         " share | forecasts differ | gradients differ |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"|{'---|' * 11}",
     ]
-    lines += [
-        f"| {r.variant} | {r.step_seconds:.3f} | {r.quickest_step_seconds:.3f} | {r.step_ratio:.2f}x |"
-        f" {r.windows_per_second:.2f} | {r.evaluation_ratio:.2f}x |"
-        f" {r.tokens_without_gradient} + {r.tokens_with_gradient} |"
-        f" {r.peak_bytes / 1e6:.0f} | {r.peak_share:.0%} | {r.forecast_difference:.1e} | {r.gradient_difference:.1e} |"
-        for r in results
-    ]
-    lines.append(
-        f"\nLower bound of a step with the compact map: {floor['seconds']:.3f} s ({floor['operations'] / 1e9:.0f} GFLOP"
-        f" at {floor['operations_per_second'] / 1e9:.0f} GFLOP/s)"
+    row = (
+        "| {variant} | {step_seconds:.3f} | {quickest_step_seconds:.3f} | {step_ratio:.2f}x |"
+        " {windows_per_second:.2f} | {evaluation_ratio:.2f}x | {tokens_without_gradient} + {tokens_with_gradient} |"
+        " {megabytes:.0f} | {peak_share:.0%} | {forecast_difference:.1e} | {gradient_difference:.1e} |"
     )
-    return "\n".join(lines)
+    lines += [row.format(megabytes=result["peak_bytes"] / 1e6, **result) for result in results]
+    return (
+        "\n".join(lines) + f"\n\nLower bound of a step with the compact map: {floor['seconds']:.3f} s"
+        f" ({floor['operations'] / 1e9:.0f} GFLOP at {floor['operations_per_second'] / 1e9:.0f} GFLOP/s)"
+    )
 
 
 def load_windows(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
@@ -304,7 +280,7 @@ def benchmark(argv: list[str]) -> None:
     floor = floor_seconds(next(runner for runner in runners if runner.variant.name == "compact map"))
     print(table(results, floor))
     if args.json:
-        figures = {"llm": llm.as_dict(), "variants": [asdict(result) for result in results], "floor": floor}
+        figures = {"llm": llm.as_dict(), "variants": results, "floor": floor}
         args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 

@@ -4,8 +4,8 @@
 
 Runs the README's command (NF4, batch size 8, 512 -> 96, ETTm1) under a limit of 5 GiB, then with gradient checkpointing
 under 3 GiB, then the original Time-LLM's computation without a limit: 50 training steps and an evaluation each. Prints
-the peak memory, the planned memory and the steps per second of each case. Accepts flags of run_main.py; without
---llm_model_path, it creates an LLM of that size with random weights.
+the peak memory, the planned memory and the speed of each case. Accepts flags of run_main.py; without --llm_model_path,
+it creates an LLM of that size with random weights.
 """
 
 import argparse
@@ -13,8 +13,7 @@ import gc
 import json
 import sys
 import tempfile
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,6 +25,7 @@ from transformers import AutoModel, AutoTokenizer, Qwen2Config
 from base_models.make_tiny_llm import make_tiny_llm
 from data_provider.data_factory import data_provider
 from models.TimeLLM import Model
+from scripts.benchmark import seconds
 from utils.cli.checks import check_options
 from utils.cli.command import OneLineParser, exit_code_of
 from utils.cli.options import get_parser
@@ -46,26 +46,13 @@ CASES = (
     ("ours, recomputed", ["--gradient_checkpointing"], 3.0),
     ("Time-LLM's way", ["--prompt_padding", "right", "--no_prefix_cache", "--mapping", "full"], None),
 )
-STEPS, EVALUATED = 50, 40
+STEPS, WARM_UP, EVALUATED = 50, 5, 40
 
 
-@dataclass
-class Outcome:
-    """The memory (GiB) and speed of one case; `loading` is the peak before the first training step."""
+def check(name: str, args: argparse.Namespace, limit: float | None) -> dict[str, object]:
+    """Train for `STEPS` steps and evaluate `EVALUATED` batches with at most `limit` GiB; return memory and speed.
 
-    name: str
-    limit: float | None
-    planned: float
-    loading: float
-    peak: float
-    reserved: float
-    steps_per_second: float
-    evaluation_windows_per_second: float
-    last_loss: float
-
-
-def check(name: str, args: argparse.Namespace, limit: float | None) -> Outcome:
-    """Train for `STEPS` steps and evaluate `EVALUATED` batches with at most `limit` GiB.
+    Memory is in GiB; `loading` is the peak before the first training step.
 
     Raises:
         torch.OutOfMemoryError: if the limit is too low.
@@ -75,47 +62,42 @@ def check(name: str, args: argparse.Namespace, limit: float | None) -> Outcome:
     torch.cuda.reset_peak_memory_stats()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(limit * GIB / total, 1.0) if limit else 1.0)
-    planned = plan_memory(args).total / GIB
+    outcome = {"name": name, "limit": limit, "planned": plan_memory(args).total / GIB}
     model = Model(args)
-    loading = torch.cuda.max_memory_allocated() / GIB
+    outcome["loading"] = torch.cuda.max_memory_allocated() / GIB
     torch.cuda.reset_peak_memory_stats()
-    model.train()
     optimizer = build_optimizer(args.optimizer, model.parameters(), args.learning_rate)
-    batches = iter(data_provider(args, "train")[1])
-    for step in range(STEPS):
-        if step == 5:  # do not time the warm-up
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-        context, target, *_ = next(batches)
-        loss = functional.mse_loss(model(context), target[:, -args.pred_len :].to(model.device))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    torch.cuda.synchronize()
-    steps_per_second = (STEPS - 5) / (time.perf_counter() - started)
-    return Outcome(
-        name=name,
-        limit=limit,
-        planned=planned,
-        loading=loading,
-        evaluation_windows_per_second=_evaluate(model, args),
-        peak=torch.cuda.max_memory_allocated() / GIB,
-        reserved=torch.cuda.max_memory_reserved() / GIB,
-        steps_per_second=steps_per_second,
-        last_loss=loss.item(),
-    )
+    batches, losses = iter(data_provider(args, "train")[1]), []
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            context, target, *_ = next(batches)
+            loss = functional.mse_loss(model(context), target[:, -args.pred_len :].to(model.device))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+
+    model.train()
+    train(WARM_UP)
+    train_seconds = seconds(lambda: train(STEPS - WARM_UP), model.device)
+    model.eval()
+    val_batches = iter(data_provider(args, "val")[1])
+    evaluation_seconds = seconds(lambda: _evaluate(model, val_batches), model.device)
+    return outcome | {
+        "peak": torch.cuda.max_memory_allocated() / GIB,
+        "reserved": torch.cuda.max_memory_reserved() / GIB,
+        "steps_per_second": (STEPS - WARM_UP) / train_seconds,
+        "evaluation_windows_per_second": EVALUATED * args.batch_size / evaluation_seconds,
+        "last_loss": losses[-1],
+    }
 
 
 @torch.inference_mode()
-def _evaluate(model: Model, args: argparse.Namespace) -> float:
-    """Evaluate `EVALUATED` batches and return the windows per second."""
-    model.eval()
-    batches = iter(data_provider(args, "val")[1])
-    started = time.perf_counter()
+def _evaluate(model: Model, batches: Iterator) -> None:
+    """Forecast the first `EVALUATED` batches."""
     for _ in range(EVALUATED):
         model(next(batches)[0])
-    torch.cuda.synchronize()
-    return EVALUATED * args.batch_size / (time.perf_counter() - started)
 
 
 def make_random_llm(folder: Path) -> None:
@@ -151,7 +133,7 @@ def check_all(argv: list[str] | None) -> int:
             if not csv_path(args).is_file():
                 raise UserError(f"no CSV file {csv_path(args)}: check --root_path")
             try:
-                outcomes.append(asdict(check(name, args, limit)))
+                outcomes.append(check(name, args, limit))
             except torch.OutOfMemoryError as problem:
                 within_limits = within_limits and limit is None  # the last case may need more than the device has
                 outcomes.append({"name": name, "limit": limit, "out_of_memory": str(problem)})
