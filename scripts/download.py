@@ -55,7 +55,9 @@ def download(files: Sequence[RemoteFile], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     parts = {file: folder / (file.name + PART) for file in files}
     for part in parts.values():
-        _remove_link(part)
+        # The download would overwrite the file that a symbolic or hard link points to.
+        if part.is_symlink() or (part.exists() and part.stat().st_nlink > 1):
+            part.unlink()
     needed = sum(file.size - _size(part) for file, part in parts.items())
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -95,7 +97,8 @@ def _append(file: RemoteFile, part: Path) -> None:
             part.unlink(missing_ok=True)
             raise _InterruptedDownloadError(f"the server did not continue at byte {have}")
         bar = tqdm(desc=file.name, total=file.size, initial=start, unit="B", unit_scale=True, disable=None)
-        with bar, open(part, "ab" if start else "wb", opener=_open_without_links) as out:
+        mode, no_links = "ab" if start else "wb", getattr(os, "O_NOFOLLOW", 0)
+        with bar, open(part, mode, opener=lambda path, flags: os.open(path, flags | no_links, 0o666)) as out:
             while start < file.size:
                 with _network_errors_as_interruption():
                     block = response.read1(min(BLOCK, file.size - start))
@@ -137,16 +140,6 @@ def _first_byte(response: HTTPResponse) -> int:
         return 0
     offset = re.match(r"bytes (\d{1,15})-", response.headers.get("Content-Range", ""))
     return int(offset[1]) if offset else -1
-
-
-def _remove_link(part: Path) -> None:
-    """Remove a symbolic or hard link in place of a part: the download would overwrite the file that it points to."""
-    if part.is_symlink() or (part.exists() and part.stat().st_nlink > 1):
-        part.unlink()
-
-
-def _open_without_links(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _size(path: Path) -> int:

@@ -5,8 +5,6 @@
     python scripts/launch.py ETTh1 --model DLinear       a forecaster without an LLM
     python scripts/launch.py smoke                       synthetic data and a tiny LLM: train, test, forecast in seconds
 
-ETTh1.bat and ETTh1.sh run the first line, smoke.bat and smoke.sh the last, and so on.
-
     --again      also run horizons that are done; by default they are skipped
     --dry_run    print the command lines without running them
 
@@ -55,12 +53,11 @@ SMALL_RECIPE = (
     *("--patch_len", "24", "--stride", "24", "--n_heads", "4", "--d_ff", "32", "--dropout", "0.3"),
     *("--learning_rate", "0.0003", "--prompt_decimals", "0", "--max_steps", "400", "--eval_steps", "100"),
 )
-# For data with more to learn, such as ETTm1.
+# For ETTm1, with more to learn.
 LARGE_RECIPE = (
     *("--stride", "16", "--d_ff", "64", "--learning_rate", "0.0005", "--prompt_decimals", "1"),
     *("--max_steps", "1200", "--eval_steps", "200"),
 )
-LARGE_DATA = ("ETTm1",)
 FLAGS_OF_TIMELLM = ("--residual", "linear", "--normalize_prototypes")
 SMOKE_FLAGS = ("--demo", "--model_id", "smoke", "--max_steps", "3", "--eval_windows", "32", "--predict")
 
@@ -78,7 +75,6 @@ def plan_runs(name: str, words: Sequence[str]) -> list[Run]:
 
     Raises:
         UserError: if a horizon or the value of a flag is invalid.
-        SystemExit: if run_main.py does not know a flag.
     """
     horizons = list(itertools.takewhile(lambda word: not word.startswith("--"), words))
     user_flags = words[len(horizons) :]
@@ -90,7 +86,7 @@ def plan_runs(name: str, words: Sequence[str]) -> list[Run]:
     else:
         for flag in {word.partition("=")[0] for word in user_flags} & {"--data", "--pred_len"}:
             raise UserError(f"this script sets {flag}: leave it out; horizons come first, without a flag")
-        recipe = LARGE_RECIPE if name in LARGE_DATA else SMALL_RECIPE
+        recipe = LARGE_RECIPE if name == "ETTm1" else SMALL_RECIPE
         shared = [*FLAGS, *recipe, *_timellm_flags(name, user_flags), *user_flags]
         flags_by_name = {
             f"{name} {horizon}": ["--data", name, "--pred_len", horizon, *shared] for horizon in horizons or HORIZONS
@@ -123,16 +119,20 @@ def _timellm_flags(data: str, user_flags: Sequence[str]) -> list[str]:
     return [*flags, "--model_comment", comment]
 
 
+def repetitions(args: argparse.Namespace) -> list[tuple[Path, argparse.Namespace]]:
+    """List the run folder and the flags of each repetition of a run."""
+    return [(run_folder(args, number), flags_of_repetition(args, number)) for number in range(args.itr)]
+
+
 def is_done(args: argparse.Namespace) -> bool:
     """Return whether every repetition of a training run has finished with these flags and data."""
     if args.plan or not args.is_training:
         return False
     with contextlib.chdir(ROOT):
+        # access() also returns False for a path that is too long; run_main.py then reports the error.
         return all(
-            # access() also returns False for a path that is too long; run_main.py then reports the error.
-            os.access(run_folder(args, repetition) / "metrics.json", os.F_OK)
-            and is_finished(run_folder(args, repetition), flags_of_repetition(args, repetition))
-            for repetition in range(args.itr)
+            os.access(folder / "metrics.json", os.F_OK) and is_finished(folder, flags)
+            for folder, flags in repetitions(args)
         )
 
 
@@ -146,12 +146,11 @@ def launch(runs: Sequence[Run], again: bool, dry_run: bool) -> int:
         words = ["run_main.py", *run.flags]
         print(command_line(["python", *words]), flush=True)
         code = 0 if dry_run else run_child([sys.executable, *words], ROOT)
-        if code == 130:
-            print(f"interrupted: at {run.name}; add --resume auto to the same command to resume", file=sys.stderr)
-        elif code:
-            remaining = listed([later.name for later in runs[place + 1 :]]) or "none"
-            print(f"error: {run.name} failed with exit code {code}; not started: {remaining}", file=sys.stderr)
         if code:
+            remaining = listed([later.name for later in runs[place + 1 :]]) or "none"
+            problem = f"error: {run.name} failed with exit code {code}; not started: {remaining}"
+            interrupted = f"interrupted: at {run.name}; add --resume auto to the same command to resume"
+            print(interrupted if code == 130 else problem, file=sys.stderr)
             return code
     return 0
 
@@ -162,13 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
-    own = {"--again", "--dry_run"} & set(words)
-    name, *rest = [word for word in words if word not in own] or [""]
-
-    def work() -> int:
-        return launch(plan_runs(name, rest), again="--again" in own or name == "smoke", dry_run="--dry_run" in own)
-
-    return exit_code_of(work, "nothing was started")
+    name, *rest = [word for word in words if word not in ("--again", "--dry_run")] or [""]
+    again, dry_run = "--again" in words or name == "smoke", "--dry_run" in words
+    return exit_code_of(lambda: launch(plan_runs(name, rest), again, dry_run), "nothing was started")
 
 
 if __name__ == "__main__":
