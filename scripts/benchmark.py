@@ -12,13 +12,13 @@ prompt and patches in one forward pass, the mapping layer over the whole vocabul
 states requested (transformers then uses eager attention), torch's own CPU kernels, and unfused Adam.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
 import statistics
 import sys
 import time
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from data_provider.data_factory import data_provider
@@ -74,11 +74,9 @@ OUTPUTS = ("output_attentions", "output_hidden_states")
 class Runner:
     """The model of one variant with a fixed batch of windows."""
 
-    def __init__(
-        self, variant: Variant, args: argparse.Namespace, llm: LoadedLLM, windows: tuple[torch.Tensor, torch.Tensor]
-    ):
+    def __init__(self, variant: Variant, args: Namespace, llm: LoadedLLM, windows: tuple[Tensor, Tensor]):
         self.variant = variant
-        self.model = build(argparse.Namespace(**vars(args) | vars(variant)), llm)
+        self.model = build(Namespace(**vars(args) | vars(variant)), llm)
         fused = not variant.attention_maps  # as in our training; the original Time-LLM's Adam is not fused
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.learning_rate, fused=fused)
         self.context, self.target = windows[0], windows[1].to(self.model.device)
@@ -115,7 +113,7 @@ class Runner:
                 self.model.mapping_layer.bias.add_(0)  # an in-place change invalidates the cached prototypes
             self.model(self.context)
 
-    def forecast_and_gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def forecast_and_gradient(self) -> tuple[Tensor, Tensor]:
         """Return the forecasts and the loss's gradient with respect to the reprogrammed patches."""
         outputs = []
         handle = self.model.reprogramming_layer.register_forward_hook(lambda *call: outputs.append(call[-1]))
@@ -170,9 +168,8 @@ def floor_seconds(runner: Runner) -> dict[str, float]:
     dtype, width = model.llm.token_embeddings.dtype, config.hidden_size
     weights = backbone.num_parameters() - backbone.get_input_embeddings().weight.numel()
     without_gradient, with_gradient = runner.tokens()
-    mapped = model.mapping_layer.weight.numel() * width
     passes = without_gradient * (1 - 1 / config.num_hidden_layers) + 2 * with_gradient
-    operations = 2 * weights * passes + 4 * mapped
+    operations = 2 * weights * passes + 4 * model.mapping_layer.weight.numel() * width
     left = torch.randn(max(with_gradient, 1), width, device=model.device, dtype=dtype)
     right = torch.randn(4 * width, width, device=model.device, dtype=dtype)
     times = [seconds(lambda: frozen_product(left, right), model.device) for _ in range(20)]
@@ -200,12 +197,11 @@ def measure(runners: list[Runner], rounds: int) -> list[dict]:
             }
             results.append({**result, "steps": [], "evaluations": []})
             runner.evaluate()
-    for _ in range(rounds):
-        for runner, result in zip(runners, results, strict=True):
-            with runner.as_configured():
-                result["steps"].append(seconds(runner.step, device))
-                runner.evaluate()  # the first evaluation after a step computes the prototypes: do not time it
-                result["evaluations"].append(seconds(runner.evaluate, device))
+    for runner, result in [*zip(runners, results, strict=True)] * rounds:
+        with runner.as_configured():
+            result["steps"].append(seconds(runner.step, device))
+            runner.evaluate()  # the first evaluation after a step computes the prototypes: do not time it
+            result["evaluations"].append(seconds(runner.evaluate, device))
     for result in results:
         result["step_seconds"] = statistics.median(result["steps"])
         result["quickest_step_seconds"] = min(result["steps"])
@@ -221,31 +217,29 @@ def _ratio(reference: list[float], times: list[float]) -> float:
     return statistics.median(before / after for before, after in zip(reference, times, strict=True))
 
 
-def _difference(values: torch.Tensor, reference: torch.Tensor) -> float:
+def _difference(values: Tensor, reference: Tensor) -> float:
     """Compute the largest absolute difference, relative to the reference's largest value."""
     return ((values - reference).abs().max() / reference.abs().max()).item()
 
 
 def table(results: list[dict], floor: dict[str, float]) -> str:
     """Format the results as a Markdown table."""
-    lines = [
+    head = (
         "| variant | step, s | quickest | faster | eval, windows/s | faster | tokens no grad + grad | peak, MB |"
-        " share | forecasts differ | gradients differ |",
-        f"|{'---|' * 11}",
-    ]
+        " share | forecasts differ | gradients differ |"
+    )
     row = (
         "| {variant} | {step_seconds:.3f} | {quickest_step_seconds:.3f} | {step_ratio:.2f}x |"
         " {windows_per_second:.2f} | {evaluation_ratio:.2f}x | {tokens_without_gradient} + {tokens_with_gradient} |"
         " {megabytes:.0f} | {peak_share:.0%} | {forecast_difference:.1e} | {gradient_difference:.1e} |"
     )
-    lines += [row.format(megabytes=result["peak_bytes"] / 1e6, **result) for result in results]
-    return (
-        "\n".join(lines) + f"\n\nLower bound of a step with the compact map: {floor['seconds']:.3f} s"
-        f" ({floor['operations'] / 1e9:.0f} GFLOP at {floor['operations_per_second'] / 1e9:.0f} GFLOP/s)"
-    )
+    rows = [row.format(megabytes=result["peak_bytes"] / 1e6, **result) for result in results]
+    bound = f"Lower bound of a step with the compact map: {floor['seconds']:.3f} s"
+    rate = f"{floor['operations'] / 1e9:.0f} GFLOP at {floor['operations_per_second'] / 1e9:.0f} GFLOP/s"
+    return "\n".join([head, "|" + "---|" * 11, *rows, f"\n{bound} ({rate})"])
 
 
-def load_windows(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+def load_windows(args: Namespace) -> tuple[Tensor, Tensor]:
     """Load a batch of evenly spaced training windows: contexts and targets."""
     if args.demo:
         table = demo_frame(rows=4 * (args.seq_len + args.pred_len)).iloc[:, 1:].to_numpy("float32")
@@ -263,7 +257,7 @@ def benchmark(argv: list[str]) -> None:
     """Run the benchmark that the command line describes and print the results."""
     parser = get_parser()
     parser.prog, parser.description = "benchmark.py", __doc__
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.formatter_class = RawDescriptionHelpFormatter
     parser.add_argument("--rounds", type=int, default=5, help="number of repetitions; more give steadier medians")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args(argv if "--data" in argv else ["--demo", *argv])

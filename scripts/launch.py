@@ -47,8 +47,7 @@ FLAGS = (
     *("--lradj", "TST", "--grad_clip", "1", "--mapping_rate", "0.003", "--prompt_domain", "1"),
     *("--eval_windows", "2000", "--test_windows", "0", "--skip_epoch_test"),
 )
-# For data with little to learn beyond a linear forecast: fewer weights, more dropout, fewer optimizer steps, a lower
-# learning rate and longer patches, which cover a day of hourly rows.
+# For data with little to learn beyond a linear forecast: a small model, briefly trained; a patch covers a day of rows.
 SMALL_RECIPE = (
     *("--patch_len", "24", "--stride", "24", "--n_heads", "4", "--d_ff", "32", "--dropout", "0.3"),
     *("--learning_rate", "0.0003", "--prompt_decimals", "0", "--max_steps", "400", "--eval_steps", "100"),
@@ -58,7 +57,6 @@ LARGE_RECIPE = (
     *("--stride", "16", "--d_ff", "64", "--learning_rate", "0.0005", "--prompt_decimals", "1"),
     *("--max_steps", "1200", "--eval_steps", "200"),
 )
-FLAGS_OF_TIMELLM = ("--residual", "linear", "--normalize_prototypes")
 SMOKE_FLAGS = ("--demo", "--model_id", "smoke", "--max_steps", "3", "--eval_windows", "32", "--predict")
 
 
@@ -82,16 +80,15 @@ def plan_runs(name: str, words: Sequence[str]) -> list[Run]:
         if name == "smoke" or not re.fullmatch("[0-9]+", word):
             raise UserError(f"{word} is not a horizon of {name}: whole numbers come first, then flags with --")
     if name == "smoke":
-        flags_by_name = {name: [*SMOKE_FLAGS, *user_flags]}
+        planned = {name: [*SMOKE_FLAGS, *user_flags]}
     else:
         for flag in {word.partition("=")[0] for word in user_flags} & {"--data", "--pred_len"}:
             raise UserError(f"this script sets {flag}: leave it out; horizons come first, without a flag")
         recipe = LARGE_RECIPE if name == "ETTm1" else SMALL_RECIPE
         shared = [*FLAGS, *recipe, *_timellm_flags(name, user_flags), *user_flags]
-        flags_by_name = {
-            f"{name} {horizon}": ["--data", name, "--pred_len", horizon, *shared] for horizon in horizons or HORIZONS
-        }
-    runs = [Run(label, flags, get_parser().parse_args(flags)) for label, flags in flags_by_name.items()]
+        horizons = horizons or HORIZONS
+        planned = {f"{name} {horizon}": ["--data", name, "--pred_len", horizon, *shared] for horizon in horizons}
+    runs = [Run(label, flags, get_parser().parse_args(flags)) for label, flags in planned.items()]
     for run in runs:
         check_options(run.args)
     return runs
@@ -104,7 +101,7 @@ def _timellm_flags(data: str, user_flags: Sequence[str]) -> list[str]:
     given = parser.parse_args(["--data", data, *user_flags])
     if not has_llm(given):
         return []
-    flags = [*FLAGS_OF_TIMELLM]
+    flags = ["--residual", "linear", "--normalize_prototypes"]
     if not given.llm_model_path and not given.llm_model:
         path = os.environ.get(LLM_VARIABLE)
         flags += ["--llm_model_path", path] if path else ["--llm_model", "QWEN", "--load_in_4bit"]

@@ -35,7 +35,7 @@ from utils.cli.signals import leave
 from utils.errors import UserError
 from utils.runs.checkpoint import read_checkpoint
 from utils.runs.compatibility import flags_to_test
-from utils.runs.pictures import Axes, Figure, save_picture
+from utils.runs.pictures import Figure, save_picture
 from utils.runs.trained import build_trained
 from utils.system.plotting import check_backend
 
@@ -63,8 +63,7 @@ def choose_window(args: Namespace, facts: DataFacts, channel: str | None, row: i
     """Read a window from the run's CSV and scale it as in training.
 
     Args:
-        args: the run's flags.
-        facts: the facts about the training data, from the checkpoint.
+        args, facts: the run's flags, and the facts about its data.
         channel: its name; None for the run's target if it is a channel, else the last channel.
         row: the last data row of the window, counted from 1; None for the last row of the CSV.
 
@@ -136,11 +135,20 @@ def describe(window: Window, prototypes: Sequence[Prototype], count: int) -> str
 
 def draw(path: Path, window: Window, prototypes: Sequence[Prototype], patch_len: int, stride: int) -> None:
     """Draw a window with its patches and, below, the patches' attention to the prototypes, as a PNG."""
-    patches, rows = len(prototypes[0].attention), len(prototypes)
+    patches, rows, length = len(prototypes[0].attention), len(prototypes), len(window.values)
     figure = Figure(figsize=(11, 4.2 + 0.28 * rows), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 0.8 + 0.28 * rows])
     top.set_title(_in_font(window.title), fontsize="medium", parse_math=False)
-    _draw_window(top, window.values, np.arange(patches) * stride, patch_len, stride)
+    top.plot(np.arange(length), window.values, color="0.3", label="window")
+    padding = np.arange(length - 1, length + stride)
+    top.plot(padding, [window.values[-1]] * len(padding), ":", color="0.3", label="its last value, repeated")
+    starts, overlapping = np.arange(patches) * stride, -(-patch_len // stride)
+    heights = 0.04 + 0.16 * (np.arange(patches) % overlapping) / overlapping  # shares of the axis
+    relative = top.get_xaxis_transform()
+    top.hlines(heights, starts, starts + patch_len - 1, "tab:blue", label="patches", transform=relative)
+    low, span = window.values.min(), np.ptp(window.values) or 1
+    top.set_ylim(low - 0.4 * span, low + 1.35 * span)
+    top.legend(loc="upper left", ncols=3, fontsize="small")
     edges = np.arange(patches + 1) * stride + (patch_len - 1 - stride) / 2
     attention, labels = [one.attention for one in prototypes], [_label(one) for one in prototypes]
     mesh = bottom.pcolormesh(edges, np.arange(rows + 1) - 0.5, attention, vmin=0)
@@ -151,20 +159,6 @@ def draw(path: Path, window: Window, prototypes: Sequence[Prototype], patch_len:
     bottom.set_xlabel("step of the window (a patch's attention is drawn at the patch's center)")
     figure.colorbar(mesh, ax=bottom, location="bottom", aspect=60, label="attention, mean over heads")
     save_picture(figure, path)
-
-
-def _draw_window(axis: Axes, values: np.ndarray, starts: np.ndarray, patch_len: int, stride: int) -> None:
-    """Draw a window, its padding and its patches, which overlap, at several heights."""
-    steps = np.arange(len(values) + stride)
-    axis.plot(steps[: len(values)], values, color="0.3", label="window")
-    axis.plot(steps[-stride - 1 :], [values[-1]] * (stride + 1), ":", color="0.3", label="its last value, repeated")
-    overlapping = -(-patch_len // stride)
-    heights = 0.04 + 0.16 * (np.arange(len(starts)) % overlapping) / overlapping
-    relative = axis.get_xaxis_transform()  # heights are shares of the axis
-    axis.hlines(heights, starts, starts + patch_len - 1, "tab:blue", label="patches", transform=relative)
-    low, span = values.min(), np.ptp(values) or 1
-    axis.set_ylim(low - 0.4 * span, low + 1.35 * span)
-    axis.legend(loc="upper left", ncols=3, fontsize="small")
 
 
 def _label(prototype: Prototype) -> str:
