@@ -3,9 +3,8 @@
     python scripts/benchmark.py --llm_model_path base_models/SmolLM2-135M --seq_len 512 --batch_size 8
 
 All variants run alternately in one process, with the same LLM, weights and windows. The times are medians over the
-rounds, the ratios medians of each round's ratio. If the quickest step is much faster than the median, other load on the
-machine has distorted the times: repeat the benchmark on an idle machine. Accepts the flags of run_main.py; without
---data, it uses the demo data.
+rounds, the ratios medians of each round's ratio. If the quickest step is much faster than the median, repeat the
+benchmark on an idle machine. Accepts the flags of run_main.py; without --data, it uses the demo data.
 
 The first variant is the original Time-LLM's computation: pad tokens (its end-of-text token) without an attention mask,
 prompt and patches in one forward pass, the mapping layer over the whole vocabulary, all attention maps and hidden
@@ -47,8 +46,7 @@ from utils.system.gpu import is_gpu, peak_allocated, reset_peak_memory, wait_unt
 class Variant:
     """One configuration of the model's computation: a name, three flags of run_main.py, and two settings.
 
-    `attention_maps`: whether the LLM returns attention maps and hidden states. `onednn`: whether oneDNN computes the
-    float32 matrix products on a CPU.
+    `attention_maps`: the LLM returns attention maps and hidden states; `onednn`: oneDNN multiplies in float32 on a CPU.
     """
 
     name: str
@@ -119,11 +117,9 @@ class Runner:
         handle = self.model.reprogramming_layer.register_forward_hook(lambda *call: outputs.append(call[-1]))
         self.model.eval()
         forecast = self.model(self.context)
-        outputs[0].retain_grad()
-        nn.functional.mse_loss(forecast, self.target).backward()
-        self.optimizer.zero_grad()
         handle.remove()
-        return forecast.detach(), outputs[0].grad
+        loss = nn.functional.mse_loss(forecast, self.target)
+        return forecast.detach(), torch.autograd.grad(loss, outputs[0])[0]
 
     def tokens(self) -> tuple[int, int]:
         """Count the tokens that pass through the LLM for one batch, without and with gradient."""

@@ -8,12 +8,11 @@ the peak memory, the planned memory and the speed of each case. Accepts flags of
 it creates an LLM of that size with random weights.
 """
 
-import argparse
 import gc
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,24 +33,19 @@ from utils.errors import UserError
 from utils.memory.plan import plan_memory
 from utils.training.optimizers import build_optimizer
 
-USERS_FLAGS = [
-    *("--data", "ETTm1", "--seq_len", "512", "--pred_len", "96", "--d_model", "32", "--d_ff", "32"),
-    *("--batch_size", "8", "--load_in_4bit"),
-]
+FLAGS = "--data ETTm1 --seq_len 512 --pred_len 96 --d_model 32 --d_ff 32 --batch_size 8 --load_in_4bit"
 GIB = 2**30
 # Each case: name, flags, limit in GiB.
 CASES = (
-    ("ours", [], 5.0),
-    ("ours, recomputed", ["--gradient_checkpointing"], 3.0),
-    ("Time-LLM's way", ["--prompt_padding", "right", "--no_prefix_cache", "--mapping", "full"], None),
+    ("ours", "", 5.0),
+    ("ours, recomputed", "--gradient_checkpointing", 3.0),
+    ("Time-LLM's way", "--prompt_padding right --no_prefix_cache --mapping full", None),
 )
 STEPS, WARM_UP, EVALUATED = 50, 5, 40
 
 
-def check(name: str, args: argparse.Namespace, limit: float | None) -> dict[str, object]:
-    """Train for `STEPS` steps and evaluate `EVALUATED` batches with at most `limit` GiB; return memory and speed.
-
-    Memory is in GiB; `loading` is the peak before the first training step.
+def check(name: str, args: Namespace, limit: float | None) -> dict[str, object]:
+    """Train for `STEPS` steps and evaluate `EVALUATED` batches with at most `limit` GiB; return memory (GiB) and speed.
 
     Raises:
         torch.OutOfMemoryError: if the limit is too low.
@@ -61,9 +55,9 @@ def check(name: str, args: argparse.Namespace, limit: float | None) -> dict[str,
     torch.cuda.reset_peak_memory_stats()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(limit * GIB / total, 1.0) if limit else 1.0)
-    outcome = {"name": name, "limit": limit, "planned": plan_memory(args).total / GIB}
+    planned = plan_memory(args).total / GIB
     model = Model(args)
-    outcome["loading"] = torch.cuda.max_memory_allocated() / GIB
+    loading = torch.cuda.max_memory_allocated() / GIB
     torch.cuda.reset_peak_memory_stats()
     optimizer = build_optimizer(args.optimizer, model.parameters(), args.learning_rate)
     batches, losses = iter(data_provider(args, "train")[1]), []
@@ -79,24 +73,25 @@ def check(name: str, args: argparse.Namespace, limit: float | None) -> dict[str,
 
     model.train()
     train(WARM_UP)
-    train_seconds = seconds(lambda: train(STEPS - WARM_UP), model.device)
-    model.eval()
-    val_batches = iter(data_provider(args, "val")[1])
-    evaluation_seconds = seconds(lambda: _evaluate(model, val_batches), model.device)
-    return outcome | {
-        "peak": torch.cuda.max_memory_allocated() / GIB,
-        "reserved": torch.cuda.max_memory_reserved() / GIB,
-        "steps_per_second": (STEPS - WARM_UP) / train_seconds,
-        "evaluation_windows_per_second": EVALUATED * args.batch_size / evaluation_seconds,
-        "last_loss": losses[-1],
-    }
+    steps_per_second = (STEPS - WARM_UP) / seconds(lambda: train(STEPS - WARM_UP), model.device)
+    windows_per_second = _evaluate(model, args)
+    peak, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+    outcome = {"name": name, "limit": limit, "planned": planned, "loading": loading, "peak": peak, "reserved": reserved}
+    speed = {"steps_per_second": steps_per_second, "evaluation_windows_per_second": windows_per_second}
+    return outcome | speed | {"last_loss": losses[-1]}
 
 
 @torch.inference_mode()
-def _evaluate(model: Model, batches: Iterator) -> None:
-    """Forecast the first `EVALUATED` batches."""
-    for _ in range(EVALUATED):
-        model(next(batches)[0])
+def _evaluate(model: Model, args: Namespace) -> float:
+    """Forecast `EVALUATED` validation batches and return the windows per second."""
+    model.eval()
+    batches = iter(data_provider(args, "val")[1])
+
+    def forecast() -> None:
+        for _ in range(EVALUATED):
+            model(next(batches)[0])
+
+    return EVALUATED * args.batch_size / seconds(forecast, model.device)
 
 
 def make_random_llm(folder: Path) -> None:
@@ -110,12 +105,8 @@ def make_random_llm(folder: Path) -> None:
 
 
 def check_all(argv: list[str] | None) -> int:
-    """Run all cases and return 0 if they stayed within their limits, else 1.
-
-    Raises:
-        UserError: if there is no CUDA device or the input is invalid.
-    """
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run all cases and return 0 if they stayed within their limits, else 1."""
+    parser = OneLineParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     own, rest = parser.parse_known_args(argv)
     if not torch.cuda.is_available():
@@ -126,7 +117,7 @@ def check_all(argv: list[str] | None) -> int:
             make_random_llm(Path(folder))
             rest = [*rest, "--llm_model_path", folder]
         for name, flags, limit in CASES:
-            args = get_parser().parse_args([*USERS_FLAGS, *rest, *flags])
+            args = get_parser().parse_args([*FLAGS.split(), *rest, *flags.split()])
             check_options(args)
             check_paths(args)
             try:

@@ -7,10 +7,9 @@
 
 Flags that this script does not define go to run_main.py. Each --way is a name and its own flags of run_main.py, which
 take priority. The default ways are TimeLLM and its two ablations, each without and with a linear residual, PatchTST,
-DLinear, the seasonal naive forecast (last season) and the naive forecast (last value). The script prints a table and
-writes compare.md (the table), compare.csv (the results of each run) and compare.png (a plot). The same command skips
-finished runs and resumes interrupted ones; a way that fails does not stop the others. --rank shows finished comparisons
-side by side, with the average rank of each way.
+DLinear, the seasonal naive forecast (last season) and the naive forecast (last value). A way that fails does not stop
+the others. The results are printed and written to compare.md, compare.csv (one row per run) and compare.png. The same
+command skips finished runs and resumes interrupted ones. --rank ranks the ways of finished comparisons.
 """
 
 import csv
@@ -57,17 +56,12 @@ VARIANTS = {
 }
 
 # Shorter training than run_main.py --demo: ten variants with three seeds each take a few minutes.
-DEMO_FLAGS = ("--max_steps", "60", "--eval_steps", "20", "--eval_windows", "256")
-
-UNTRAINED = ("SeasonalNaive", "LastValue")
+DEMO_FLAGS = "--max_steps 60 --eval_steps 20 --eval_windows 256"
 
 
 @dataclass
 class Variant:
-    """A forecaster (a `--way` of the command line), its flags for run_main.py and their parsed values.
-
-    `runs` holds the results of each seed; `problem` says why there are none.
-    """
+    """A `--way` of the command line; `runs` holds the results of each seed, `problem` says why there are none."""
 
     name: str
     argv: list[str]
@@ -87,7 +81,7 @@ def plan_variants(ways: Sequence[str], seeds: int, flags: Sequence[str], out: st
     Raises:
         UserError: if a variant is unknown or its flags are invalid.
     """
-    flags = [*DEMO_FLAGS, *flags] if "--demo" in flags else list(flags)
+    flags = [*DEMO_FLAGS.split(), *flags] if "--demo" in flags else list(flags)
     if not ways:
         ways = [name for name in VARIANTS if name != "last season" or _fits_a_season(get_parser().parse_args(flags))]
     if not out:
@@ -108,7 +102,7 @@ def plan_variants(ways: Sequence[str], seeds: int, flags: Sequence[str], out: st
         for flag in reserved & {word.partition("=")[0] for word in argv}:
             remedy = "leave it out (--out, --seeds and --way are allowed)"
             raise UserError(f"{flag} cannot be used in a comparison: {remedy}")
-        runs = 1 if get_parser().parse_args(argv).model in UNTRAINED else seeds
+        runs = 1 if get_parser().parse_args(argv).model in ("SeasonalNaive", "LastValue") else seeds
         argv += ["--des", slug, "--itr", str(runs), "--checkpoints", out]
         args = get_parser().parse_args(argv)
         check_options(args)
@@ -302,8 +296,8 @@ def compare(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; exit code 0 success, 1 a way failed, 2 invalid input, 130 interrupted."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    return exit_code_of(lambda: compare(argv), "run the same command again to resume")
+    hint = "run the same command again to resume"
+    return exit_code_of(lambda: compare(sys.argv[1:] if argv is None else argv), hint)
 
 
 if __name__ == "__main__":

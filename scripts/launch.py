@@ -9,12 +9,11 @@
     --dry_run    print the command lines without running them
 
 The first run that fails ends the script, with its exit code. After Ctrl-C, the same command with --resume auto resumes.
+Relative paths start at the repository's folder.
 
 The LLM is that of --llm_model_path or --llm_model, else the folder or Hub id in the environment variable
-TIME_LLM_PATH, else Qwen2.5-3B in 4 bits. To load another LLM in 4 bits, add --load_in_4bit.
-
-Relative paths start at the repository's folder. The recipe is that of docs/results.md, with 64 windows per optimizer
-step. During training, 2000 evenly spaced validation windows are scored; the final test scores all test windows.
+TIME_LLM_PATH, else Qwen2.5-3B in 4 bits. To load another LLM in 4 bits, add --load_in_4bit. The recipe is that of
+docs/results.md: 64 windows per optimizer step, and validation on 2000 windows; the final test scores all windows.
 """
 
 import argparse
@@ -43,21 +42,18 @@ LLM_VARIABLE = "TIME_LLM_PATH"
 
 # The best settings on validation windows (docs/results.md); the batch size fits an LLM of 3 billion weights in 6 GB.
 FLAGS = (
-    *("--seq_len", "336", "--d_model", "32", "--batch_size", "8", "--grad_accum", "8"),
-    *("--lradj", "TST", "--grad_clip", "1", "--mapping_rate", "0.003", "--prompt_domain", "1"),
-    *("--eval_windows", "2000", "--test_windows", "0", "--skip_epoch_test"),
+    "--seq_len 336 --d_model 32 --batch_size 8 --grad_accum 8 --lradj TST --grad_clip 1 --mapping_rate 0.003"
+    " --prompt_domain 1 --eval_windows 2000 --test_windows 0 --skip_epoch_test"
 )
 # For data with little to learn beyond a linear forecast: a small model, briefly trained; a patch covers a day of rows.
 SMALL_RECIPE = (
-    *("--patch_len", "24", "--stride", "24", "--n_heads", "4", "--d_ff", "32", "--dropout", "0.3"),
-    *("--learning_rate", "0.0003", "--prompt_decimals", "0", "--max_steps", "400", "--eval_steps", "100"),
+    "--patch_len 24 --stride 24 --n_heads 4 --d_ff 32 --dropout 0.3 --learning_rate 0.0003 --prompt_decimals 0"
+    " --max_steps 400 --eval_steps 100"
 )
 # For ETTm1, with more to learn.
-LARGE_RECIPE = (
-    *("--stride", "16", "--d_ff", "64", "--learning_rate", "0.0005", "--prompt_decimals", "1"),
-    *("--max_steps", "1200", "--eval_steps", "200"),
-)
-SMOKE_FLAGS = ("--demo", "--model_id", "smoke", "--max_steps", "3", "--eval_windows", "32", "--predict")
+LARGE_RECIPE = "--stride 16 --d_ff 64 --learning_rate 0.0005 --prompt_decimals 1 --max_steps 1200 --eval_steps 200"
+FLAGS_OF_TIMELLM = "--residual linear --normalize_prototypes"
+SMOKE_FLAGS = "--demo --model_id smoke --max_steps 3 --eval_windows 32 --predict"
 
 
 class Run(NamedTuple):
@@ -80,12 +76,12 @@ def plan_runs(name: str, words: Sequence[str]) -> list[Run]:
         if name == "smoke" or not re.fullmatch("[0-9]+", word):
             raise UserError(f"{word} is not a horizon of {name}: whole numbers come first, then flags with --")
     if name == "smoke":
-        planned = {name: [*SMOKE_FLAGS, *user_flags]}
+        planned = {name: [*SMOKE_FLAGS.split(), *user_flags]}
     else:
         for flag in {word.partition("=")[0] for word in user_flags} & {"--data", "--pred_len"}:
             raise UserError(f"this script sets {flag}: leave it out; horizons come first, without a flag")
         recipe = LARGE_RECIPE if name == "ETTm1" else SMALL_RECIPE
-        shared = [*FLAGS, *recipe, *_timellm_flags(name, user_flags), *user_flags]
+        shared = [*FLAGS.split(), *recipe.split(), *_timellm_flags(name, user_flags), *user_flags]
         horizons = horizons or HORIZONS
         planned = {f"{name} {horizon}": ["--data", name, "--pred_len", horizon, *shared] for horizon in horizons}
     runs = [Run(label, flags, get_parser().parse_args(flags)) for label, flags in planned.items()]
@@ -101,7 +97,7 @@ def _timellm_flags(data: str, user_flags: Sequence[str]) -> list[str]:
     given = parser.parse_args(["--data", data, *user_flags])
     if not has_llm(given):
         return []
-    flags = ["--residual", "linear", "--normalize_prototypes"]
+    flags = FLAGS_OF_TIMELLM.split()
     if not given.llm_model_path and not given.llm_model:
         path = os.environ.get(LLM_VARIABLE)
         flags += ["--llm_model_path", path] if path else ["--llm_model", "QWEN", "--load_in_4bit"]
@@ -126,11 +122,9 @@ def is_done(args: argparse.Namespace) -> bool:
     if args.plan or not args.is_training:
         return False
     with contextlib.chdir(ROOT):
+        runs = repetitions(args)
         # access() also returns False for a path that is too long; run_main.py then reports the error.
-        return all(
-            os.access(folder / "metrics.json", os.F_OK) and is_finished(folder, flags)
-            for folder, flags in repetitions(args)
-        )
+        return all(os.access(folder / "metrics.json", os.F_OK) and is_finished(folder, run) for folder, run in runs)
 
 
 def launch(runs: Sequence[Run], again: bool, dry_run: bool) -> int:

@@ -63,7 +63,6 @@ def choose_window(args: Namespace, facts: DataFacts, channel: str | None, row: i
     """Read a window from the run's CSV and scale it as in training.
 
     Args:
-        args, facts: the run's flags, and the facts about its data.
         channel: its name; None for the run's target if it is a channel, else the last channel.
         row: the last data row of the window, counted from 1; None for the last row of the CSV.
 
@@ -174,11 +173,7 @@ def _in_font(text: str) -> str:
 
 
 def show_prototypes(argv: Sequence[str] | None) -> None:
-    """Print the strongest prototypes of a run and save a picture of their attention in the run folder.
-
-    Raises:
-        UserError: if the folder has no checkpoint of a model with prototypes, or an option does not suit the run.
-    """
+    """Print the strongest prototypes of a run and save a picture of their attention in the run folder."""
     parser = OneLineParser(allow_abbrev=False, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="RUN", type=Path, help="run folder with a checkpoint")
     parser.add_argument("--prototypes", type=int, default=10, help="number of prototypes to show (default: 10)")

@@ -28,11 +28,7 @@ from utils.system.gpu import is_gpu, of_this_machine
 
 
 def quantize(argv: list[str] | None) -> None:
-    """Load an LLM, quantize its weights to NF4, and write the target folder once it is complete.
-
-    Raises:
-        UserError: if the source cannot be loaded or is already quantized, or the target exists or cannot be written.
-    """
+    """Load an LLM, quantize its weights to NF4, and write the target folder once it is complete."""
     parser = OneLineParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder or Hub id of the LLM")
     parser.add_argument("target", type=Path, help="folder to write")
