@@ -108,7 +108,7 @@ def check_all(argv: list[str] | None) -> int:
     """Run all cases and return 0 if they stayed within their limits, else 1."""
     parser = OneLineParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
-    own, rest = parser.parse_known_args(argv)
+    options, rest = parser.parse_known_args(argv)
     if not torch.cuda.is_available():
         raise UserError("there is no CUDA device: this check needs one")
     outcomes, within_limits = [], True
@@ -126,8 +126,8 @@ def check_all(argv: list[str] | None) -> int:
                 within_limits = within_limits and limit is None  # the last case may need more than the device has
                 outcomes.append({"name": name, "limit": limit, "out_of_memory": str(problem)})
             print(json.dumps(outcomes[-1]), flush=True)
-    if own.json:
-        own.json.write_text(json.dumps(outcomes, indent=1) + "\n", encoding="utf-8")
+    if options.json:
+        options.json.write_text(json.dumps(outcomes, indent=1) + "\n", encoding="utf-8")
     return 0 if within_limits else 1
 
 

@@ -169,7 +169,7 @@ def _read_run(name: str, seed: int, folder: Path) -> dict:
         rows = list(csv.DictReader(file))
     cost, mase = metrics["cost"], metrics.get("mase")  # earlier versions did not write the MASE
     seconds, steps = cost["seconds_per_step"], [int(row["steps"]) for row in rows]
-    trained = [step * (seconds or 0.0) for step in steps]
+    trained = [step * (seconds or 0.0) for step in steps]  # no seconds without training
     vali = [float(row["vali_loss"]) for row in rows]
     test = [float(row["test_loss"]) if row["test_loss"] else None for row in rows]
     return {
@@ -235,9 +235,8 @@ def write_results(folder: Path, variants: Sequence[Variant], command: str) -> No
         back_up(files)
     write_text(files[0], results)
     write_text(files[1], f"{table(variants)}\n\n{setup}; mean ± deviation over the seeds\n\n    {command}\n")
-    errors, validations = (
-        {variant.name: [run[name] for run in variant.runs] for variant in done} for name in ("mse", "validations")
-    )
+    errors = {variant.name: [run["mse"] for run in variant.runs] for variant in done}
+    validations = {variant.name: [run["validations"] for run in variant.runs] for variant in done}
     draw_comparison(files[2], errors, validations)
 
 
@@ -296,8 +295,7 @@ def compare(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; exit code 0 success, 1 a way failed, 2 invalid input, 130 interrupted."""
-    hint = "run the same command again to resume"
-    return exit_code_of(lambda: compare(sys.argv[1:] if argv is None else argv), hint)
+    return exit_code_of(lambda: compare(sys.argv[1:] if argv is None else argv), "run the same command again to resume")
 
 
 if __name__ == "__main__":

@@ -59,8 +59,7 @@ def download(files: Sequence[RemoteFile], folder: Path) -> None:
         if part.is_symlink() or (part.exists() and part.stat().st_nlink > 1):
             part.unlink()
     needed = sum(file.size - _size(part) for file, part in parts.items())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
+    if needed > (free := shutil.disk_usage(folder).free):
         raise UserError(f"{folder} needs {needed / 1e9:.2f} GB more, but only {free / 1e9:.2f} GB are free: make room")
     for file, part in parts.items():
         _download_part(file, part)
@@ -92,10 +91,9 @@ def _append(file: RemoteFile, part: Path) -> None:
     """Send one request for the missing bytes and append what arrives, never more than the file's size."""
     have = _size(part)
     with _request(file, part) as response:
-        start = 0
-        if response.status == 206:
-            offset = re.match(r"bytes (\d{1,15})-", response.headers.get("Content-Range", ""))
-            start = int(offset[1]) if offset else -1
+        content_range = response.headers.get("Content-Range", "") if response.status == 206 else "bytes 0-"
+        offset = re.match(r"bytes (\d{1,15})-", content_range)
+        start = int(offset[1]) if offset else -1
         if start not in (0, have):
             part.unlink(missing_ok=True)
             raise _InterruptedDownloadError(f"the server did not continue at byte {have}")

@@ -52,7 +52,6 @@ SMALL_RECIPE = (
 )
 # For ETTm1, with more to learn.
 LARGE_RECIPE = "--stride 16 --d_ff 64 --learning_rate 0.0005 --prompt_decimals 1 --max_steps 1200 --eval_steps 200"
-FLAGS_OF_TIMELLM = "--residual linear --normalize_prototypes"
 SMOKE_FLAGS = "--demo --model_id smoke --max_steps 3 --eval_windows 32 --predict"
 
 
@@ -97,17 +96,14 @@ def _timellm_flags(data: str, user_flags: Sequence[str]) -> list[str]:
     given = parser.parse_args(["--data", data, *user_flags])
     if not has_llm(given):
         return []
-    flags = FLAGS_OF_TIMELLM.split()
+    flags = ["--residual", "linear", "--normalize_prototypes"]
     if not given.llm_model_path and not given.llm_model:
         path = os.environ.get(LLM_VARIABLE)
         flags += ["--llm_model_path", path] if path else ["--llm_model", "QWEN", "--load_in_4bit"]
     llm = parser.parse_args(["--data", data, *flags, *user_flags])
-    parts = [
-        Path(llm.llm_model_path or llm.llm_model).name,
-        f"{llm.llm_layers}layers" if llm.llm_layers else "",
-        "nf4" if llm.load_in_4bit else "",
-        llm.ablation if llm.ablation != "none" else "",
-    ]
+    layers = f"{llm.llm_layers}layers" if llm.llm_layers else ""
+    ablation = llm.ablation if llm.ablation != "none" else ""
+    parts = [Path(llm.llm_model_path or llm.llm_model).name, layers, "nf4" if llm.load_in_4bit else "", ablation]
     comment = re.sub(r"[^\w.-]+", "_", "-".join(filter(None, parts))).strip("-._")
     return [*flags, "--model_comment", comment]
 

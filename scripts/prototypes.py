@@ -153,8 +153,7 @@ def draw(path: Path, window: Window, prototypes: Sequence[Prototype], patch_len:
     mesh = bottom.pcolormesh(edges, np.arange(rows + 1) - 0.5, attention, vmin=0)
     bottom.set_yticks(range(rows), labels, fontsize="small", parse_math=False)
     bottom.invert_yaxis()
-    top.margins(x=0)
-    bottom.margins(x=0)
+    top.margins(x=0)  # for both axes
     bottom.set_xlabel("step of the window (a patch's attention is drawn at the patch's center)")
     figure.colorbar(mesh, ax=bottom, location="bottom", aspect=60, label="attention, mean over heads")
     save_picture(figure, path)
@@ -181,8 +180,7 @@ def show_prototypes(argv: Sequence[str] | None) -> None:
     parser.add_argument("--channel", help="channel of the window; default: the run's target or its last channel")
     parser.add_argument("--row", type=int, help="last data row of the window, counted from 1; default: the last row")
     for name in PATH_FLAGS:
-        text = "the run_main.py flag, for files that have moved since the run"
-        parser.add_argument(f"--{name}", default=SUPPRESS, help=text)
+        parser.add_argument(f"--{name}", default=SUPPRESS, help="flag of run_main.py, for files moved since the run")
     options = parser.parse_args(argv)
     check_backend()
     checkpoint = options.folder / "checkpoint"
