@@ -3,30 +3,29 @@
     python scripts/benchmark.py --llm_model_path base_models/SmolLM2-135M --seq_len 512 --batch_size 8
 
 All variants run alternately in one process, with the same LLM, weights and windows. The times are medians over the
-rounds; the ratios are medians of each round's ratio. Other load on the machine adds time, and not to all variants
-equally: if the quickest step is much faster than the median, repeat the benchmark on an idle machine. Accepts the flags
-of run_main.py; without --data, it uses windows of the demo data.
+rounds, the ratios medians of each round's ratio. If the quickest step is much faster than the median, repeat the
+benchmark on an idle machine. Accepts the flags of run_main.py; without --data, it uses the demo data.
 
 The first variant is the original Time-LLM's computation: pad tokens (its end-of-text token) without an attention mask,
 prompt and patches in one forward pass, the mapping layer over the whole vocabulary, all attention maps and hidden
 states requested (transformers then uses eager attention), torch's own CPU kernels, and unfused Adam.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
 import statistics
 import sys
 import time
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from data_provider.data_factory import data_provider
@@ -45,23 +44,17 @@ from utils.system.gpu import is_gpu, peak_allocated, reset_peak_memory, synchron
 
 @dataclass(frozen=True)
 class Variant:
-    """One configuration of the model's computation.
+    """One configuration of the model's computation: a name, three flags of run_main.py, and two settings.
 
-    `attention_maps`: whether the LLM returns attention maps and hidden states. `onednn`: whether oneDNN computes the
-    float32 matrix products on a CPU.
+    `attention_maps`: the LLM returns attention maps and hidden states; `onednn`: oneDNN multiplies in float32 on a CPU.
     """
 
     name: str
-    padding: str
-    one_pass: bool
+    prompt_padding: str
+    no_prefix_cache: bool
     mapping: str
     attention_maps: bool = False
     onednn: bool = True
-
-    @property
-    def flags(self) -> dict[str, object]:
-        """The variant's flags of run_main.py."""
-        return {"prompt_padding": self.padding, "no_prefix_cache": self.one_pass, "mapping": self.mapping}
 
 
 VARIANTS = (
@@ -73,59 +66,35 @@ VARIANTS = (
     Variant("compact map", "left", False, "compact"),
     Variant("pads seen", "right", False, "compact"),
 )
-
-
-@dataclass
-class Result:
-    """The measurements of one variant, in seconds and bytes."""
-
-    variant: str
-    step_seconds: float = 0.0
-    quickest_step_seconds: float = 0.0
-    step_ratio: float = 1.0
-    windows_per_second: float = 0.0
-    evaluation_ratio: float = 1.0
-    tokens_without_gradient: int = 0
-    tokens_with_gradient: int = 0
-    peak_bytes: int = 0
-    peak_share: float = 1.0
-    forecast_difference: float = 0.0
-    gradient_difference: float = 0.0
-    steps: list[float] = field(default_factory=list)
-    evaluations: list[float] = field(default_factory=list)
+OUTPUTS = ("output_attentions", "output_hidden_states")
 
 
 class Runner:
     """The model of one variant with a fixed batch of windows."""
 
-    def __init__(
-        self, variant: Variant, args: argparse.Namespace, llm: LoadedLLM, windows: tuple[torch.Tensor, torch.Tensor]
-    ):
+    def __init__(self, variant: Variant, args: Namespace, llm: LoadedLLM, windows: tuple[Tensor, Tensor]):
         self.variant = variant
-        self.model = build(argparse.Namespace(**{**vars(args), **variant.flags}), llm)
+        self.model = build(Namespace(**vars(args) | vars(variant)), llm)
         fused = not variant.attention_maps  # as in our training; the original Time-LLM's Adam is not fused
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.learning_rate, fused=fused)
         self.context, self.target = windows[0], windows[1].to(self.model.device)
 
     @contextlib.contextmanager
     def as_configured(self) -> Iterator[None]:
-        """Apply the variant's settings of the shared LLM and of oneDNN, and restore the defaults afterwards."""
+        """Apply the variant's settings to the shared LLM and to oneDNN, and restore the defaults afterwards."""
         backbone = self.model.llm.backbone
-        outputs = ("output_attentions", "output_hidden_states")
         before = backbone.config._attn_implementation
         # Our oneDNN products are for float32; in half precision torch itself calls oneDNN, in every variant.
         torch.backends.mkldnn.enabled = self.variant.onednn or backbone.dtype != torch.float32
         if self.variant.attention_maps:
             backbone.set_attn_implementation("eager")  # the only implementation that returns attention maps
-        for name in outputs:
-            setattr(backbone.config, name, self.variant.attention_maps)
+        backbone.config.update(dict.fromkeys(OUTPUTS, self.variant.attention_maps))
         try:
             yield
         finally:
             torch.backends.mkldnn.enabled = True
             backbone.set_attn_implementation(before)
-            for name in outputs:
-                setattr(backbone.config, name, False)
+            backbone.config.update(dict.fromkeys(OUTPUTS, False))
 
     def step(self) -> None:
         """Take one optimizer step on the batch."""
@@ -142,17 +111,15 @@ class Runner:
                 self.model.mapping_layer.bias.add_(0)  # an in-place change invalidates the cached prototypes
             self.model(self.context)
 
-    def forecast_and_gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def forecast_and_gradient(self) -> tuple[Tensor, Tensor]:
         """Return the forecasts and the loss's gradient with respect to the reprogrammed patches."""
         outputs = []
         handle = self.model.reprogramming_layer.register_forward_hook(lambda *call: outputs.append(call[-1]))
         self.model.eval()
         forecast = self.model(self.context)
-        outputs[0].retain_grad()
-        nn.functional.mse_loss(forecast, self.target).backward()
-        self.optimizer.zero_grad()
         handle.remove()
-        return forecast.detach(), outputs[0].grad
+        loss = nn.functional.mse_loss(forecast, self.target)
+        return forecast.detach(), torch.autograd.grad(loss, outputs[0])[0]
 
     def tokens(self) -> tuple[int, int]:
         """Count the tokens that pass through the LLM for one batch, without and with gradient."""
@@ -197,9 +164,8 @@ def floor_seconds(runner: Runner) -> dict[str, float]:
     dtype, width = model.llm.token_embeddings.dtype, config.hidden_size
     weights = backbone.num_parameters() - backbone.get_input_embeddings().weight.numel()
     without_gradient, with_gradient = runner.tokens()
-    mapped = model.mapping_layer.weight.numel() * width
     passes = without_gradient * (1 - 1 / config.num_hidden_layers) + 2 * with_gradient
-    operations = 2 * weights * passes + 4 * mapped
+    operations = 2 * weights * passes + 4 * model.mapping_layer.weight.numel() * width
     left = torch.randn(max(with_gradient, 1), width, device=model.device, dtype=dtype)
     right = torch.randn(4 * width, width, device=model.device, dtype=dtype)
     times = [seconds(lambda: frozen_product(left, right), model.device) for _ in range(20)]
@@ -207,34 +173,38 @@ def floor_seconds(runner: Runner) -> dict[str, float]:
     return {"operations": operations, "operations_per_second": rate, "seconds": operations / rate}
 
 
-def measure(runners: list[Runner], rounds: int) -> list[Result]:
-    """Measure all variants alternately, for a number of rounds."""
+def measure(runners: list[Runner], rounds: int) -> list[dict]:
+    """Measure all variants alternately, for a number of rounds; times are in seconds, memory in bytes."""
     device = runners[0].model.device
-    results = [Result(runner.variant.name) for runner in runners]
-    references = {}
-    for runner, result in zip(runners, results, strict=True):
+    results, references = [], {}
+    for runner in runners:
         with runner.as_configured():
             forecast, gradient = runner.forecast_and_gradient()
             # Unmasked pad tokens change the model: compare each kind of padding with its own first variant.
-            reference = references.setdefault(runner.variant.padding, (forecast, gradient))
-            result.forecast_difference, result.gradient_difference = map(_difference, (forecast, gradient), reference)
-            result.tokens_without_gradient, result.tokens_with_gradient = runner.tokens()
-            result.peak_bytes = peak_bytes(runner.step, device)
+            reference = references.setdefault(runner.variant.prompt_padding, (forecast, gradient))
+            without_gradient, with_gradient = runner.tokens()
+            result = {
+                "variant": runner.variant.name,
+                "tokens_without_gradient": without_gradient,
+                "tokens_with_gradient": with_gradient,
+                "peak_bytes": peak_bytes(runner.step, device),
+                "forecast_difference": _difference(forecast, reference[0]),
+                "gradient_difference": _difference(gradient, reference[1]),
+            }
+            results.append({**result, "steps": [], "evaluations": []})
             runner.evaluate()
-    for _ in range(rounds):
-        for runner, result in zip(runners, results, strict=True):
-            with runner.as_configured():
-                result.steps.append(seconds(runner.step, device))
-                runner.evaluate()  # the first evaluation after a step computes the prototypes: do not time it
-                result.evaluations.append(seconds(runner.evaluate, device))
-    windows = len(runners[0].context)
+    for runner, result in [*zip(runners, results, strict=True)] * rounds:
+        with runner.as_configured():
+            result["steps"].append(seconds(runner.step, device))
+            runner.evaluate()  # the first evaluation after a step computes the prototypes: do not time it
+            result["evaluations"].append(seconds(runner.evaluate, device))
     for result in results:
-        result.step_seconds = statistics.median(result.steps)
-        result.quickest_step_seconds = min(result.steps)
-        result.step_ratio = _ratio(results[0].steps, result.steps)
-        result.windows_per_second = windows / statistics.median(result.evaluations)
-        result.evaluation_ratio = _ratio(results[0].evaluations, result.evaluations)
-        result.peak_share = result.peak_bytes / results[0].peak_bytes
+        result["step_seconds"] = statistics.median(result["steps"])
+        result["quickest_step_seconds"] = min(result["steps"])
+        result["step_ratio"] = _ratio(results[0]["steps"], result["steps"])
+        result["windows_per_second"] = len(runners[0].context) / statistics.median(result["evaluations"])
+        result["evaluation_ratio"] = _ratio(results[0]["evaluations"], result["evaluations"])
+        result["peak_share"] = result["peak_bytes"] / results[0]["peak_bytes"]
     return results
 
 
@@ -243,33 +213,29 @@ def _ratio(reference: list[float], times: list[float]) -> float:
     return statistics.median(before / after for before, after in zip(reference, times, strict=True))
 
 
-def _difference(values: torch.Tensor, reference: torch.Tensor) -> float:
+def _difference(values: Tensor, reference: Tensor) -> float:
     """Compute the largest absolute difference, relative to the reference's largest value."""
     return ((values - reference).abs().max() / reference.abs().max()).item()
 
 
-def table(results: list[Result], floor: dict[str, float]) -> str:
+def table(results: list[dict], floor: dict[str, float]) -> str:
     """Format the results as a Markdown table."""
-    lines = [
+    head = (
         "| variant | step, s | quickest | faster | eval, windows/s | faster | tokens no grad + grad | peak, MB |"
-        " share | forecasts differ | gradients differ |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r.variant} | {r.step_seconds:.3f} | {r.quickest_step_seconds:.3f} | {r.step_ratio:.2f}x |"
-        f" {r.windows_per_second:.2f} | {r.evaluation_ratio:.2f}x |"
-        f" {r.tokens_without_gradient} + {r.tokens_with_gradient} |"
-        f" {r.peak_bytes / 1e6:.0f} | {r.peak_share:.0%} | {r.forecast_difference:.1e} | {r.gradient_difference:.1e} |"
-        for r in results
-    ]
-    lines.append(
-        f"\nLower bound of a step with the compact map: {floor['seconds']:.3f} s ({floor['operations'] / 1e9:.0f} GFLOP"
-        f" at {floor['operations_per_second'] / 1e9:.0f} GFLOP/s)"
+        " share | forecasts differ | gradients differ |"
     )
-    return "\n".join(lines)
+    row = (
+        "| {variant} | {step_seconds:.3f} | {quickest_step_seconds:.3f} | {step_ratio:.2f}x |"
+        " {windows_per_second:.2f} | {evaluation_ratio:.2f}x | {tokens_without_gradient} + {tokens_with_gradient} |"
+        " {megabytes:.0f} | {peak_share:.0%} | {forecast_difference:.1e} | {gradient_difference:.1e} |"
+    )
+    rows = [row.format(megabytes=result["peak_bytes"] / 1e6, **result) for result in results]
+    bound = f"Lower bound of a step with the compact map: {floor['seconds']:.3f} s"
+    rate = f"{floor['operations'] / 1e9:.0f} GFLOP at {floor['operations_per_second'] / 1e9:.0f} GFLOP/s"
+    return "\n".join([head, "|" + "---|" * 11, *rows, f"\n{bound} ({rate})"])
 
 
-def load_windows(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+def load_windows(args: Namespace) -> tuple[Tensor, Tensor]:
     """Load a batch of evenly spaced training windows: contexts and targets."""
     if args.demo:
         table = demo_frame(rows=4 * (args.seq_len + args.pred_len)).iloc[:, 1:].to_numpy("float32")
@@ -287,7 +253,7 @@ def benchmark(argv: list[str]) -> None:
     """Run the benchmark that the command line describes and print the results."""
     parser = get_parser()
     parser.prog, parser.description = "benchmark.py", __doc__
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.formatter_class = RawDescriptionHelpFormatter
     parser.add_argument("--rounds", type=int, default=5, help="number of repetitions; more give steadier medians")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args(argv if "--data" in argv else ["--demo", *argv])
@@ -304,7 +270,7 @@ def benchmark(argv: list[str]) -> None:
     floor = floor_seconds(next(runner for runner in runners if runner.variant.name == "compact map"))
     print(table(results, floor))
     if args.json:
-        figures = {"llm": llm.as_dict(), "variants": [asdict(result) for result in results], "floor": floor}
+        figures = {"llm": llm.as_dict(), "variants": results, "floor": floor}
         args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 

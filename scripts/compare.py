@@ -3,25 +3,22 @@
     python scripts/compare.py --demo
     python scripts/compare.py --data ETTh1 --llm_model QWEN --load_in_4bit --seeds 3
     python scripts/compare.py --data ETTh1 ... --way TimeLLM --way "full map=--mapping full" --way DLinear
-
     python scripts/compare.py --rank checkpoints/compare-ETTh1-96-96 checkpoints/compare-ETTm1-96-96
 
 Flags that this script does not define go to run_main.py. Each --way is a name and its own flags of run_main.py, which
 take priority. The default ways are TimeLLM and its two ablations, each without and with a linear residual, PatchTST,
-DLinear, the seasonal naive forecast (last season) and the naive forecast (last value). The script prints a table and
-writes compare.md (the table), compare.csv (the results of each run) and compare.png (a plot). The same command skips
-finished runs and resumes interrupted ones; a way that fails does not stop the others. --rank shows finished comparisons
-side by side, with the average rank of each way.
+DLinear, the seasonal naive forecast (last season) and the naive forecast (last value). A way that fails does not stop
+the others. The results are printed and written to compare.md, compare.csv (one row per run) and compare.png. The same
+command skips finished runs and resumes interrupted ones. --rank ranks the ways of finished comparisons.
 """
 
-import argparse
 import csv
-import io
 import os
 import re
 import shlex
 import statistics
 import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -31,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pandas as pd
 
+from scripts.launch import repetitions
 from utils.cli.checks import check_options, check_paths
 from utils.cli.command import OneLineParser, command_line, exit_code_of, run_child
-from utils.cli.options import RESERVED_BY_COMPARE, flags_of_repetition, flags_tagged, get_parser
-from utils.cli.places import csv_path, is_demo_default, run_folder
+from utils.cli.options import RESERVED_BY_COMPARE, flags_tagged, get_parser
+from utils.cli.places import csv_path, is_demo_default
 from utils.cli.signals import leave
 from utils.errors import UserError, first_line
 from utils.runs.finished import is_finished, is_of
@@ -58,31 +56,18 @@ VARIANTS = {
 }
 
 # Shorter training than run_main.py --demo: ten variants with three seeds each take a few minutes.
-DEMO_FLAGS = ("--max_steps", "60", "--eval_steps", "20", "--eval_windows", "256")
-
-UNTRAINED = ("SeasonalNaive", "LastValue")
+DEMO_FLAGS = "--max_steps 60 --eval_steps 20 --eval_windows 256"
 
 
 @dataclass
 class Variant:
-    """A forecaster (a `--way` of the command line), its flags for run_main.py and their parsed values.
-
-    `problem` says why there are no results, else it is empty; `runs` are the results of each seed.
-    """
+    """A `--way` of the command line; `runs` holds the results of each seed, `problem` says why there are none."""
 
     name: str
     argv: list[str]
-    args: argparse.Namespace
+    args: Namespace
     problem: str = ""
     runs: list[dict] = field(default_factory=list)
-
-    def folders(self) -> list[Path]:
-        """List the run folder of each seed."""
-        return [run_folder(self.args, repetition) for repetition in range(self.args.itr)]
-
-    def repetitions(self) -> list[argparse.Namespace]:
-        """List the flags of each seed."""
-        return [flags_of_repetition(self.args, repetition) for repetition in range(self.args.itr)]
 
 
 def plan_variants(ways: Sequence[str], seeds: int, flags: Sequence[str], out: str) -> list[Variant]:
@@ -91,49 +76,42 @@ def plan_variants(ways: Sequence[str], seeds: int, flags: Sequence[str], out: st
     Args:
         ways: `NAME` of a default variant or `NAME=FLAGS` of a new one; empty for all default variants.
         seeds: the number of runs, from --seed on; a variant without training has one run.
-        flags: flags of run_main.py for all variants.
         out: the folder of all runs; if empty, a folder under checkpoints/ that is named after the data.
 
     Raises:
         UserError: if a variant is unknown or its flags are invalid.
-        SystemExit: if run_main.py does not know a flag.
     """
-    flags = [*DEMO_FLAGS, *flags] if "--demo" in flags else list(flags)
+    flags = [*DEMO_FLAGS.split(), *flags] if "--demo" in flags else list(flags)
     if not ways:
         ways = [name for name in VARIANTS if name != "last season" or _fits_a_season(get_parser().parse_args(flags))]
-    out = out or _default_folder(get_parser().parse_args(flags))
+    if not out:
+        args = get_parser().parse_args(flags)
+        out = f"./checkpoints/compare-{Path(args.data_path).stem}-{args.seq_len}-{args.pred_len}"
+    reserved = {f"--{name}" for name in flags_tagged(RESERVED_BY_COMPARE)}
     variants = []
     for way in ways:
         name, has_flags, own = way.partition("=")
         if not has_flags and name not in VARIANTS:
-            raise UserError(
-                f'--way {name} is not one of {", ".join(VARIANTS)}: give it flags, --way "{name}=--flag value"'
-            )
-        argv = [*flags, *(split_flags(own) if has_flags else shlex.split(VARIANTS[name]))]
+            known = ", ".join(VARIANTS)
+            raise UserError(f'--way {name} is not one of {known}: give it flags, --way "{name}=--flag value"')
+        argv = [*flags, *split_flags(own if has_flags else VARIANTS[name])]
         slug = re.sub(r"[^\w.]+", "-", name).strip("-")
         # A file system may not distinguish upper and lower case.
         if any(variant.args.des.casefold() == slug.casefold() for variant in variants):
             raise UserError(f"two ways are named {name}: give them different names")
-        variants.append(_plan_variant(name, slug, argv, seeds, out))
+        for flag in reserved & {word.partition("=")[0] for word in argv}:
+            remedy = "leave it out (--out, --seeds and --way are allowed)"
+            raise UserError(f"{flag} cannot be used in a comparison: {remedy}")
+        runs = 1 if get_parser().parse_args(argv).model in ("SeasonalNaive", "LastValue") else seeds
+        argv += ["--des", slug, "--itr", str(runs), "--checkpoints", out]
+        args = get_parser().parse_args(argv)
+        check_options(args)
+        check_paths(args)
+        variants.append(Variant(name, argv, args))
     return variants
 
 
-def _plan_variant(name: str, slug: str, argv: list[str], seeds: int, out: str) -> Variant:
-    for flag in {word.partition("=")[0] for word in argv} & {f"--{name}" for name in flags_tagged(RESERVED_BY_COMPARE)}:
-        raise UserError(f"{flag} cannot be used in a comparison: leave it out (--out, --seeds and --way are allowed)")
-    runs = 1 if get_parser().parse_args(argv).model in UNTRAINED else seeds
-    argv = [*argv, "--des", slug, "--itr", str(runs), "--checkpoints", out]
-    args = get_parser().parse_args(argv)
-    check_options(args)
-    check_paths(args)
-    return Variant(name, argv, args)
-
-
-def _default_folder(args: argparse.Namespace) -> str:
-    return f"./checkpoints/compare-{Path(args.data_path).stem}-{args.seq_len}-{args.pred_len}"
-
-
-def _fits_a_season(args: argparse.Namespace) -> bool:
+def _fits_a_season(args: Namespace) -> bool:
     """Return whether a context contains a whole season; if not, say that the seasonal naive forecast is left out."""
     from data_provider.reading import read_table
 
@@ -157,12 +135,11 @@ def split_flags(flags: str) -> list[str]:
 def run_variants(variants: Sequence[Variant]) -> None:
     """Run all unfinished variants; record a failure and continue with the next variant."""
     for variant in variants:
-        runs = list(zip(variant.folders(), variant.repetitions(), strict=True))
-        if all(is_finished(folder, args) for folder, args in runs):
+        if all(is_finished(folder, args) for folder, args in repetitions(variant.args)):
             print(f"== {variant.name}: done already, in {variant.args.checkpoints}", flush=True)
             continue
         # Resume only if all saved states are from runs with the same flags.
-        resumable = [is_of(folder, args) for folder, args in runs if (folder / "last").is_file()]
+        resumable = [is_of(folder, args) for folder, args in repetitions(variant.args) if (folder / "last").is_file()]
         resume = ["--resume", "auto"] if resumable and all(resumable) else []
         command = [sys.executable, str(RUN_MAIN), *variant.argv, *resume]
         print(f"== {variant.name}: {command_line(['python', 'run_main.py', *command[2:]])}", flush=True)
@@ -177,35 +154,37 @@ def run_variants(variants: Sequence[Variant]) -> None:
 def collect(variants: Sequence[Variant]) -> None:
     """Read the results of every run of the variants that did not fail; a damaged file makes a variant fail."""
     for variant in variants:
-        for repetition, folder in enumerate(variant.folders() if not variant.problem else ()):
-            try:
-                variant.runs.append(_read_run(variant, repetition, folder))
-            except Exception as problem:  # the contents of a damaged file can be anything
-                variant.problem = f"{folder} is damaged ({first_line(problem)})"
-                variant.runs.clear()
-                break
+        try:
+            for folder, args in () if variant.problem else repetitions(variant.args):
+                variant.runs.append(_read_run(variant.name, args.seed, folder))
+        except Exception as problem:  # the contents of a damaged file can be anything
+            variant.problem = f"{folder} is damaged ({first_line(problem)})"
+            variant.runs.clear()
 
 
-def _read_run(variant: Variant, repetition: int, folder: Path) -> dict:
+def _read_run(name: str, seed: int, folder: Path) -> dict:
     """Read the results of one run."""
     metrics = read_json(folder / "metrics.json")
     with (folder / "history.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    cost = metrics["cost"]
-    seconds = cost["seconds_per_step"]
+    cost, mase = metrics["cost"], metrics.get("mase")  # earlier versions did not write the MASE
+    seconds, steps = cost["seconds_per_step"], [int(row["steps"]) for row in rows]
+    trained = [step * (seconds or 0.0) for step in steps]  # no seconds without training
+    vali = [float(row["vali_loss"]) for row in rows]
+    test = [float(row["test_loss"]) if row["test_loss"] else None for row in rows]
     return {
-        "way": variant.name,
-        "seed": variant.args.seed + repetition,
+        "way": name,
+        "seed": seed,
         "mse": float(metrics["mse"]),
         "mae": float(metrics["mae"]),
-        "mase": None if metrics.get("mase") is None else float(metrics["mase"]),  # earlier versions did not write it
+        "mase": None if mase is None else float(mase),
         "windows": int(metrics["windows"]),
-        "vali_mse": min(float(row["vali_loss"]) for row in rows),
-        "steps": int(rows[-1]["steps"]),
+        "vali_mse": min(vali),
+        "steps": steps[-1],
         "trainable_parameters": int(cost["trainable_parameters"]),
         "seconds_per_step": None if seconds is None else float(seconds),
         "peak_memory": int(cost["peak_memory"]),
-        "validations": [_validation(row, seconds or 0.0) for row in rows],  # no seconds without training
+        "validations": list(map(Validation, steps, trained, vali, test)),
         "setup": read_json(folder / "args.json"),
     }
 
@@ -220,16 +199,10 @@ def table(variants: Sequence[Variant]) -> str:
             continue
         runs = variant.runs
         seconds = [run["seconds_per_step"] for run in runs if run["seconds_per_step"]]
-        rows.append(
-            (
-                variant.name,
-                str(len(runs)),
-                *(_mean_and_deviation([run[name] for run in runs]) for name in ("mse", "mae", "mase", "vali_mse")),
-                f"{runs[0]['trainable_parameters']:,}",
-                f"{statistics.mean(seconds):.3f}" if seconds else "",
-                f"{max(run['peak_memory'] for run in runs) / 1e6:.0f}",
-            )
-        )
+        step = f"{statistics.mean(seconds):.3f}" if seconds else ""
+        peak = f"{max(run['peak_memory'] for run in runs) / 1e6:.0f}"
+        errors = [_mean_and_deviation([run[name] for run in runs]) for name in ("mse", "mae", "mase", "vali_mse")]
+        rows.append((variant.name, str(len(runs)), *errors, f"{runs[0]['trainable_parameters']:,}", step, peak))
     return _markdown(rows)
 
 
@@ -242,6 +215,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _mean_and_deviation(values: Sequence[float | None]) -> str:
+    """Format the mean and, of several values, the standard deviation."""
     if None in values:  # the MASE of a constant channel is undefined
         return ""
     mean = f"{statistics.mean(values):.4f}"
@@ -252,35 +226,18 @@ def write_results(folder: Path, variants: Sequence[Variant], command: str) -> No
     """Write compare.md, compare.csv and compare.png; keep those of a different comparison as *.old."""
     done = [variant for variant in variants if variant.runs]
     machine = done[0].runs[0]["setup"]
-    seeds = "seeds from" if max(len(variant.runs) for variant in done) > 1 else "seed"
-    versions = f"torch {machine.get('versions', {}).get('torch')}"
-    setup = f"{date.today()}, {machine.get('device')}, {versions}, {seeds} {variants[0].args.seed}"
+    seeds = f"seed{'s from' if any(len(variant.runs) > 1 for variant in done) else ''} {variants[0].args.seed}"
+    setup = f"{date.today()}, {machine.get('device')}, torch {machine.get('versions', {}).get('torch')}, {seeds}"
     files = [folder / f"compare.{ending}" for ending in ("csv", "md", "png")]
-    if files[0].is_file() and files[0].read_text(encoding="utf-8") != _as_csv(done):
+    runs = pd.DataFrame(run for variant in done for run in variant.runs).drop(columns=["validations", "setup"])
+    results = runs.to_csv(index=False, lineterminator="\n")
+    if files[0].is_file() and files[0].read_text(encoding="utf-8") != results:
         back_up(files)
-    write_text(files[0], _as_csv(done))
+    write_text(files[0], results)
     write_text(files[1], f"{table(variants)}\n\n{setup}; mean ± deviation over the seeds\n\n    {command}\n")
     errors = {variant.name: [run["mse"] for run in variant.runs] for variant in done}
-    draw_comparison(files[2], errors, {variant.name: [run["validations"] for run in variant.runs] for variant in done})
-
-
-def _validation(row: dict[str, str], seconds_per_step: float) -> Validation:
-    """Read a row of history.csv; its seconds count training only."""
-    return Validation(
-        steps=int(row["steps"]),
-        seconds=int(row["steps"]) * seconds_per_step,
-        vali_mse=float(row["vali_loss"]),
-        test_mse=float(row["test_loss"]) if row["test_loss"] else None,
-    )
-
-
-def _as_csv(variants: Sequence[Variant]) -> str:
-    text = io.StringIO()
-    names = [name for name in variants[0].runs[0] if name not in ("validations", "setup")]
-    rows = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
-    rows.writeheader()
-    rows.writerows(run for variant in variants for run in variant.runs)
-    return text.getvalue()
+    validations = {variant.name: [run["validations"] for run in variant.runs] for variant in done}
+    draw_comparison(files[2], errors, validations)
 
 
 def rank(folders: Sequence[Path]) -> str:
@@ -293,8 +250,7 @@ def rank(folders: Sequence[Path]) -> str:
         if not (folder / "compare.csv").is_file():
             raise UserError(f"no compare.csv in {folder}: --rank takes folders that compare.py has written to")
     # Earlier versions did not write the MASE.
-    results = [pd.DataFrame({"mase": None, **pd.read_csv(folder / "compare.csv")}) for folder in folders]
-    results = [result.astype({"mase": float}) for result in results]
+    results = [pd.DataFrame({"mase": float("nan"), **pd.read_csv(folder / "compare.csv")}) for folder in folders]
     mse, mase = (
         pd.concat([result.groupby("way", sort=False)[name].mean() for result in results], axis=1, join="inner")
         for name in ("mse", "mase")
@@ -312,8 +268,7 @@ def rank(folders: Sequence[Path]) -> str:
 
 def compare(argv: Sequence[str]) -> int:
     """Run the comparison that the command line describes; return 1 if a way failed."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    parser = OneLineParser(allow_abbrev=False, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--way", action="append", default=[], metavar="NAME[=FLAGS]", help="a forecaster; repeatable")
     parser.add_argument("--seeds", type=int, default=3, help="number of runs of each way, from run_main's --seed on")
     parser.add_argument("--out", default="", help="folder for all runs and results")
@@ -340,8 +295,7 @@ def compare(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; exit code 0 success, 1 a way failed, 2 invalid input, 130 interrupted."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    return exit_code_of(lambda: compare(argv), "run the same command again to resume")
+    return exit_code_of(lambda: compare(sys.argv[1:] if argv is None else argv), "run the same command again to resume")
 
 
 if __name__ == "__main__":

@@ -55,10 +55,11 @@ def download(files: Sequence[RemoteFile], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     parts = {file: folder / (file.name + PART) for file in files}
     for part in parts.values():
-        _remove_link(part)
+        # The download would overwrite the file that a symbolic or hard link points to.
+        if part.is_symlink() or (part.exists() and part.stat().st_nlink > 1):
+            part.unlink()
     needed = sum(file.size - _size(part) for file, part in parts.items())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
+    if needed > (free := shutil.disk_usage(folder).free):
         raise UserError(f"{folder} needs {needed / 1e9:.2f} GB more, but only {free / 1e9:.2f} GB are free: make room")
     for file, part in parts.items():
         _download_part(file, part)
@@ -90,12 +91,15 @@ def _append(file: RemoteFile, part: Path) -> None:
     """Send one request for the missing bytes and append what arrives, never more than the file's size."""
     have = _size(part)
     with _request(file, part) as response:
-        start = _first_byte(response)
+        content_range = response.headers.get("Content-Range", "") if response.status == 206 else "bytes 0-"
+        offset = re.match(r"bytes (\d{1,15})-", content_range)
+        start = int(offset[1]) if offset else -1
         if start not in (0, have):
             part.unlink(missing_ok=True)
             raise _InterruptedDownloadError(f"the server did not continue at byte {have}")
         bar = tqdm(desc=file.name, total=file.size, initial=start, unit="B", unit_scale=True, disable=None)
-        with bar, open(part, "ab" if start else "wb", opener=_open_without_links) as out:
+        mode, no_links = "ab" if start else "wb", getattr(os, "O_NOFOLLOW", 0)
+        with bar, open(part, mode, opener=lambda path, flags: os.open(path, flags | no_links, 0o666)) as out:
             while start < file.size:
                 with _network_errors_as_interruption():
                     block = response.read1(min(BLOCK, file.size - start))
@@ -125,29 +129,13 @@ def _request(file: RemoteFile, part: Path) -> HTTPResponse:
 
 @contextlib.contextmanager
 def _network_errors_as_interruption() -> Iterator[None]:
+    """Separate errors of the network, after which a retry may help, from those of the disk."""
     try:
         yield
     except (OSError, HTTPException) as problem:
         raise _InterruptedDownloadError(first_line(problem)) from problem
 
 
-def _first_byte(response: HTTPResponse) -> int:
-    """Read the offset in the file at which a response begins; -1 if a partial response does not name one."""
-    if response.status != 206:
-        return 0
-    offset = re.match(r"bytes (\d{1,15})-", response.headers.get("Content-Range", ""))
-    return int(offset[1]) if offset else -1
-
-
-def _remove_link(part: Path) -> None:
-    """Remove a symbolic or hard link in place of a part: the download would overwrite the file that it points to."""
-    if part.is_symlink() or (part.exists() and part.stat().st_nlink > 1):
-        part.unlink()
-
-
-def _open_without_links(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-
-
 def _size(path: Path) -> int:
+    """Measure a file in bytes, 0 if it does not exist."""
     return path.stat().st_size if path.exists() else 0

