@@ -2,37 +2,34 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import pandas as pd
 
-# Neighbors whose known columns are features of a row, too: the weather of the hour before and after matters.
+# Rows whose known columns are features of a row: itself and its neighbors.
 _NEIGHBORS = (-1, 0, 1)
 
 
 @dataclass(frozen=True, eq=False)
 class KnownRows:
-    """What is known of the rows of a table, encoded as numbers; NaN where a cell is empty.
+    """What is known of the rows of a table, as numbers; NaN where a cell is empty.
 
     Attributes:
-        known: (dates, columns) float32, known in advance.
-        past: (dates, columns) float32, known up to the row itself.
-        calendar: (dates, 3) float32: hour, weekday and month.
+        known: (dates, columns), known in advance.
+        past: (dates, columns), known up to the origin of a forecast.
+        calendar: (dates, 3), see `calendar_of`.
     """
 
     known: np.ndarray
     past: np.ndarray
     calendar: np.ndarray
 
-    @classmethod
-    def of(cls, known: np.ndarray, past: np.ndarray, dates: pd.DatetimeIndex, step: pd.Timedelta) -> Self:
-        """Add the calendar of the dates; what the step makes meaningless in it, such as the hour of days, is 0."""
-        hour = dates.hour + dates.minute / 60
-        calendar = np.stack([hour, dates.dayofweek, dates.month], axis=1).astype(np.float32)
-        days = step / pd.Timedelta("1D")
-        calendar[:, [days >= 1, days > 1, days > 31]] = 0
-        return cls(known.astype(np.float32), past.astype(np.float32), calendar)
+
+def calendar_of(dates: pd.DatetimeIndex, step_in_days: float) -> np.ndarray:
+    """Compute hour, weekday and month, (dates, 3); 0 where the step makes them meaningless, as the hour of days."""
+    calendar = np.stack([dates.hour + dates.minute / 60, dates.dayofweek, dates.month], axis=1)
+    calendar[:, [step_in_days >= 1, step_in_days > 1, step_in_days > 31]] = 0
+    return calendar
 
 
 def row_features(
@@ -40,7 +37,7 @@ def row_features(
 ) -> np.ndarray:
     """Build the features of every row to forecast of some windows.
 
-    No feature of a window depends on anything outside its rows, nor on past columns after its context.
+    They depend on the rows of the window alone, and on past columns of its context alone.
 
     Args:
         contexts: (B, seq_len), scaled, without gaps.
@@ -50,47 +47,42 @@ def row_features(
         lags: the rows of a season, and of the next longer one.
 
     Returns:
-        (B * pred_len, features) float64, window by window.
+        (B * pred_len, features), window by window.
     """
-    (batch, length), horizon = contexts.shape, line.shape[1]
-    steps = np.arange(horizon)
-    dates = first[:, None] + length + steps  # (B, pred_len)
-    parts = [*_of_windows(contexts, line, lags), *np.moveaxis(rows.calendar[dates], 2, 0)]
-    end = dates[:, -1:]
+    length, steps = contexts.shape[1], np.arange(line.shape[1])
+    origin = first[:, None] + length - 1
+    horizon = origin + 1 + steps  # (B, pred_len)
+    parts = [*_window_features(contexts, line, lags), *_columns(rows.calendar[horizon])]
     for shift in _NEIGHBORS:
-        parts += [*np.moveaxis(rows.known[np.minimum(dates + shift, end)], 2, 0)]
-    origin = first + length - 1
-    for lag in (0, *lags):
-        # The same row of the season before the origin, or the origin itself.
-        back = steps - lag * (steps // lag + 1) if lag else np.full(horizon, -1)
-        is_inside = back >= -length
-        for columns, places in ((rows.known, dates - steps + back), (rows.past, origin[:, None] - lag + 0 * steps)):
-            values = columns[np.maximum(places, first[:, None])].astype(np.float64)
-            values[:, ~is_inside if columns is rows.known else np.full(horizon, lag >= length)] = np.nan
-            parts += [*np.moveaxis(values, 2, 0)]
-    # In float32, so that no rounding of a matrix product can move a row across a split.
-    return np.stack([np.broadcast_to(part, line.shape).ravel() for part in parts], axis=1).astype(np.float32).astype(float)
+        parts += _columns(rows.known[np.minimum(horizon + shift, horizon[:, -1:])])
+    parts += [*_columns(rows.known[origin]), *_columns(rows.past[origin])]
+    for lag in lags:
+        back = steps - lag * (steps // lag + 1)  # the same row of the season before the origin, from the horizon
+        if -back.min() <= length:
+            parts += _columns(rows.known[origin + 1 + back])
+        if lag < length:
+            parts += _columns(rows.past[origin - lag])
+    features = np.stack([np.broadcast_to(part, line.shape).ravel() for part in parts], axis=1)
+    # Rounded, so that the rounding of a matrix product, which differs between machines, hardly ever decides a split.
+    return features.astype(np.float32).astype(np.float64)
 
 
-def _of_windows(contexts: np.ndarray, line: np.ndarray, lags: Sequence[int]) -> list[np.ndarray]:
-    """List features from the context and its linear forecast, each to be broadcast to (B, pred_len)."""
+def _columns(values: np.ndarray) -> list[np.ndarray]:
+    """List the columns of values, (B, steps, columns)."""
+    return list(np.moveaxis(values, 2, 0))
+
+
+def _window_features(contexts: np.ndarray, line: np.ndarray, lags: Sequence[int]) -> list[np.ndarray]:
+    """List features of the context and its linear forecast, each to be broadcast to (B, pred_len)."""
     length, steps = contexts.shape[1], np.arange(line.shape[1])
     last, recent = contexts[:, -1:], contexts[:, -lags[0] :]
-    parts = [
-        steps,
-        line,
-        line - line[:, :1],
-        line[:, np.maximum(steps - 1, 0)],
-        line[:, np.minimum(steps + 1, steps[-1])],
-        line.mean(axis=1, keepdims=True),
-        last,
-        recent.mean(axis=1, keepdims=True),
-        recent.max(axis=1, keepdims=True),
-    ]
+    summaries = [line.mean(1), recent.mean(1), recent.max(1), recent.min(1)]
+    neighbors = [line[:, np.maximum(steps - 1, 0)], line[:, np.minimum(steps + 1, steps[-1])]]
+    parts = [steps, line, line - line[:, :1], *neighbors, last, *(summary[:, None] for summary in summaries)]
     for lag in lags:
         back = steps - lag * (steps // lag + 1)
-        values = contexts[:, np.maximum(back, -length)]
-        values[:, back < -length] = np.nan
-        change = last - contexts[:, [-1 - lag]] if lag < length else np.nan
-        parts += [values, change]
+        if -back.min() <= length:
+            parts.append(contexts[:, length + back])
+        if lag < length:
+            parts.append(last - contexts[:, [-1 - lag]])
     return parts

@@ -1,6 +1,6 @@
 """Windows over single channels, gathered in whole batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -87,6 +87,7 @@ class WindowDataset(Dataset):
         spans: the rows of each channel to take windows from; a channel too short for a window has none.
         is_long: whether the channels are the series of a long CSV.
         covariate_effect: (all rows,) float32, the effect subtracted from `values` and `targets`.
+        window_effect: a further effect, which is subtracted from the horizon of each window.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class WindowDataset(Dataset):
         sizes: WindowSizes,
         is_long: bool = False,
         covariate_effect: np.ndarray | None = None,
+        window_effect: WindowEffect | None = None,
     ):
         self.values = values
         # None stands for `values`; otherwise pickling would send the same array to a worker process twice.
@@ -108,11 +110,13 @@ class WindowDataset(Dataset):
         self.seq_len, self.label_len, self.pred_len = sizes.seq_len, sizes.label_len, sizes.pred_len
         self.length = self.seq_len + self.pred_len
         self.is_long = is_long
-        self._covariate_effect = covariate_effect
+        self._covariate_effect, self._window_effect = covariate_effect, window_effect
         counts = np.maximum(spans.rows - self.length + 1, 0)
         self._ends = counts.cumsum()  # one more than the number of each channel's last window
         # The offsets from a window's number to its first row and to its first date.
         self._to_row, self._to_date = (begins - (self._ends - counts) for begins in (spans.first, spans.dates))
+        is_stored = window_effect is not None and len(self) * self.pred_len <= _MAX_STORED_EFFECTS
+        self._stored_effects = np.full((len(self), self.pred_len), np.nan, np.float32) if is_stored else None
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -124,7 +128,7 @@ class WindowDataset(Dataset):
 
     @property
     def has_covariates(self) -> bool:
-        """Whether the covariates' effect was subtracted from the windows."""
+        """Whether the covariates' effect was subtracted from the rows."""
         return self._covariate_effect is not None
 
     def has_known_target(self, indices: Sequence[int]) -> bool:
@@ -149,9 +153,16 @@ class WindowDataset(Dataset):
         values = targets = torch.from_numpy(sliding_window_view(self.values, self.length)[rows, :, None])
         if self.has_gaps:
             targets = torch.from_numpy(sliding_window_view(self.targets, self.length)[rows, :, None])
+        if self._window_effect is not None:
+            targets = targets.clone()
+            targets[:, self.seq_len :, 0] -= torch.from_numpy(self._effects_of(np.asarray(indices)))
         marks = torch.from_numpy(sliding_window_view(self.marks, self.length, axis=0)[dates]).transpose(1, 2)
         context, repeated = self.seq_len, self.seq_len - self.label_len
         return values[:, :context], targets[:, repeated:], marks[:, :context], marks[:, repeated:]
+
+    def pairs(self, at_most: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield contexts (B, seq_len) and targets (B, pred_len) of at most so many evenly spaced windows, in chunks."""
+        return ((contexts, targets) for _, contexts, targets in self.in_chunks(evenly_spaced(len(self), at_most)))
 
     def in_chunks(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
         """Yield windows in chunks: their numbers, contexts (B, seq_len) and targets (B, pred_len)."""
@@ -160,11 +171,27 @@ class WindowDataset(Dataset):
             yield chunk, context[..., 0], following[:, -self.pred_len :, 0]
 
     def with_covariate_effect(self, indices: Sequence[int], forecast: np.ndarray) -> np.ndarray:
-        """Add the covariates' effect to forecasts or targets of windows, (B, pred_len)."""
+        """Add the effect of what is known in advance to forecasts or targets of windows, (B, pred_len)."""
+        if self._window_effect is not None:
+            forecast = forecast + self._effects_of(np.asarray(indices))
         if not self.has_covariates:
             return forecast
         rows, _ = self._places(indices)
         return forecast + sliding_window_view(self._covariate_effect, self.length)[rows, self.seq_len :]
+
+    def _effects_of(self, indices: np.ndarray) -> np.ndarray:
+        """Compute the effect on the horizon of each window, (B, pred_len) float32; each window's once if it is stored."""
+        stored = self._stored_effects
+        missing = indices if stored is None else indices[np.isnan(stored[indices, 0])]
+        computed = np.zeros((0, self.pred_len), np.float32)
+        if len(missing):
+            rows, dates = self._places(missing)
+            contexts = sliding_window_view(self.values, self.seq_len)[rows]
+            computed = self._window_effect(contexts, self.channel_of(missing), dates).astype(np.float32)
+        if stored is None:
+            return computed
+        stored[missing] = computed
+        return stored[indices]
 
     def whole_context(self, index: int) -> np.ndarray:
         """Add the covariates' effect to the context of a window, (seq_len,)."""
