@@ -29,8 +29,8 @@ class LoadedLLM:
         backbone: the LLM without its head, in evaluation mode, with no trainable parameter.
         pad_id: id of the token that pads prompts.
         source: folder or Hub id.
-        folder: absolute path of the folder, None for a Hub id.
         total_layers: number of layers of the whole LLM, of which `identity.layers` are in use.
+        folder: absolute path of the folder, None for a Hub id.
         context: maximum number of positions, None for no limit.
         note: how --ablation changed the LLM, empty if it did not.
     """
@@ -40,11 +40,11 @@ class LoadedLLM:
     pad_id: int
     device: torch.device
     source: str
-    folder: str | None
     total_layers: int
-    context: int | None
     identity: LLMIdentity
     traces: LLMTraces
+    folder: str | None = None
+    context: int | None = None
     note: str = ""
 
     @property
@@ -98,11 +98,11 @@ def load_llm(flags: LLMFlags) -> LoadedLLM:
         pad_id=pad_id,
         device=state.device,
         source=source,
-        folder=str(Path(source).absolute()) if Path(source).is_dir() else None,
         total_layers=choice.total_layers,
-        context=context if context > 0 else None,
         identity=identify(text_config, embeddings, tokenizer, choice.in_4bit),
         traces=traces,
+        folder=str(Path(source).absolute()) if Path(source).is_dir() else None,
+        context=context if context > 0 else None,
         note=_ABLATIONS[flags.ablation],
     )
 

@@ -67,9 +67,7 @@ def llm_without_weights(choice: LLMChoice, layers: int, dtype: torch.dtype) -> L
         pad_id=0,
         device=meta,
         source=choice.source,
-        folder=None,
         total_layers=choice.total_layers,
-        context=None,
         identity=identity,
         traces=LLMTraces({}, torch.empty(0)),
     )
