@@ -25,20 +25,12 @@ _LARGEST_SIZES = {
 }
 
 
-@dataclass(frozen=True)
-class KnownLLM:
-    """An LLM that `--llm_model` names: its folder in base_models/, its Hub id, and Time-LLM's number of layers."""
-
-    folder: str
-    hub_id: str
-    layers: int | None
-
-
+# The LLMs of --llm_model: folder in base_models/, Hub id and Time-LLM's number of layers, None for all.
 KNOWN_LLMS = {
-    "LLAMA": KnownLLM("llama-7b", "huggyllama/llama-7b", 6),
-    "GPT2": KnownLLM("gpt2", "openai-community/gpt2", 6),
-    "BERT": KnownLLM("bert-base-uncased", "google-bert/bert-base-uncased", 6),
-    "QWEN": KnownLLM("Qwen2.5-3B", "Qwen/Qwen2.5-3B-Instruct", None),
+    "LLAMA": ("llama-7b", "huggyllama/llama-7b", 6),
+    "GPT2": ("gpt2", "openai-community/gpt2", 6),
+    "BERT": ("bert-base-uncased", "google-bert/bert-base-uncased", 6),
+    "QWEN": ("Qwen2.5-3B", "Qwen/Qwen2.5-3B-Instruct", None),
 }
 
 
@@ -61,9 +53,9 @@ class LLMFlags(FlagGroup):
         """Choose the folder or Hub id of the LLM and its default number of layers, None for all."""
         if self.llm_model_path:
             return self.llm_model_path, None
-        known = KNOWN_LLMS[self.llm_model]
-        folder = Path(BASE_MODELS) / known.folder
-        return (str(folder) if folder.is_dir() else known.hub_id), known.layers
+        name, hub_id, layers = KNOWN_LLMS[self.llm_model]
+        folder = Path(BASE_MODELS) / name
+        return (str(folder) if folder.is_dir() else hub_id), layers
 
 
 @dataclass(frozen=True)
@@ -151,11 +143,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def use_first_layers(config: PretrainedConfig, layers: int, source: str) -> None:
-    """Cut an LLM's config to its first layers.
-
-    Raises:
-        UserError: if the kind of LLM cannot be cut.
-    """
+    """Cut an LLM's config to its first layers, or raise a UserError if this kind of LLM cannot be cut."""
     if layers == config.num_hidden_layers:
         return
     try:

@@ -134,16 +134,10 @@ def _hash_merges(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @torch.no_grad()
 def sketch_embeddings(embeddings: torch.Tensor) -> torch.Tensor:
-    """Sketch token embeddings by sums that change if any row changes or moves.
+    """Sketch token embeddings, (V, d_llm), by sums that change if any row changes or moves: (blocks, 5) float32.
 
     For each block of rows, the sketch has the sums along four random directions, with a random sign for each row, and
     the norm of the block.
-
-    Args:
-        embeddings: (V, d_llm), on any device, in any precision.
-
-    Returns:
-        (blocks, 5) float32 on the CPU.
     """
     rows, width = embeddings.shape
     generator = torch.Generator().manual_seed(0)
