@@ -80,10 +80,10 @@ def command_line(words: Sequence[str]) -> str:
 
 
 def run_child(command: Sequence[str], folder: Path | None = None) -> int:
-    """Run a command in a folder; after a signal, wait for the child to save its state and exit.
+    """Run a command in a folder, None for the present one; after a signal, wait for it to save its state and exit.
 
     Returns:
-        the child's exit code, or 130 if this process received a signal meanwhile.
+        the command's exit code, or 130 after a signal.
     """
     received = []
 

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import NoReturn, Self
 
 # Seconds after a KeyboardInterrupt in which further signals are ignored, so that they do not disturb the shutdown.
 _SHUTDOWN_SECONDS = 1.0
@@ -22,7 +22,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") i
 def leave(main: Callable[[], int]) -> NoReturn:
     """Run a command line and exit with its code.
 
-    Signals are ignored unless `main` handles them: one during the interpreter's shutdown would change the exit code.
+    Signals are ignored unless `main` handles them: during the interpreter's shutdown they would change the exit code.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -45,10 +45,9 @@ class Interrupts:
         self._handlers = {}
         self._timer: threading.Timer | None = None
 
-    def __enter__(self) -> "Interrupts":
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # only the main thread may install handlers
-            for number in SIGNALS:
-                self._handlers[number] = signal.signal(number, self._handle)
+            self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
             self._unraisable, sys.unraisablehook = sys.unraisablehook, self._raise_again
         return self
 

@@ -24,7 +24,6 @@ _LARGEST_SIZES = {
     "max_position_embeddings": 1_000_000_000,
 }
 
-
 # The LLMs of --llm_model: folder in base_models/, Hub id and Time-LLM's number of layers, None for all.
 KNOWN_LLMS = {
     "LLAMA": ("llama-7b", "huggyllama/llama-7b", 6),

@@ -99,7 +99,7 @@ def identify(
     )
 
 
-def acting_fields(config: PretrainedConfig) -> dict:
+def relevant_fields(config: PretrainedConfig) -> dict:
     """Select the fields of a config that affect the hidden states, as plain values."""
     fields = {
         name: value

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 from layers.FrozenLinear import freeze_linears
 from utils.errors import UserError
 from utils.llm.choice import LLMChoice, LLMFlags, choose_dtype, choose_llm, load_pretrained, quiet_transformers
-from utils.llm.identity import LLMIdentity, LLMTraces, acting_fields, identify, probe_layers, sketch_embeddings
+from utils.llm.identity import LLMIdentity, LLMTraces, identify, probe_layers, relevant_fields, sketch_embeddings
 
 # How --ablation changes the LLM, in words.
 _ABLATIONS = {"none": "", "no_llm": "not run, only its token embeddings are used", "random_llm": "random weights"}
@@ -88,7 +88,7 @@ def load_llm(flags: LLMFlags) -> LoadedLLM:
             f" {text_config.hidden_size}: use an LLM where both are the same"
         )
     probe = None if flags.ablation == "no_llm" else probe_layers(backbone, state.device)
-    traces = LLMTraces(acting_fields(text_config), sketch_embeddings(embeddings), probe)
+    traces = LLMTraces(relevant_fields(text_config), sketch_embeddings(embeddings), probe)
     if flags.mapping == "compact":
         backbone.get_input_embeddings().to("cpu")
     context = getattr(text_config, "max_position_embeddings", None) or 0

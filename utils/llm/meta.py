@@ -57,12 +57,10 @@ def llm_without_weights(choice: LLMChoice, layers: int, dtype: torch.dtype) -> L
     if choice.is_quantized:
         del config.quantization_config
     with torch.device("meta") as meta:
-        backbone = AutoModel.from_config(
-            config, dtype=dtype, attn_implementation="memory_plan", trust_remote_code=False
-        )
+        llm = AutoModel.from_config(config, dtype=dtype, attn_implementation="memory_plan", trust_remote_code=False)
     identity = LLMIdentity(config.model_type, text_config.hidden_size, text_config.vocab_size, layers, "none", "", "")
     return LoadedLLM(
-        backbone=backbone.requires_grad_(False).eval(),
+        backbone=llm.requires_grad_(False).eval(),
         tokenizer=_TokenCounter(),
         pad_id=0,
         device=meta,

@@ -67,10 +67,7 @@ def _largest_lags(centered: np.ndarray, deviations: np.ndarray) -> list[tuple[in
 
 
 def render(statistics: WindowStatistics, description: str, seq_len: int, pred_len: int, decimals: int = -1) -> str:
-    """Write a window's prompt in Time-LLM's words.
-
-    With -1 decimals, all digits of the float32 as a float64 are printed, as Time-LLM does.
-    """
+    """Write a window's prompt in Time-LLM's words; -1 decimals print every digit of a number, as Time-LLM does."""
     smallest, largest, median = (
         str(number) if decimals < 0 else f"{number:.{decimals}f}"
         for number in (statistics.smallest, statistics.largest, statistics.median)
@@ -99,10 +96,9 @@ _EXAMPLES = (
 
 
 class PromptBuilder:
-    """Write and tokenize the prompts of windows.
+    """Write and tokenize the prompts of windows, with `render` and the LLM's tokenizer.
 
     Args:
-        tokenizer, description, seq_len, pred_len, decimals: the LLM's tokenizer and the arguments of `render`.
         patches: number of patches, and so of positions, after a prompt.
         context: maximum number of positions of the LLM, None for no limit.
     """
