@@ -27,7 +27,7 @@ from transformers import (
 from utils.cli.command import OneLineParser, exit_code_of
 from utils.cli.signals import leave
 from utils.errors import UserError
-from utils.llm.quiet import quiet_transformers
+from utils.llm.choice import quiet_transformers
 from utils.system.files import read_json, rename, write_text
 
 HIDDEN_SIZE = 64
