@@ -26,7 +26,7 @@ Prompts = Sequence[Sequence[int]]
 
 
 class NoLLM(nn.Module):
-    """Stands in for a `FrozenLLM` if none is run: returns the patches unchanged."""
+    """Stands in for a `FrozenLLM` if the LLM is not run: returns the patches unchanged."""
 
     uses_prefix = False
 
@@ -140,7 +140,7 @@ class FrozenLLM(nn.Module):
         return lines
 
     def prefix_bytes(self, tokens: int) -> int:
-        """Compute the size in bytes of the keys and values of this number of prompt tokens."""
+        """Compute the size in bytes of the keys and values of `tokens` prompt tokens."""
         device = self.token_embeddings.device
         is_real, first = torch.ones(1, 1, dtype=torch.bool, device=device), torch.zeros(1, 1, dtype=torch.long)
         one_token = self._extend(self._empty_prefix(), first, is_real, first.to(device))
@@ -160,7 +160,7 @@ class FrozenLLM(nn.Module):
 
     def _run_in_one_pass(self, prompts: Prompts, patches: torch.Tensor) -> torch.Tensor:
         """Run prompts and patches together."""
-        # In a causal model transformers inspects the mask or the positions, and so waits for the GPU once or twice.
+        # With a causal model transformers inspects the mask and the positions, which waits for the GPU once or twice.
         ids, is_real = self._pad(prompts)
         tokens = self._embed(ids, patches.device)
         masks = {}
@@ -237,7 +237,7 @@ class FrozenLLM(nn.Module):
 
     @torch.no_grad()
     def _self_test(self, prompts: Prompts, patches: int, use_prefix: bool, device: torch.device) -> None:
-        """Find the ways to run the model that work, on two prompts and token embeddings in place of patches."""
+        """Test padding, masks and the prefix cache with two prompts, and token embeddings in place of patches."""
         embeddings = self.token_embeddings
         inputs = embeddings[torch.arange(patches) % len(embeddings)].float().to(device).expand(len(prompts), -1, -1)
         reference = self._run_in_one_pass(prompts, inputs)
@@ -257,7 +257,7 @@ class FrozenLLM(nn.Module):
         try:
             if not _allclose(self(prompts, inputs), reference):
                 self.prefix_disabled_reason = "it gives other hidden states"
-        except Exception as problem:  # of any kind: it is printed at start
+        except Exception as problem:  # of any type: the reason is printed at start
             self.prefix_disabled_reason = f"{type(problem).__name__}: {problem}"
         self.uses_prefix = not self.prefix_disabled_reason
 
@@ -266,7 +266,7 @@ class FrozenLLM(nn.Module):
         self._uses_additive_mask = True
         try:
             return _allclose(self._run_in_one_pass(prompts, patches), reference)
-        except Exception:  # of any kind: the usual mask is as exact
+        except Exception:  # of any type: the usual mask is as exact
             return False
 
     def _is_causal(self, prompt: Sequence[int], patches: torch.Tensor) -> bool:
@@ -291,7 +291,7 @@ def _padding_mask(is_real: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _may_use_additive_mask(backbone: nn.Module) -> bool:
     """Return whether a bidirectional model may accept an additive attention mask."""
-    # It is faster: given a mask of real tokens, transformers checks whether all are real, and so waits for the GPU.
+    # Given a mask of real tokens instead, transformers checks whether all are real, which waits for the GPU.
     # A model with sliding windows needs the masks that transformers builds.
     has = partial(hasattr, sys.modules[type(backbone).__module__])
     has_sliding_window = has("create_bidirectional_sliding_window_mask")
@@ -300,7 +300,7 @@ def _may_use_additive_mask(backbone: nn.Module) -> bool:
 
 def _checkpointed(forward: Callable, *args, **kwargs):
     """Run a block with gradient checkpointing."""
-    # That of transformers works only in training mode, which enables dropout, and disables the cache.
+    # That of transformers works only in training mode, which enables dropout, and it disables the cache.
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

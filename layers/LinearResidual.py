@@ -34,7 +34,8 @@ class LinearResidual(nn.Module):
         """Fit the weights by ridge regression and return the mean squared error on the validation pairs.
 
         The solution is exact, in float64 on the CPU; the bias stays zero. The penalty is the one with the least
-        validation error. Unknown targets are left out; only to choose the penalty, they count as their window's mean.
+        validation error. Unknown targets are left out, except that the penalty is chosen with the mean of the window
+        in their place.
         """
         gram, moments, has_gaps = _normal_equations(training)
         # If all windows are constant, the trace is 0, and with any penalty the weights are 0.

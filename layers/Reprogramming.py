@@ -51,19 +51,17 @@ class _Prototypes(nn.Linear):
         return self._cached([*self.parameters(), *self.buffers()], self._prototypes)
 
     @torch.no_grad()
-    def token_weights(self, numbers: Sequence[int]) -> torch.Tensor:
-        """Compute the token weights of prototypes: the W of least norm whose W E gives them without bias.
+    def token_weights(self, indices: Sequence[int]) -> torch.Tensor:
+        """Express some prototypes, before bias and normalization, as weighted sums of token embeddings.
 
-        A full map's W differs from it only by what cancels out in W E; a compact map has no W.
-
-        Args:
-            numbers: the numbers of the prototypes.
+        These weights are the W of least norm with the same W E. A full map's own W differs from it only by what cancels
+        out in W E; a compact map has no W.
 
         Returns:
-            (numbers, V) float64 on the device of E.
+            (indices, V) float64, on the device of E.
         """
         embeddings = self._embeddings[0]
-        mixed = (self._mix()[numbers] - self.bias[numbers, None]).to(embeddings.device, torch.float64)
+        mixed = (self._mix()[indices] - self.bias[indices, None]).to(embeddings.device, torch.float64)
         solved = mixed @ torch.linalg.pinv(_gram(embeddings), hermitian=True)
         return torch.cat([solved @ chunk.T for chunk in _chunks(embeddings, torch.float64)], dim=1)
 
@@ -99,11 +97,11 @@ class MappingLayer(_Prototypes):
 
 
 class CompactMappingLayer(_Prototypes):
-    """The prototypes of a `MappingLayer` with d_llm instead of V weights each: W' B + b, B a multiple of E'E's root.
+    """The prototypes of a `MappingLayer` with d_llm instead of V weights each, W' B + b.
 
-    W' B can take the same values as W E, because the rows of B span the same space as those of E. W' is initialized so
-    that W' B has the distribution of W E. B is scaled up, and W' down, so that Adam's first step moves W' B as far as
-    it would move W E. After initialization E is needed only to convert a full map.
+    B is a multiple of the symmetric root of E'E. W' B can take the same values as W E, because the rows of B span the
+    same space as those of E. W' is initialized so that W' B has the distribution of W E. B is scaled up, and W' down,
+    so that Adam's first step moves W' B as far as it would move W E. After that, only converting a full map needs E.
 
     Of all roots the symmetric one changes Adam's steps least. A Cholesky factor changes their direction and length
     more, because the embeddings of real LLMs share a dominant direction, and it requires full rank.
@@ -181,7 +179,7 @@ def _gram(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def _adam_step(embeddings: torch.Tensor, basis: Iterable[torch.Tensor], gradients: int = 64) -> float:
-    """Measure how far Adam's first step, the sign of the gradient, moves W basis, given random gradients of it."""
+    """Measure how far Adam's first step on W, the sign of its gradient, moves W basis, for random gradients of that."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(gradients, embeddings.shape[1], generator=generator).to(embeddings.device)
     return sum(torch.sign(drawn @ chunk.T) @ chunk for chunk in basis).norm().item()
