@@ -12,10 +12,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from utils.cli.checks import check_options, check_paths
+from utils.cli.checks import check_environment, check_options, check_paths
 from utils.cli.command import exit_code_of, is_first_process
 from utils.cli.demo import farewell, introduction
-from utils.cli.environment import check_environment
 from utils.cli.options import get_parser
 from utils.cli.places import hint_after_interrupt
 from utils.cli.signals import Interrupts, leave

@@ -1,4 +1,4 @@
-"""A made-up series in the ETT files' format, for --demo and tests."""
+"""Synthetic data in the format of the ETT files, for --demo and tests."""
 
 import os
 from pathlib import Path
@@ -13,14 +13,14 @@ ROWS = 2 * 365 * 24
 
 
 def demo_frame(rows: int = ROWS, step: str = "h", seed: int = 0) -> pd.DataFrame:
-    """Return seven related channels with daily and weekly cycles, a yearly one, a trend and noise.
+    """Generate seven channels with daily, weekly and yearly cycles, a trend and noise.
 
-    The six loads share their cycles in different strengths; the oil temperature OT follows their sum, slowly.
+    The six loads have the same cycles with different amplitudes; the oil temperature OT is a smoothed sum of them.
 
     Args:
-        rows: how many.
-        step: of the timestamps, as pandas spells it.
-        seed: of the noise.
+        rows: number of rows.
+        step: the interval between timestamps, a pandas frequency string.
+        seed: the random seed.
     """
     dates = pd.date_range("2020-01-01", periods=rows, freq=step)
     random = np.random.default_rng(seed)
@@ -38,7 +38,7 @@ def demo_frame(rows: int = ROWS, step: str = "h", seed: int = 0) -> pd.DataFrame
 
 
 def write_demo_csv(path: str | os.PathLike, rows: int = ROWS, step: str = "h", seed: int = 0) -> Path:
-    """Write `demo_frame` as a CSV, unless the file is there; return its path."""
+    """Write `demo_frame` to a CSV, unless the file exists, and return its path."""
     path = Path(path)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,12 +5,7 @@ from torch import nn
 
 
 class TokenEmbedding(nn.Module):
-    """A circular convolution over neighbouring patches, from patch_len values to d_model.
-
-    Args:
-        patch_len: values a patch.
-        d_model: width of the embedding.
-    """
+    """A circular convolution over neighboring patches."""
 
     def __init__(self, patch_len: int, d_model: int):
         super().__init__()
@@ -23,12 +18,12 @@ class TokenEmbedding(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Cut windows into overlapping patches and embed each.
+    """Cut windows into patches and embed them.
 
     Args:
-        d_model: width of the embedding.
-        patch_len: values a patch.
-        stride: values from patch to patch; as many copies of the last value are appended to a window.
+        d_model: size of the embedding.
+        patch_len: number of values in a patch.
+        stride: offset between patches; the last value of a window is repeated this number of times as padding.
         dropout: dropout of the embedding.
     """
 
@@ -41,7 +36,7 @@ class PatchEmbedding(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def count(self, seq_len: int) -> int:
-        """Return P, the number of patches of a window of `seq_len` values."""
+        """Compute P, the number of patches in a window of `seq_len` values."""
         return (seq_len - self.patch_len) // self.stride + 2
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:

@@ -5,12 +5,12 @@ from torch import nn
 
 
 class FlattenHead(nn.Module):
-    """Read the forecast off all patch positions with one linear map.
+    """A linear layer from the hidden states of all patches to the forecast.
 
     Args:
-        features: columns kept of a hidden state.
-        patches: patch positions.
-        pred_len: values to forecast.
+        features: number of features of a hidden state.
+        patches: number of patches.
+        pred_len: number of values to forecast.
         dropout: dropout of the forecast.
     """
 
@@ -19,13 +19,7 @@ class FlattenHead(nn.Module):
         self.linear = nn.Linear(features * patches, pred_len)
         self.dropout = nn.Dropout(dropout)
 
-    @torch.no_grad()
-    def start_at_zero(self) -> None:
-        """Forget the random weights, so that a forecast begins as 0."""
-        self.linear.weight.zero_()
-        self.linear.bias.zero_()
-
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, P, features) -> (B, pred_len)."""
-        # Time-LLM's weights count the patches of the first feature first.
+        # As in Time-LLM's checkpoints, the weights are ordered by feature, then by patch.
         return self.dropout(self.linear(hidden.transpose(1, 2).flatten(1)))

@@ -1,4 +1,4 @@
-"""Products with matrices that are never trained, by the fastest kernel there is for them."""
+"""Products with frozen matrices, by the fastest available kernel."""
 
 import torch
 from torch import nn
@@ -7,12 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 class FrozenLinear(nn.Module):
-    """A linear layer that is never trained: gradients pass through to its input, none are made of its weights.
-
-    Args:
-        weight: (out, in).
-        bias: (out,) or None.
-    """
+    """A linear layer with frozen weight (out, in) and bias (out,) or None; gradients flow to its input alone."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         super().__init__()
@@ -25,9 +20,9 @@ class FrozenLinear(nn.Module):
 
 
 def freeze_linears(model: nn.Module) -> None:
-    """Put a `FrozenLinear`, which shares its weights, in the place of every float32 linear layer on the CPU.
+    """Replace every float32 linear layer on the CPU by a `FrozenLinear` that shares its weights.
 
-    Others are left alone: torch has fast kernels for half precision, and bitsandbytes has its own for 4 bits.
+    Other layers stay: torch has fast kernels for half precision, and bitsandbytes has its own for 4 bits.
     """
     for name, module in list(model.named_modules()):
         if type(module) not in (nn.Linear, Conv1D) or not _is_float32_on_cpu(module.weight):
@@ -37,24 +32,24 @@ def freeze_linears(model: nn.Module) -> None:
 
 
 def frozen_product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return inputs @ weight.T + bias; a gradient goes to `inputs` alone.
+    """Compute inputs @ weight.T + bias, with a gradient for `inputs` alone.
 
-    For float32 on a CPU torch calls MKL, which does not use the wide registers of a CPU that is not Intel's:
-    oneDNN is more than twice as fast on AMD's Zen 5. `torch.backends.mkldnn.enabled = False` goes back to MKL.
+    For float32 on a CPU torch calls MKL, which does not use the wide vector registers of CPUs that are not Intel's.
+    oneDNN is more than twice as fast on AMD's Zen 5. `torch.backends.mkldnn.enabled = False` selects MKL.
 
     Args:
         inputs: (..., in).
         weight: (out, in), with any strides.
         bias: (out,) or None.
     """
-    by_onednn = (
+    use_onednn = (
         torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and _is_float32_on_cpu(inputs)
         and _is_float32_on_cpu(weight)
         and not torch.is_autocast_enabled("cpu")
     )
-    return _OneDNNProduct.apply(inputs, weight, bias) if by_onednn else functional.linear(inputs, weight, bias)
+    return _OneDNNProduct.apply(inputs, weight, bias) if use_onednn else functional.linear(inputs, weight, bias)
 
 
 def _is_float32_on_cpu(tensor: torch.Tensor) -> bool:

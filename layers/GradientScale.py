@@ -1,29 +1,28 @@
-"""Keep gradients in the range of float16 while they pass through a float16 model."""
+"""Gradient scaling around a float16 model."""
 
 import torch
 
 
 class GradientScale:
-    """Scale the gradient that enters a model's backward pass, and unscale it on exit.
+    """Scale the gradient that enters a model's backward pass, and unscale the gradient that leaves it.
 
-    The gradient of a mean over thousands of values lies below float16's smallest number. Here its largest entry
-    is brought to between 1 and 2 by a power of two, which changes no digit. The factor is found anew for every
-    backward pass, on the device; there is no state to keep, no step to skip, and the optimiser does not notice.
-    It is kept and applied in float32: in float16, that for gradients below 2^-16 would be infinite.
+    The gradient of a mean over thousands of values underflows in float16. Here its largest entry is scaled to between
+    1 and 2 by a power of two, which is exact. The factor is computed for each backward pass on the device: there is no
+    state to save, and no step is skipped. It is applied in float32: for gradients below 2^-16 it overflows in float16.
 
-    Use one object for one pass: `before` on what goes into the model, `behind` on what comes out.
+    Use one object per pass: `before` on the inputs of the model, `after` on its outputs. Both return them unchanged.
     """
 
     def __init__(self):
         self._factor: torch.Tensor | None = None
 
     def before(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the inputs of the model as they are."""
-        return _Hook.apply(inputs, self._unscale)
+        """Mark the inputs of the model."""
+        return _GradientHook.apply(inputs, self._unscale)
 
-    def behind(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Return the outputs of the model as they are."""
-        return _Hook.apply(outputs, self._scale)
+    def after(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Mark the outputs of the model."""
+        return _GradientHook.apply(outputs, self._scale)
 
     def _scale(self, gradient: torch.Tensor) -> torch.Tensor:
         largest = gradient.abs().amax().float()
@@ -34,14 +33,14 @@ class GradientScale:
         return (gradient.float() / self._factor).to(gradient.dtype)
 
 
-class _Hook(torch.autograd.Function):
-    """The identity, with something done to the gradient."""
+class _GradientHook(torch.autograd.Function):
+    """The identity, with a function applied to the gradient."""
 
     @staticmethod
-    def forward(ctx, values: torch.Tensor, change) -> torch.Tensor:
-        ctx.change = change
+    def forward(ctx, values: torch.Tensor, hook) -> torch.Tensor:
+        ctx.hook = hook
         return values.view_as(values)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.change(gradient), None
+        return ctx.hook(gradient), None

@@ -1,35 +1,28 @@
 """A linear map of the scaled window, added to the forecast: the LLM learns the residual of a linear forecast."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from layers.StandardNorm import Normalize
 
-# Contexts (B, seq_len) and what followed them, (B, pred_len), NaN where that is not known; from the start at each call.
+# Each call iterates anew over batches of contexts (B, seq_len) and targets (B, pred_len), NaN where unknown.
 Pairs = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 
-# Strengths of the ridge penalty that are tried, as shares of the mean square of a value.
+# Candidates for the ridge penalty, in units of the mean square of a value.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
-
-# With gaps: passes over the training pairs at most.
-_MOST_ROUNDS = 20
+_MAX_ITERATIONS = 20  # of conjugate gradients, each a pass over the training pairs
 
 
 class LinearResidual(nn.Module):
-    """Add a linear map of the scaled window to the forecast. All channels share it; until `fit` it adds nothing.
-
-    Args:
-        seq_len: values of a window.
-        pred_len: values to forecast.
-    """
+    """Add a linear map of the scaled window to the forecast. All channels share it; until `fit` it adds zero."""
 
     def __init__(self, seq_len: int, pred_len: int):
         super().__init__()
         self.linear = nn.Linear(seq_len, pred_len)
-        nn.init.zeros_(self.linear.weight)  # the mean of a scaled window is 0
+        nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, forecast: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
@@ -38,92 +31,83 @@ class LinearResidual(nn.Module):
 
     @torch.no_grad()
     def fit(self, training: Pairs, validation: Pairs) -> float:
-        """Set the map to the one that alone has the least squared error, and return that of the validation pairs.
+        """Fit the weights by ridge regression and return the mean squared error on the validation pairs.
 
-        Ridge regression: solved, not trained, in float64 on the CPU. Of several strengths of the penalty the one is
-        taken that does best on the validation pairs. The bias stays. Targets that are not known do not count; to choose
-        the strength, they are taken for their window's mean.
+        The solution is exact, in float64 on the CPU; the bias stays zero. The penalty is the one with the least
+        validation error. Unknown targets are left out, except that the penalty is chosen with the mean of the window
+        in their place.
         """
-        squares, products, has_gaps = _moments(training)
-        # Where nothing ever changes, any penalty will do: the map stays 0.
-        unit = torch.eye(len(squares), dtype=squares.dtype) * (squares.trace() / len(squares) or 1.0)
-        maps = [torch.linalg.solve(squares + ridge * unit, products) for ridge in RIDGES]  # (seq_len, pred_len) each
-        errors = _errors(maps, validation)
+        gram, moments, has_gaps = _normal_equations(training)
+        # If all windows are constant, the trace is 0, and with any penalty the weights are 0.
+        unit = torch.eye(len(gram), dtype=gram.dtype) * (gram.trace() / len(gram) or 1.0)
+        candidates = [torch.linalg.solve(gram + ridge * unit, moments) for ridge in RIDGES]  # (seq_len, pred_len) each
+        errors = _errors(candidates, validation)
         best = int(errors.argmin())
-        chosen, error = maps[best], errors[best]
+        weights, error = candidates[best], errors[best]
         if has_gaps:
-            chosen = _fit_known(chosen, products, squares, RIDGES[best] * unit, training)
-            (error,) = _errors([chosen], validation)
-        self.linear.weight.copy_(chosen.T)
+            weights = _fit_known(weights, moments, gram, RIDGES[best] * unit, training)
+            (error,) = _errors([weights], validation)
+        self.linear.weight.copy_(weights.T)
         return error.item()
 
 
 class NoResidual(nn.Module):
-    """Leave the forecast as it is: Time-LLM as in the paper."""
+    """Stands in for a `LinearResidual` if the forecast is Time-LLM's alone, as in the paper."""
 
     def forward(self, forecast: torch.Tensor, _windows: torch.Tensor) -> torch.Tensor:
-        """Return the forecast."""
+        """Return the forecast unchanged."""
         return forecast
 
 
-def _moments(pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Return W'W and W'T of windows W and targets T, unknown ones taken for 0, and whether there are such."""
-    squares = products = torch.zeros(())
+def _normal_equations(pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Compute W'W and W'T of windows W and targets T, with 0 for unknown targets, and whether any is unknown."""
+    gram = moments = torch.zeros(())
     has_gaps = False
-    for windows, targets in _scaled(pairs):
+    for windows, targets in _centered(pairs):
         if targets.isnan().any():
             has_gaps, targets = True, targets.nan_to_num()
-        squares, products = squares + windows.T @ windows, products + windows.T @ targets
-    return squares, products, has_gaps
+        gram, moments = gram + windows.T @ windows, moments + windows.T @ targets
+    return gram, moments, has_gaps
 
 
 def _fit_known(
-    start: torch.Tensor, products: torch.Tensor, squares: torch.Tensor, penalty: torch.Tensor, pairs: Pairs
+    start: torch.Tensor, moments: torch.Tensor, gram: torch.Tensor, penalty: torch.Tensor, pairs: Pairs
 ) -> torch.Tensor:
-    """Return the ridge regression on the known targets alone: a system of its own for each step to forecast.
+    """Fit a ridge regression to the known targets alone by conjugate gradients, from weights (seq_len, pred_len)."""
+    # Each forecast step has other known rows, but all are solved together, with the preconditioner for no gaps.
 
-    Solved together, a pass over the pairs a round, by conjugate gradients, preconditioned with what would hold if all
-    targets were known.
-
-    Args:
-        start: a first guess, (seq_len, pred_len).
-        products: W'T, unknown targets taken for 0.
-        squares, penalty: W'W and what is added to it.
-        pairs: the windows and targets.
-    """
-
-    def apply(weights: torch.Tensor) -> torch.Tensor:
+    def product(weights: torch.Tensor) -> torch.Tensor:
         return penalty @ weights + sum(
-            windows.T @ (windows @ weights).masked_fill(targets.isnan(), 0) for windows, targets in _scaled(pairs)
+            windows.T @ (windows @ weights).masked_fill(targets.isnan(), 0) for windows, targets in _centered(pairs)
         )
 
-    inverse = torch.linalg.inv(squares + penalty)
-    weights, left = start, products - apply(start)
-    direction = better = inverse @ left
-    gain = (left * better).sum(0)
-    for _ in range(_MOST_ROUNDS):
-        if left.norm() <= 1e-6 * products.norm():
+    inverse, tiny = torch.linalg.inv(gram + penalty), torch.finfo(gram.dtype).tiny
+    weights, residual = start, moments - product(start)
+    direction = preconditioned = inverse @ residual
+    norm = (residual * preconditioned).sum(0)
+    for _ in range(_MAX_ITERATIONS):
+        if residual.norm() <= 1e-6 * moments.norm():
             break
-        applied = apply(direction)
-        length = gain / (direction * applied).sum(0).clamp(min=torch.finfo(gain.dtype).tiny)
-        weights, left = weights + length * direction, left - length * applied
-        better = inverse @ left
-        gain, before = (left * better).sum(0), gain
-        direction = better + gain / before.clamp(min=torch.finfo(gain.dtype).tiny) * direction
+        change = product(direction)
+        length = norm / (direction * change).sum(0).clamp(min=tiny)
+        weights, residual = weights + length * direction, residual - length * change
+        preconditioned = inverse @ residual
+        norm, previous = (residual * preconditioned).sum(0), norm
+        direction = preconditioned + norm / previous.clamp(min=tiny) * direction
     return weights
 
 
-def _errors(maps: Sequence[torch.Tensor], pairs: Pairs) -> torch.Tensor:
-    """Return the mean squared error of each map on the targets that are known."""
-    errors, count = torch.zeros(len(maps), dtype=torch.float64), 0
-    for windows, targets in _scaled(pairs):
-        errors += torch.stack([(windows @ weights - targets).square().nansum() for weights in maps])
+def _errors(candidates: Sequence[torch.Tensor], pairs: Pairs) -> torch.Tensor:
+    """Compute the mean squared error of each matrix of weights on the known targets."""
+    errors, count = torch.zeros(len(candidates), dtype=torch.float64), 0
+    for windows, targets in _centered(pairs):
+        errors += torch.stack([(windows @ weights - targets).square().nansum() for weights in candidates])
         count += int((~targets.isnan()).sum())
     return errors / count
 
 
-def _scaled(pairs: Pairs) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield windows and targets without the window's mean, float64: in the units that the error is taken in."""
+def _centered(pairs: Pairs) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield windows and targets minus the window's mean, float64, on the scale on which errors are measured."""
     for contexts, targets in pairs():
         windows, statistics = Normalize()(contexts.double())
         yield windows * statistics.deviation, targets.double() - statistics.mean

@@ -1,29 +1,28 @@
-"""Reversible instance normalisation (section 3.1 of the paper; RevIN without its affine part)."""
+"""Reversible instance normalization (section 3.1 of the paper; RevIN without its affine parameters)."""
 
 from typing import NamedTuple
 
 import torch
 
-# Added to the variance, so that a constant window stays finite.
-EPS = 1e-5
+EPS = 1e-5  # added to the variance, so that a constant window stays finite
 
 
 class Statistics(NamedTuple):
-    """Mean and deviation of each window, (B, 1) each."""
+    """Mean and standard deviation of windows, (B, 1) each."""
 
     mean: torch.Tensor
     deviation: torch.Tensor
 
 
 class Normalize:
-    """Scale windows to mean 0 and deviation 1, and back. Keeps no state: what it took off, it returns."""
+    """Scale windows to zero mean and unit variance, and back."""
 
     def __call__(self, windows: torch.Tensor) -> tuple[torch.Tensor, Statistics]:
-        """(B, seq_len) -> the scaled windows, (B, seq_len), and what was taken off."""
+        """(B, seq_len) -> scaled windows, (B, seq_len), and the statistics that `inverse` needs."""
         mean = windows.mean(-1, keepdim=True)
         deviation = torch.sqrt(windows.var(-1, keepdim=True, unbiased=False) + EPS)
         return (windows - mean) / deviation, Statistics(mean, deviation)
 
-    def inverse(self, windows: torch.Tensor, statistics: Statistics) -> torch.Tensor:
-        """(B, any length) -> the same in the units of the windows that `statistics` are of."""
-        return windows * statistics.deviation + statistics.mean
+    def inverse(self, scaled: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+        """Undo the scaling, (B, any length) -> the same shape."""
+        return scaled * statistics.deviation + statistics.mean

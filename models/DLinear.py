@@ -1,4 +1,4 @@
-"""DLinear (Zeng et al., "Are Transformers Effective for Time Series Forecasting?", AAAI 2023): two linear maps."""
+"""DLinear (Zeng et al., "Are Transformers Effective for Time Series Forecasting?", AAAI 2023)."""
 
 import argparse
 
@@ -10,11 +10,7 @@ from models.forecaster import Forecaster
 
 
 class Model(Forecaster):
-    """A moving average splits a window into trend and rest; a linear map forecasts each. All channels share both.
-
-    Args:
-        configs: the parsed flags; seq_len, pred_len and moving_avg are read.
-    """
+    """A linear layer for the trend, which is a moving average, and one for the rest; all channels share both."""
 
     def __init__(self, configs: argparse.Namespace, device: torch.device | None = None):
         super().__init__(device)
@@ -22,7 +18,7 @@ class Model(Forecaster):
         self.trend = nn.Linear(configs.seq_len, configs.pred_len)
         self.rest = nn.Linear(configs.seq_len, configs.pred_len)
         for linear in (self.trend, self.rest):
-            nn.init.constant_(linear.weight, 1 / configs.seq_len)  # each forecast starts as the window's mean
+            nn.init.constant_(linear.weight, 1 / configs.seq_len)  # initially, the forecast is the window's mean
         self.to(self.device)
 
     def forecast(self, contexts: torch.Tensor) -> torch.Tensor:
@@ -33,7 +29,7 @@ class Model(Forecaster):
 
 
 def moving_average(windows: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return the mean of `rows` values around each, (B, N, T) -> (B, N, T); the ends are continued by their values."""
+    """Average `rows` values around each value, padding with the first and last, (B, N, T) -> (B, N, T)."""
     before = (rows - 1) // 2
-    continued = functional.pad(windows, (before, rows - 1 - before), mode="replicate")
-    return functional.avg_pool1d(continued, rows, stride=1)
+    padded = functional.pad(windows, (before, rows - 1 - before), mode="replicate")
+    return functional.avg_pool1d(padded, rows, stride=1)

@@ -1,4 +1,4 @@
-"""The last value, repeated: a forecast that others must beat."""
+"""The naive forecast: a baseline that others must beat."""
 
 import argparse
 
@@ -8,11 +8,7 @@ from models.forecaster import Forecaster
 
 
 class Model(Forecaster):
-    """Nothing to train.
-
-    Args:
-        configs: the parsed flags; pred_len is read.
-    """
+    """Repeat the last value."""
 
     def __init__(self, configs: argparse.Namespace, device: torch.device | None = None):
         super().__init__(device)

@@ -1,4 +1,4 @@
-"""PatchTST (Nie et al., "A Time Series is Worth 64 Words", ICLR 2023), as transformers has it."""
+"""PatchTST (Nie et al., "A Time Series is Worth 64 Words", ICLR 2023), the implementation of transformers."""
 
 import argparse
 
@@ -11,14 +11,10 @@ from models.forecaster import Forecaster
 
 
 class Model(Forecaster):
-    """A transformer over the patches of a window; each channel is a window of its own, and all share the weights.
+    """A transformer encoder over the patches of a window; each channel is a window of its own, with shared weights.
 
-    Set up as the authors' supervised one: a window is scaled and its last value repeated for one more patch, layers
-    normalise over the batch after they add, positions are learned, the head sees every patch.
-
-    Args:
-        configs: the parsed flags; seq_len, pred_len, patch_len, stride, d_model, n_heads, d_ff, e_layers and dropout
-            are read.
+    Configured like the authors' supervised model: scaled windows, one more patch with copies of the last value, batch
+    normalization after the residual connection, learned positional encodings, and a head on all patches.
     """
 
     def __init__(self, configs: argparse.Namespace, device: torch.device | None = None):
@@ -44,7 +40,7 @@ class Model(Forecaster):
                 scaling=None,
             )
         )
-        # transformers begins with positions as large as the patches; the authors do not.
+        # transformers initializes the positional encodings as large as the patches; the authors do not.
         nn.init.uniform_(self.transformer.model.encoder.positional_encoder.position_enc, -0.02, 0.02)
         self.to(self.device)
 

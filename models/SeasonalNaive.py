@@ -1,4 +1,4 @@
-"""The seasonal-naive forecast: the baseline for a series with a daily or weekly cycle."""
+"""The seasonal naive forecast: a baseline for series with a daily or weekly cycle."""
 
 import argparse
 import math
@@ -10,14 +10,13 @@ from utils.errors import UserError
 
 
 class Model(Forecaster):
-    """Repeat the last season. Nothing to train.
+    """Repeat the last season.
 
     Args:
-        configs: the parsed flags; season, seq_len and pred_len are read.
-        season: rows of a season, where the flag does not tell.
+        season: number of rows in a season, used if --season is not given.
 
     Raises:
-        UserError: if the season is not known, or a window does not hold one.
+        UserError: if the season is unknown or longer than a window.
     """
 
     def __init__(self, configs: argparse.Namespace, device: torch.device | None = None, season: int = 0):

@@ -2,8 +2,10 @@
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 
 import torch
+from torch import nn
 
 from data_provider.windows import WindowDataset, evenly_spaced
 from layers.Embed import PatchEmbedding
@@ -18,7 +20,7 @@ from utils.llm.choice import LLMFlags
 from utils.llm.loading import LoadedLLM, load_llm
 from utils.llm.prompt import NoPrompts, PromptBuilder, load_description
 
-# Windows that the linear residual is fitted to at most; with gaps they are read several times.
+# The maximum number of windows that the linear residual is fitted to; windows with gaps are read several times.
 _FITTED_WINDOWS, _FITTED_WITH_GAPS = 200_000, 50_000
 
 
@@ -28,10 +30,10 @@ class Model(Forecaster):
     Args:
         configs: the parsed flags of `run_main.py`.
         llm: the frozen LLM and its tokenizer; None loads the one that the flags name.
-        basis: of the compact map, from a checkpoint; None computes it.
+        basis: the basis of the compact mapping layer from a checkpoint; None computes it.
 
     Raises:
-        UserError: if the LLM or the description of the data is not there, or does not fit the flags.
+        UserError: if the LLM or the description of the data is missing or does not fit the flags.
     """
 
     def __init__(self, configs: argparse.Namespace, llm: LoadedLLM | None = None, basis: torch.Tensor | None = None):
@@ -50,23 +52,21 @@ class Model(Forecaster):
         self.patch_embedding = PatchEmbedding(configs.d_model, configs.patch_len, configs.stride, configs.dropout)
         patches = self.patch_embedding.count(configs.seq_len)
         self.prompts, self.llm = _prompts_and_llm(configs, llm, description, patches)
-        embeddings = llm.backbone.get_input_embeddings().weight
+        embeddings, normalized = llm.backbone.get_input_embeddings().weight, configs.normalize_prototypes
         if configs.mapping == "full":
-            self.mapping_layer = MappingLayer(embeddings, device=self.device, normalized=configs.normalize_prototypes)
+            self.mapping_layer = MappingLayer(embeddings, device=self.device, normalized=normalized)
         else:
-            # A basis of another width is another LLM's, as loading the checkpoint will say.
+            # A basis of another size is that of another LLM; loading the checkpoint will report it.
             basis = basis if basis is not None and len(basis) == d_llm else None
-            self.mapping_layer = CompactMappingLayer(
-                embeddings, device=self.device, basis=basis, normalized=configs.normalize_prototypes
-            )
+            self.mapping_layer = CompactMappingLayer(embeddings, device=self.device, basis=basis, normalized=normalized)
         self.reprogramming_layer = ReprogrammingLayer(
             configs.d_model, configs.n_heads, configs.d_ff, d_llm, configs.dropout
         )
         self.output_projection = FlattenHead(configs.d_ff, patches, configs.pred_len, configs.dropout)
-        self.residual: LinearResidual | NoResidual = NoResidual()
+        self.residual = LinearResidual(configs.seq_len, configs.pred_len) if self.starts_fitted else NoResidual()
         if self.starts_fitted:
-            self.residual = LinearResidual(configs.seq_len, configs.pred_len)
-            self.output_projection.start_at_zero()  # so that the forecast begins as the line's
+            for parameter in self.output_projection.parameters():
+                nn.init.zeros_(parameter)  # so that the initial forecast is linear
         self.to(self.device)
 
     def forward(
@@ -78,8 +78,8 @@ class Model(Forecaster):
     ) -> torch.Tensor:
         """Forecast: (B, seq_len, N) -> (B, pred_len, N), in the units of `x_enc`.
 
-        Each of the N channels is a window of its own. Windows may stay on the CPU whatever the device: their
-        prompts are written there. The other arguments are Time-LLM's and are not looked at.
+        Each of the N channels is a window of its own. Windows may stay on the CPU for any device, because their
+        prompts are written there. The other arguments are Time-LLM's and are ignored.
         """
         windows = x_enc.transpose(1, 2).flatten(0, 1)  # (B*N, seq_len)
         prompts = self.tokenize(windows)  # B*N lists of token ids
@@ -94,23 +94,24 @@ class Model(Forecaster):
         return forecast.unflatten(0, (len(x_enc), -1)).transpose(1, 2)  # (B, pred_len, N)
 
     def fit_residual(self, training: WindowDataset, validation: WindowDataset) -> float | None:
-        """Fit the linear residual, with which the forecast begins; return its mean squared error, see `Forecaster`."""
-        return self.residual.fit(lambda: _pairs(training), lambda: _pairs(validation)) if self.starts_fitted else None
+        """Fit the linear residual, if there is one; see `Forecaster`."""
+        return self.residual.fit(partial(_pairs, training), partial(_pairs, validation)) if self.starts_fitted else None
 
     @torch.inference_mode()
     def diagnostics(self, x_enc: torch.Tensor) -> dict[str, float]:
-        """Return whether the map to the prototypes is sound, measured on windows (B, seq_len, N).
+        """Measure the prototypes and the attention to them on windows (B, seq_len, N).
 
-        `attention_entropy`: of a patch's shares of the prototypes, in nats, the mean over patches and heads. It begins
-        near ln 1000 = 6.9; near 0 each patch is one prototype. `prototype_rms`: the size of their entries.
+        `attention_entropy` is the entropy of the attention weights in nats, averaged over patches and heads. Initially
+        it is near ln 1000 = 6.9; near 0 each patch attends to one prototype. `prototype_rms` is the root mean square of
+        the prototypes' entries.
         """
         windows, _ = self.normalize(x_enc.transpose(1, 2).flatten(0, 1).to(self.device))
         was_training, prototypes = self.training, self.mapping_layer()
         self.eval()
         entropies = []
-        for window in windows.split(1):  # one by one: the shares of many would need more memory than a training step
-            shares = self.reprogramming_layer.attention(self.patch_embedding(window), prototypes)
-            entropies.append(torch.special.entr(shares).sum(-1).mean())
+        for window in windows.split(1):  # the attention weights of many would need more memory than a training step
+            weights = self.reprogramming_layer.attention(self.patch_embedding(window), prototypes)
+            entropies.append(torch.special.entr(weights).sum(-1).mean())
         self.train(was_training)
         return {
             "attention_entropy": torch.stack(entropies).mean().item(),
@@ -118,27 +119,27 @@ class Model(Forecaster):
         }
 
     def describe(self) -> list[str]:
-        """Return a line that names the LLM, and what it cannot do."""
+        """Name the LLM and its limitations, a printable line each."""
         return [self.llm_info.describe(), *self.llm.limitations()]
 
     def describe_prompt(self, context: torch.Tensor) -> list[str]:
-        """Return a line with the prompt of a window, (1, seq_len), if prompts are read.
+        """Quote the prompt of a window, (1, seq_len), in a printable line; no line without prompts.
 
         Raises:
-            UserError: if a prompt and the patches do not fit into the LLM.
+            UserError: if a prompt and the patches exceed the LLM's context length.
         """
-        if not self.llm.reads_prompts:
+        if self.description is None:
             return []
         tokens = len(self.tokenize(context)[0])
         return [f"Prompt of the first window ({tokens} tokens): {self.prompts.texts(context)[0]}"]
 
     def tokenize(self, windows: torch.Tensor) -> list[list[int]]:
-        """Return the token ids of the prompts of windows (B, seq_len)."""
+        """Write the prompts of windows, (B, seq_len), as token ids."""
         return self.prompts(windows.detach().cpu())
 
 
 def _pairs(windows: WindowDataset) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield contexts (B, seq_len) and targets (B, pred_len) of windows spread evenly over all."""
+    """Yield contexts (B, seq_len) and targets (B, pred_len) of evenly spaced windows."""
     numbers = evenly_spaced(len(windows), _FITTED_WITH_GAPS if windows.has_gaps else _FITTED_WINDOWS)
     return ((contexts, targets) for _, contexts, targets in windows.in_chunks(numbers))
 
@@ -146,21 +147,15 @@ def _pairs(windows: WindowDataset) -> Iterator[tuple[torch.Tensor, torch.Tensor]
 def _prompts_and_llm(
     configs: argparse.Namespace, llm: LoadedLLM, description: str, patches: int
 ) -> tuple[PromptBuilder | NoPrompts, FrozenLLM | NoLLM]:
-    """Build the writer of the prompts and the frozen LLM that runs them with the patches."""
+    """Build the prompt builder and the frozen LLM."""
     if configs.ablation == "no_llm":
         return NoPrompts(), NoLLM()
     if configs.gradient_checkpointing and not FrozenLLM.blocks(llm.backbone):
         raise UserError(f"{llm.source} has no blocks to recompute: leave out --gradient_checkpointing")
     prompts = PromptBuilder(
-        llm.tokenizer,
-        description,
-        configs.seq_len,
-        configs.pred_len,
-        configs.prompt_decimals,
-        patches,
-        llm.context,
+        llm.tokenizer, description, configs.seq_len, configs.pred_len, configs.prompt_decimals, patches, llm.context
     )
-    frozen = FrozenLLM(
+    return prompts, FrozenLLM(
         llm.backbone,
         configs.prompt_padding,
         llm.pad_id,
@@ -170,4 +165,3 @@ def _prompts_and_llm(
         use_prefix=not configs.no_prefix_cache,
         recompute=configs.gradient_checkpointing,
     )
-    return prompts, frozen

@@ -1,4 +1,4 @@
-"""The forecasters: a file each, by the name that ``--model`` takes, with a class `Model(configs)`."""
+"""The forecasters: each in the module that ``--model`` names, as the class `Model`."""
 
 import argparse
 from importlib import import_module
@@ -23,10 +23,9 @@ def build(
 
     Args:
         args: the parsed flags.
-        llm: what TimeLLM is built around; None loads the LLM that the flags name, on this process's device.
-        basis: of TimeLLM's compact map, from a checkpoint; None computes it.
-        season: rows of a season of the data, for SeasonalNaive.
-        device: of a forecaster without an LLM; None: this process's device.
+        llm, basis: for TimeLLM, see there.
+        season: for SeasonalNaive, the number of rows in a season of the data.
+        device: for a forecaster without an LLM, None for the device of this process.
 
     Raises:
         UserError: if the flags do not fit the LLM, or the LLM is missing.
@@ -38,8 +37,8 @@ def build(
 
 
 def weight_shapes(args: argparse.Namespace) -> dict[str, torch.Size]:
-    """Return the shapes of the weights of the forecaster that the flags describe, without taking memory for them."""
-    if args.model == "SeasonalNaive":  # it has no weights, and its season is not known here
+    """Determine the shapes of the weights of the forecaster that the flags describe, without allocating them."""
+    if args.model == "SeasonalNaive":  # it has no weights, and its season is unknown here
         return {}
     with torch.device("meta") as meta:
         llm = llm_without_weights(choose_llm(LLMFlags.of(args)), 1, torch.float32) if has_llm(args) else None

@@ -1,4 +1,4 @@
-"""The base class of the forecasters: what training, testing and checkpoints ask of one."""
+"""The base class of the forecasters: what training, testing and checkpoints need from one."""
 
 from collections.abc import Mapping
 
@@ -13,17 +13,17 @@ from utils.llm.loading import LoadedLLM
 class Forecaster(nn.Module):
     """Forecast windows, (B, seq_len, N) -> (B, pred_len, N); each of the N channels is a window of its own.
 
-    A subclass without an LLM defines `forecast`, and needs nothing else.
+    A subclass without an LLM needs to define only `forecast`.
 
     Args:
-        device: where it is to be; None: this process's device.
+        device: its device, None for that of this process.
 
     Attributes:
-        llm_info: the LLM that it is built around; None if it has none.
-        description: the description of the data set in its prompts; None if it has none.
-        layer_rates: the learning rates of some layers, by name, as shares of --learning_rate.
-        starts_fitted: whether it forecasts before it is trained, once `fit_residual` was called: then training begins
-            with a validation, and weights that are worse are never kept.
+        llm_info: the LLM, None without one.
+        description: the description of the data set in the prompts, None without prompts.
+        layer_rates: learning rates of some layers as multiples of --learning_rate, by the layer's name.
+        starts_fitted: whether `fit_residual` fits a forecast before training. Training then begins with a validation,
+            and the best checkpoint is never worse than the fit.
     """
 
     llm_info: LoadedLLM | None = None
@@ -42,47 +42,43 @@ class Forecaster(nn.Module):
         x_dec: torch.Tensor | None = None,
         x_mark_dec: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Forecast: (B, seq_len, N) -> (B, pred_len, N). The other arguments are Time-LLM's and are not read."""
+        """Forecast: (B, seq_len, N) -> (B, pred_len, N). The other arguments are Time-LLM's and are ignored."""
         return self.forecast(x_enc.to(self.device, non_blocking=True))
 
     def forecast(self, contexts: torch.Tensor) -> torch.Tensor:
-        """Forecast what follows windows on the device, (B, seq_len, N) -> (B, pred_len, N)."""
+        """Forecast contexts on the device, (B, seq_len, N) -> (B, pred_len, N)."""
         raise NotImplementedError
 
     def fit_residual(self, training: WindowDataset, validation: WindowDataset) -> float | None:
-        """Fit what is solved rather than trained, before training.
-
-        Args:
-            training: windows to fit to.
-            validation: windows to choose the regularisation by.
+        """Fit layers with an exact solution before training; choose the regularization by `validation`.
 
         Returns:
-            The mean squared error of the fit on the validation windows; None if nothing is fitted.
+            the mean squared error on the validation windows, None if nothing is fitted.
         """
 
     def parameter_groups(self, learning_rate: float) -> list[dict]:
-        """Return the trained parameters with their learning rates in the first step, as torch's optimisers take them.
+        """Group the trained parameters by their initial learning rates, in the format of torch's optimizers.
 
-        One step of Adam changes all weights of a layer at once: those of all tokens of the vocabulary in a prototype,
-        or of all values of a window in a value to forecast. So some layers have a rate of their own, see `layer_rates`.
+        A step of Adam changes all weights of a layer by about the same amount: in a prototype those of the whole
+        vocabulary, in a forecast value those of the whole window. So some layers need their own rates, `layer_rates`.
         """
-        # An optimiser and its schedule need a parameter, also for a model without any.
+        # An optimizer and its schedule need a parameter, even if the model has none.
         others = dict(self.named_parameters()) or {"nothing": torch.zeros(1, requires_grad=True)}
         groups = []
-        for layer, share in self.layer_rates.items():
-            names = [name for name in others if share != 1 and name.startswith(f"{layer}.")]
+        for layer, rate in self.layer_rates.items():
+            names = [name for name in others if rate != 1 and name.startswith(f"{layer}.")]
             if names:
-                groups.append({"params": [others.pop(name) for name in names], "lr": learning_rate * share})
+                groups.append({"params": [others.pop(name) for name in names], "lr": learning_rate * rate})
         return [{"params": list(others.values()), "lr": learning_rate}, *groups]
 
     def diagnostics(self, contexts: torch.Tensor) -> dict[str, float]:
-        """Return figures for history.csv that tell whether training is sound, of windows (B, seq_len, N)."""
+        """Measure on windows (B, seq_len, N) what history.csv records to monitor training."""
         return {}
 
     def describe(self) -> list[str]:
-        """Return the lines that tell what it is built around."""
+        """Describe the model in printable lines."""
         return []
 
     def describe_prompt(self, context: torch.Tensor) -> list[str]:
-        """Return a line with the prompt of a window, (1, seq_len), if it has prompts."""
+        """Quote the prompt of a window, (1, seq_len), in a printable line; no line without prompts."""
         return []

@@ -20,9 +20,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from utils.cli.command import OneLineParser, exit_code_of
 from utils.cli.signals import leave
 from utils.errors import UserError
-from utils.llm.choice import load_pretrained
+from utils.llm.choice import load_pretrained, quiet_transformers
 from utils.llm.loading import nf4
-from utils.llm.quiet import quiet_transformers
 from utils.system.files import UNFINISHED, rename, unfinished_name
 from utils.system.gpu import default_device, is_gpu
 

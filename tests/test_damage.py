@@ -152,7 +152,7 @@ MALFORMED_STATES = {
     "no random states": lambda contents: contents["training"].update(random=[]),
     "a random state of another kind": lambda contents: contents["training"].update(random=[{"cpu": torch.zeros(3)}]),
     "a history of numbers": lambda contents: contents["training"].update(history=[1, 2]),
-    "no optimiser": lambda contents: contents["training"].update(optimizer={}),
+    "no optimizer": lambda contents: contents["training"].update(optimizer={}),
     "moments of another shape": lambda contents: contents["training"]["optimizer"]["state"][0].update(
         exp_avg=torch.zeros(3)
     ),

@@ -304,7 +304,7 @@ def test_four_bit_right_padding_and_mixed_precision_train(run, flags, monkeypatc
 
 
 def test_a_cache_that_cannot_be_trusted_is_said(run, flags, monkeypatch):
-    monkeypatch.setattr("layers.FrozenLLM._alike", lambda one, other: len(one) == 1)
+    monkeypatch.setattr("layers.FrozenLLM._allclose", lambda one, other: len(one) == 1)
     done = run(*flags, "--eval_windows", 7)
     assert done.code == 0
     assert "No prefix cache (it gives other hidden states)" in done.out
@@ -455,7 +455,7 @@ def test_what_a_checkpoint_knows_is_not_worked_out_again(run, flags, monkeypatch
         assert words.is_meta, "worked out again, and not for the memory plan"
         return torch.empty(words.shape[1], words.shape[1], device="meta")
 
-    monkeypatch.setattr(Reprogramming, "_work_out_basis", work_out)
+    monkeypatch.setattr(Reprogramming, "_compute_basis", work_out)
     assert run(*flags, "--is_training", 0).metrics()["mse"] == trained["mse"]
     assert run(*flags, "--is_training", 0, "--predict").code == 0
     assert run(*flags, "--resume").code == 0

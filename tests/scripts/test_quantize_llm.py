@@ -13,7 +13,7 @@ def quantized(tiny_llm, tmp_path_factory):
     return folder
 
 
-def test_quantised_once_is_as_quantised_at_every_start(run, flags, quantized):
+def test_quantized_once_is_as_quantized_at_every_start(run, flags, quantized):
     first = run(*flags, "--load_in_4bit")
     mse = first.metrics()["mse"]
     capsized = run(*flags, "--llm_model_path", quantized, "--des", "once")
@@ -29,7 +29,7 @@ def test_a_checkpoint_of_one_way_loads_in_the_other(run, flags, quantized):
     assert again.metrics()["mse"] == json.loads((trained.folder / "metrics.json").read_text())["mse"]
 
 
-def test_fewer_layers_of_a_quantised_llm(run, flags, quantized):
+def test_fewer_layers_of_a_quantized_llm(run, flags, quantized):
     done = run(*flags, "--llm_model_path", quantized, "--llm_layers", "1")
     assert "LLM: qwen2, 1 of 2 layers, hidden size 64, NF4" in done.out
     assert done.metrics()["mse"] == run(*flags, "--load_in_4bit", "--llm_layers", "1").metrics()["mse"]

@@ -1,4 +1,4 @@
-"""Check that the flags fit together and that the files and folders they name exist."""
+"""Check the flags, the files and folders that they name, and the environment variables, before torch is imported."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils.cli.options import FLAGS, has_llm, has_patches
+from utils.cli.options import FLAGS, has_llm
 from utils.cli.places import csv_path, is_demo_default, looks_like_a_path, run_folder, trained_folder
 from utils.errors import UserError
 
@@ -15,33 +15,28 @@ MAX_FILE_NAME = 255  # bytes, on every common file system
 MAX_PATH = 259  # characters, on Windows without long paths
 MAX_SEED = 2**32  # numpy accepts seeds below
 
+# Features that accelerate enables from the environment and that this program neither supports nor tests.
+_UNSUPPORTED = [f"ACCELERATE_USE_{name}" for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")]
+
+# A launcher sets all three for each process; none has a meaning without the others.
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse flag values that are out of range or contradict each other.
-
-    Raises:
-        UserError: names the flag and what to give instead.
-    """
+    """Raise a UserError if a flag's value is out of range or contradicts another flag."""
     for name, flag in FLAGS.items():
         value = getattr(args, name)
         if flag.range and not flag.range.holds(value):
             raise UserError(f"--{name} {value} must be {flag.range.words}")
     for problem in _contradictions(args):
         raise UserError(problem)
-    for name in ("model_id", "model_comment", "des"):
-        bad = sorted(set(getattr(args, name)) & set('<>:"/\\|?*\n\r\t'))
-        if bad:
-            raise UserError(
-                f"--{name} names a folder and cannot contain {' '.join(map(repr, bad))}: choose another name"
-            )
 
 
 def _contradictions(args: argparse.Namespace) -> Iterator[str]:
-    """Yield a message for each contradiction between flags."""
     levels = " ".join(map(str, args.level))
     if not 0 <= args.seed <= MAX_SEED - args.itr:
         yield f"--seed {args.seed} must be at least 0 and, with --itr {args.itr}, at most {MAX_SEED - args.itr}"
-    if args.seq_len < args.patch_len and has_patches(args):
+    if args.seq_len < args.patch_len and args.model in ("TimeLLM", "PatchTST"):
         yield f"--seq_len {args.seq_len} is shorter than one patch: give at least --patch_len {args.patch_len}"
     if args.d_model % args.n_heads and args.model == "PatchTST":
         yield f"--d_model {args.d_model} is not divisible by --n_heads {args.n_heads}, as PatchTST needs: change one"
@@ -51,26 +46,22 @@ def _contradictions(args: argparse.Namespace) -> Iterator[str]:
         yield f"--level {levels} repeats a level: give each once"
     if args.label_len > args.seq_len:
         yield f"--label_len {args.label_len} is longer than the context: give at most --seq_len {args.seq_len}"
-    if args.llm_layers is not None and args.llm_layers < 1:
-        yield f"--llm_layers {args.llm_layers} must be at least 1 (leave it out for the default)"
     if args.content and args.prompt_file:
         yield "--content and --prompt_file both describe the data set: give only one of them"
     if args.resume and not args.is_training:
         yield "--resume continues training: leave it out with --is_training 0"
     if args.checkpoint and args.is_training:
         yield "--checkpoint names a run to test: add --is_training 0"
-    if args.ablation != "none" and not has_llm(args):
-        yield f"--ablation {args.ablation} applies only to TimeLLM: leave it out with --model {args.model}"
-    if args.residual != "none" and not has_llm(args):
-        yield f"--residual {args.residual} applies only to TimeLLM: leave it out with --model {args.model}"
+    for name, value in (("ablation", args.ablation), ("residual", args.residual)):
+        if value != "none" and not has_llm(args):
+            yield f"--{name} {value} applies only to TimeLLM: leave it out with --model {args.model}"
+    for name in ("model_id", "model_comment", "des"):
+        if bad := sorted(set(getattr(args, name)) & set('<>:"/\\|?*\n\r\t')):
+            yield f"--{name} names a folder and cannot contain {' '.join(map(repr, bad))}: choose another name"
 
 
 def check_paths(args: argparse.Namespace) -> None:
-    """Refuse files and folders that do not exist.
-
-    Raises:
-        UserError: names the missing path and the flag that points to it.
-    """
+    """Raise a UserError if a file or folder that the flags name does not exist."""
     csv = csv_path(args)
     if not csv.is_file() and not is_demo_default(args, "data_path"):
         fetch = ", or fetch it: python scripts/fetch.py ett" if args.data.startswith("ETT") else ""
@@ -126,3 +117,42 @@ def _takes_long_paths() -> bool:
             return bool(winreg.QueryValueEx(key, "LongPathsEnabled")[0])
     except OSError:  # the value does not exist until someone sets it
         return False
+
+
+def _is_true(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("true", "1", "yes", "on")
+
+
+def check_environment() -> None:
+    """Raise a UserError if variables enable an unsupported feature of accelerate or are an incomplete launcher's."""
+    for name in filter(_is_true, _UNSUPPORTED):
+        raise UserError(f"{name}={os.environ[name]} is not supported: unset it, or launch without it")
+    if _is_true("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "accelerate launch --cpu starts one process, whatever --num_processes says: set ACCELERATE_USE_CPU=1 and"
+            " start the processes with torchrun --nproc_per_node"
+        )
+    given = {name: os.environ[name] for name in _LAUNCHER_VARIABLES if name in os.environ}
+    for name, value in given.items():
+        if not value.isdecimal():
+            raise UserError(f"{name}={value} is not a whole number: unset it, or start with accelerate launch")
+    # A single process may be given its rank without a local rank, as by Kubernetes' PyTorchJob.
+    needed = [name for name in _LAUNCHER_VARIABLES if name != "LOCAL_RANK" or given.get("WORLD_SIZE") != "1"]
+    missing = [name for name in needed if name not in given]
+    if missing and {"RANK", "LOCAL_RANK"} & given.keys():
+        name, value = next(iter(given.items()))
+        raise UserError(f"{name}={value} is set but {missing[0]} is not: unset it, or start with accelerate launch")
+
+
+def overruled_variables(mixed_precision: str, grad_accum: int) -> list[str]:
+    """Write a note for each variable of accelerate that the flags overrule; --use_amp decides `mixed_precision`."""
+    decided = (
+        ("ACCELERATE_MIXED_PRECISION", (mixed_precision, "no"), "--use_amp"),  # "no" is the launcher's default
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", (str(grad_accum),), "--grad_accum"),
+        ("ACCELERATE_DYNAMO_BACKEND", ("no",), "no flag, nothing is compiled"),
+    )
+    return [
+        f"Note: {name}={os.environ[name]} has no effect, the flags decide ({flag})"
+        for name, values, flag in decided
+        if os.environ.get(name, "").lower() not in ("", *values)
+    ]

@@ -16,10 +16,9 @@ from utils.errors import UserError
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that reports an error in one line."""
+    """An ArgumentParser that reports an error in one line and exits with code 2."""
 
     def error(self, message: str) -> None:
-        """Print the error in one line and exit with code 2."""
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
@@ -36,10 +35,10 @@ def exit_code_of(
 ) -> int:
     """Run a command line's work and return its exit code; only the first process prints.
 
-    The code is the work's own (0 for None), 2 with a one-line error for invalid input, or 130 after an interrupt.
+    The code is the work's own (0 for None), that of a SystemExit (argparse raises it), 2 with a one-line error for
+    invalid input, or 130 after an interrupt.
 
     Args:
-        work: the work, which argparse may end with SystemExit.
         after_interrupt: the hint to print after an interrupt, or a function that returns the hint.
         interrupts: the signal handler of work that defers signals.
     """
@@ -52,7 +51,7 @@ def exit_code_of(
         except UserError as problem:
             line, code = f"error: {problem}", 2
         except KeyboardInterrupt:
-            interrupts.ignore()
+            interrupts.is_ending = True
             hint = after_interrupt if isinstance(after_interrupt, str) else after_interrupt()
             line, code = f"interrupted: {hint}", 130
         if is_first_process():
@@ -81,14 +80,10 @@ def command_line(words: Sequence[str]) -> str:
 
 
 def run_child(command: Sequence[str], folder: Path | None = None) -> int:
-    """Run a command; after a signal, wait for the child to save its state and exit.
-
-    Args:
-        command: program and arguments.
-        folder: working directory, None for that of this process.
+    """Run a command in a folder, None for the present one; after a signal, wait for it to save its state and exit.
 
     Returns:
-        the child's exit code, or 130 if this process received a signal meanwhile.
+        the command's exit code, or 130 after a signal.
     """
     received = []
 

@@ -13,11 +13,9 @@ def command_behind(args: argparse.Namespace) -> str:
     words = ["python", "run_main.py"]
     for name, flag in FLAGS.items():
         value = getattr(args, name)
-        if name == "demo" or value == flag.default:
-            continue
-        words.append(f"--{name}")
-        if flag.type is not bool:
-            words += map(str, value if isinstance(value, list) else [value])
+        if name != "demo" and value != flag.default:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *map(str, values if flag.type is not bool else [])]
     return command_line(words)
 
 
@@ -30,19 +28,11 @@ def introduction(args: argparse.Namespace) -> str:
     return f"{creates}It stands for\n    {command_behind(args)}\nAny of these flags can be given along with --demo."
 
 
-def _without(argv: Sequence[str], switch: str, flag: str) -> list[str]:
-    """Remove a switch, and a flag with its value, from a command line."""
-    words = [word for word in argv if word != switch and not word.startswith(f"{flag}=")]
-    return [word for before, word in zip(["", *words], words, strict=False) if flag not in (before, word)]
-
-
 def farewell(argv: Sequence[str]) -> str:
-    """Write the text to print after the demo: what to type next.
-
-    Args:
-        argv: the demo's own command line.
-    """
-    test = command_line(["python", "run_main.py", *_without(argv, "--predict", "--is_training"), "--is_training", "0"])
+    """Write the text to print after the demo with the command line `argv`: what to type next."""
+    words = [word for word in argv if word != "--predict" and not word.startswith("--is_training=")]
+    words = [word for before, word in zip(["", *words], words, strict=False) if "--is_training" not in (before, word)]
+    test = command_line(["python", "run_main.py", *words, "--is_training", "0"])
     own = "python run_main.py --data custom --data_path my.csv --seq_len 96 --pred_len 24 --predict"
     return f"""What to type next, to test the trained layers again, or to forecast again once the CSV has grown:
     {test}

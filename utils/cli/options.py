@@ -1,7 +1,4 @@
-"""The flags of `run_main.py`: one table, from which the parser, the checks and the groups of flags are built.
-
-Nothing here imports torch, so that ``--help`` and a typo are answered at once.
-"""
+"""The flags of `run_main.py`: one table, from which the parser, the checks and the groups of flags are built."""
 
 import argparse
 import difflib
@@ -20,15 +17,12 @@ COMPATIBILITY = "kept for compatibility with Time-LLM scripts"
 # Presets of --demo; a flag on the command line overrides its preset.
 DEMO_DEFAULTS = {
     "data": "custom",
-    "root_path": "./dataset",
     "data_path": "demo.csv",
     "model_id": "demo",
     "llm_model_path": "./base_models/tiny-qwen2",
     "content": "Seven related hourly readings of a made-up power transformer; the last, OT, is its oil temperature.",
-    "seq_len": 96,
     "pred_len": 24,
     "label_len": 24,
-    "batch_size": 32,
     "train_epochs": 1,
     "max_steps": 150,
     "eval_steps": 50,
@@ -61,6 +55,7 @@ class Range(NamedTuple):
 
 _AT_LEAST_0 = Range(lambda value: value >= 0, "at least 0")
 _AT_LEAST_1 = Range(lambda value: value >= 1, "at least 1")
+_LAYERS = Range(lambda value: value is None or value >= 1, "at least 1 (leave it out for the default)")
 _AT_LEAST_MINUS_1 = Range(lambda value: value >= -1, "at least -1")
 _DECIMALS = Range(lambda value: -1 <= value <= 20, "at least -1 and at most 20")
 _ROWS = Range(lambda value: 1 <= value <= 1_000_000, "at least 1 and at most 1000000")
@@ -76,11 +71,8 @@ class Flag:
     """A command line flag, one row of the table.
 
     Attributes:
-        name: the flag's name without dashes.
         default: the value if the flag is not given; False makes the flag a switch.
-        help: the text for --help.
         tags: what the flag affects besides the run itself, see above.
-        choices: the valid values, if there are only a few.
         range: the valid values of a number; `utils.cli.checks.check_options` refuses others.
         kind: the type of the value if the default does not show it.
         settings: further arguments of `ArgumentParser.add_argument`.
@@ -101,7 +93,6 @@ class Flag:
         return self.kind or type(self.default)
 
     def add_to(self, group: argparse._ArgumentGroup) -> None:
-        """Add the flag to a parser's argument group."""
         kind = {"action": "store_true"} if self.type is bool else {"type": self.type, "choices": self.choices}
         group.add_argument(f"--{self.name}", default=self.default, help=self.help, **kind, **(self.settings or {}))
 
@@ -109,8 +100,7 @@ class Flag:
         """Return whether the command line could produce a value, judging by its type and the choices."""
         if value == self.default and type(value) is type(self.default) and self.name != "data":
             return True
-        takes_list = bool(self.settings) and self.settings.get("nargs") == "+"
-        items = value if takes_list and isinstance(value, list) else [value]
+        items = value if isinstance(self.default, list) and isinstance(value, list) else [value]
         types = {float, int} if self.type is float else {self.type}
         return all(type(item) in types for item in items) and (self.choices is None or value in self.choices)
 
@@ -147,12 +137,10 @@ TABLE: dict[str, tuple[str | None, tuple[Flag, ...]]] = {
         Flag("data", None, "data set, which also sets the train/val/test borders; required", (), DATA_NAMES, kind=str),
         Flag("root_path", "./dataset", "folder of the CSV", _RESUME),
         Flag("data_path", "", "file name of the CSV; empty: {data}.csv", _RESUME),
-        Flag("features", "M", "M: all channels; S: only the target; MS: all channels, with the target's error as the"
-             " headline metric", (), ("M", "S", "MS")),
+        Flag("features", "M", "M: all channels; S: the target; MS: all, scored on the target", (), ("M", "S", "MS")),
         Flag("target", "OT", "target channel of --features S and MS"),
         Flag("series", "", "series of a long CSV (unique_id, ds, y): comma-separated names or patterns (shop-*)"),
-        Flag("covariates", "", "comma-separated columns known in advance, which help to forecast the channels and are"
-             " not forecast themselves", _MATCH),
+        Flag("covariates", "", "comma-separated columns known in advance, which are not forecast", _MATCH),
         Flag("loader", "modal", COMPATIBILITY),
         Flag("freq", "h", f"frequency of the time features, for example h, t, 15min or d; {_IGNORED}"),
         Flag("checkpoints", "./checkpoints/", "folder of the run folders", _RESUME + _COMPARE),
@@ -188,8 +176,7 @@ TABLE: dict[str, tuple[str | None, tuple[Flag, ...]]] = {
         Flag("stride", 8, "rows from the start of one patch to the next", _OF_PATCHES, range=_AT_LEAST_1),
         Flag("mapping", "compact", "weights of each text prototype: llm_dim (compact) or vocab_size (full, as in"
              " Time-LLM); both can represent the same prototypes", (), ("compact", "full")),
-        Flag("normalize_prototypes", False, "TimeLLM: scale each text prototype to a mean square of 1, so that patches"
-             " differ from the start of training", _OF_TIMELLM),
+        Flag("normalize_prototypes", False, "TimeLLM: scale each text prototype to a mean square of 1", _OF_TIMELLM),
         Flag("residual", "none", "TimeLLM; linear: add a linear map of the scaled window, so that the LLM learns the"
              " residual of a linear forecast", _OF_TIMELLM, ("none", "linear")),
     )),
@@ -203,17 +190,15 @@ TABLE: dict[str, tuple[str | None, tuple[Flag, ...]]] = {
              " its batch; right: as in Time-LLM, padding is attended to", _WARN, ("left", "right")),
     )),
     "frozen LLM": ("for TimeLLM", (
-        Flag("llm_model", "LLAMA", "a known LLM, from ./base_models/ or the Hub", _RESUME,
-             ("LLAMA", "GPT2", "BERT", "QWEN")),
+        Flag("llm_model", "LLAMA", "LLM in ./base_models/ or on the Hub", _RESUME, ("LLAMA", "GPT2", "BERT", "QWEN")),
         Flag("llm_model_path", "", "local folder or Hub id of any LLM; overrides --llm_model", _RESUME),
         Flag("llm_dim", 0, "hidden size; 0: read from the LLM", range=_AT_LEAST_0),
-        Flag("llm_layers", None, "use the first N layers; default: 6 for LLAMA, GPT2 and BERT, else all", kind=int),
+        Flag("llm_layers", None, "first N layers; default: 6 for LLAMA, GPT2, BERT, else all", kind=int, range=_LAYERS),
         Flag("load_in_4bit", False, "quantize the LLM to NF4, with double quantization"),
         Flag("llm_dtype", "auto", "precision in which the LLM computes; auto: float32 on a CPU, bfloat16 on a GPU that"
              " supports it, otherwise float16", (), ("auto", "float32", "bfloat16", "float16")),
         Flag("no_prefix_cache", False, "run prompt and patches in one pass, as Time-LLM: slower, same result", _RESUME),
-        Flag("gradient_checkpointing", False, "recompute the LLM's activations in the backward pass: much less memory,"
-             " slower steps, same gradients", _FREE),
+        Flag("gradient_checkpointing", False, "recompute activations in the backward pass: less memory, slower", _FREE),
         Flag("ablation", "none", "no_llm: pass the reprogrammed patches straight to the head; random_llm: draw the"
              " LLM's weights at random from --seed", _OF_TIMELLM, ("none", "no_llm", "random_llm")),
     )),
@@ -229,8 +214,7 @@ TABLE: dict[str, tuple[str | None, tuple[Flag, ...]]] = {
         Flag("residual_rate", 0.01, "TimeLLM: learning rate of --residual relative to --learning_rate", range=_RATE),
         Flag("optimizer", "adam", "8bit: optimizer state in 8 bits (bitsandbytes); paged: moved to host memory when the"
              " GPU is full", (), ("adam", "adamw", "adamw8bit", "paged_adamw8bit")),
-        Flag("auto_batch_size", False, "before training starts, halve the batch size until a batch fits into memory,"
-             " and raise --grad_accum accordingly", _RESUME),
+        Flag("auto_batch_size", False, "halve --batch_size and raise --grad_accum until a batch fits", _RESUME),
         Flag("des", "test", _IN_NAME, _COMPARE),
         Flag("loss", "MSE", "training loss", (), ("MSE", "MAE")),
         Flag("lradj", "type1", "learning rate schedule", (),
@@ -242,8 +226,7 @@ TABLE: dict[str, tuple[str | None, tuple[Flag, ...]]] = {
         Flag("max_steps", 0, "stop training after N optimizer steps; 0: no limit", _RESUME, range=_AT_LEAST_0),
         Flag("resume", "", "continue from the run's last state; if there is none, stop with an error or, with auto,"
              " start fresh", _FREE + _COMPARE, ("yes", "auto"), settings={"nargs": "?", "const": "yes"}),
-        Flag("report_to", "none", "also log validations to TensorBoard, in the run folder, with accelerate's tracker",
-             _FREE, ("none", "tensorboard")),
+        Flag("report_to", "none", "also log validations to TensorBoard", _FREE, ("none", "tensorboard")),
         Flag("save_steps", 0, "also save the --resume state every N steps; 0: each epoch", _FREE, range=_AT_LEAST_0),
         Flag("deterministic", False, "make CUDA runs repeatable to the bit, where the kernels allow it"),
     )),
@@ -272,11 +255,7 @@ def flags_tagged(tag: str) -> frozenset[str]:
 
 
 def check_types(flags: Mapping[str, object]) -> None:
-    """Check flag values that come from a file or from Python instead of the command line.
-
-    Raises:
-        ValueError: names the first flag with a value that the command line would not accept.
-    """
+    """Raise a ValueError if a value, from a file or from Python, is one that the command line would not accept."""
     for name, value in flags.items():
         if name in FLAGS and not FLAGS[name].accepts(value):
             choices = f": one of {', '.join(map(str, FLAGS[name].choices))}" if FLAGS[name].choices else ""
@@ -293,13 +272,9 @@ class FlagGroup:
 
 
 class OptionParser(OneLineParser):
-    """An ArgumentParser with one-line errors that also fills in the defaults that depend on other flags.
-
-    `models` and `data_provider` can therefore use every parsed namespace as it is.
-    """
+    """A parser that also suggests the flag probably meant, and fills in the defaults that depend on other flags."""
 
     def error(self, message: str) -> None:
-        """Print the error in one line, suggest the flag that was probably meant, and exit with code 2."""
         marker = "unrecognized arguments: "
         if message.startswith(marker):
             word = message.removeprefix(marker).split()[0].split("=")[0]
@@ -310,7 +285,9 @@ class OptionParser(OneLineParser):
     def parse_known_args(self, args=None, namespace=None):
         parsed, rest = super().parse_known_args(args, namespace)
         if parsed.demo:
-            parsed, rest = self._parse_with_defaults(self._demo_presets(parsed, args), args, namespace)
+            # argparse sets a default only where the namespace has no value yet.
+            presets = argparse.Namespace(**self._demo_presets(parsed, args))
+            parsed, rest = super().parse_known_args(args, presets)
         if parsed.data is None and not rest:
             self.error(f"--data is required (one of {', '.join(DATA_NAMES)}); --demo needs no data")
         parsed.level = sorted(parsed.level)
@@ -319,25 +296,16 @@ class OptionParser(OneLineParser):
         return parsed, rest
 
     def _demo_presets(self, parsed: argparse.Namespace, args=None) -> dict:
-        """Return the presets of --demo without those that contradict a given flag."""
+        """Select the presets of --demo that do not contradict a given flag."""
         presets = dict(DEMO_DEFAULTS)
         if parsed.prompt_file or parsed.prompt_domain:
             del presets["content"]
         # Without its default, --llm_model is set only if it was given, be it with the default value.
-        if self._parse_with_defaults({"llm_model": None}, args)[0].llm_model:
+        if super().parse_known_args(args, argparse.Namespace(llm_model=None))[0].llm_model:
             del presets["llm_model_path"]
         if not parsed.is_training:  # with --is_training 0, --predict skips the test
             del presets["predict"]
         return presets
-
-    def _parse_with_defaults(self, defaults: dict, args=None, namespace=None):
-        """Parse with other defaults, only this time."""
-        ordinary = {name: self.get_default(name) for name in defaults}
-        self.set_defaults(**defaults)
-        try:
-            return super().parse_known_args(args, namespace)
-        finally:
-            self.set_defaults(**ordinary)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -360,22 +328,17 @@ def has_llm(args: argparse.Namespace) -> bool:
     return args.model == "TimeLLM"
 
 
-def has_patches(args: argparse.Namespace) -> bool:
-    """Return whether the forecaster of --model cuts windows into patches."""
-    return args.model in ("TimeLLM", "PatchTST")
-
-
 def flags_of_repetition(args: argparse.Namespace, repetition: int) -> argparse.Namespace:
-    """Return the flags of a single repetition, which differ only in the seed; repetitions count from 0."""
+    """Copy the flags, with the seed of a repetition; repetitions count from 0."""
     return argparse.Namespace(**{**vars(args), "seed": args.seed + repetition})
 
 
 def flags_of_final_test(args: argparse.Namespace) -> argparse.Namespace:
-    """Return the flags of the final test, where --test_windows, if given, replaces --eval_windows."""
+    """Copy the flags, with --test_windows, if given, in place of --eval_windows."""
     windows = args.eval_windows if args.test_windows < 0 else args.test_windows
     return argparse.Namespace(**{**vars(args), "eval_windows": windows})
 
 
 def headline_target(args: argparse.Namespace) -> str | None:
-    """Return the channel of the headline metric, None for all channels."""
+    """Name the channel of the headline metric, None for all channels."""
     return args.target if args.features == "MS" else None

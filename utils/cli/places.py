@@ -30,11 +30,6 @@ def looks_like_a_path(source: str) -> bool:
     return len(path.parts) > 2 or (len(path.parts) == 2 and Path(path.parts[0]).is_dir())
 
 
-def is_local(source: str) -> bool:
-    """Return whether the source of an LLM is an existing folder."""
-    return Path(source).is_dir()
-
-
 def run_folder(args: argparse.Namespace, repetition: int) -> Path:
     """Build the path of a repetition's run folder, named after the flags as in Time-LLM; repetitions count from 0."""
     name = (

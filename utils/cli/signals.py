@@ -1,4 +1,4 @@
-"""Handle Ctrl-C, Ctrl-Break and SIGTERM so that each ends a command and none is lost. Nothing here imports torch."""
+"""Handle Ctrl-C, Ctrl-Break and SIGTERM so that each ends a command and none is lost."""
 
 import _thread
 import contextlib
@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import NoReturn, Self
 
 # Seconds after a KeyboardInterrupt in which further signals are ignored, so that they do not disturb the shutdown.
 _SHUTDOWN_SECONDS = 1.0
@@ -22,7 +22,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") i
 def leave(main: Callable[[], int]) -> NoReturn:
     """Run a command line and exit with its code.
 
-    Signals are ignored unless `main` handles them: one during the interpreter's shutdown would change the exit code.
+    Signals are ignored unless `main` handles them: during the interpreter's shutdown they would change the exit code.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -36,19 +36,18 @@ class Interrupts:
 
     Attributes:
         is_requested: whether a signal has been recorded.
+        is_ending: whether the command is about to end, so that further signals are ignored.
     """
 
     def __init__(self):
-        self.is_requested = self._deferring = self._ignoring = self._has_raised = False
+        self.is_requested = self.is_ending = self._deferring = self._has_raised = False
         self._raised_at = -_SHUTDOWN_SECONDS
         self._handlers = {}
         self._timer: threading.Timer | None = None
-        self._unraisable = sys.unraisablehook
 
-    def __enter__(self) -> "Interrupts":
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # only the main thread may install handlers
-            for number in SIGNALS:
-                self._handlers[number] = signal.signal(number, self._handle)
+            self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
             self._unraisable, sys.unraisablehook = sys.unraisablehook, self._raise_again
         return self
 
@@ -63,7 +62,7 @@ class Interrupts:
         self._handlers = {}
 
     def _handle(self, *_signal) -> None:
-        if self._ignoring or time.monotonic() - self._raised_at < _SHUTDOWN_SECONDS:
+        if self.is_ending or time.monotonic() - self._raised_at < _SHUTDOWN_SECONDS:
             return
         if self._deferring and not self.is_requested:
             self.is_requested = True
@@ -91,10 +90,8 @@ class Interrupts:
         """
         try:
             yield
-        except KeyboardInterrupt:
-            raise
         except BaseException as problem:
-            if self._has_raised:
+            if self._has_raised and not isinstance(problem, KeyboardInterrupt):
                 raise KeyboardInterrupt from problem
             raise
         if self._has_raised:
@@ -110,7 +107,3 @@ class Interrupts:
             self._deferring = False
         if self.is_requested:
             raise KeyboardInterrupt
-
-    def ignore(self) -> None:
-        """Ignore further signals: the command is about to end."""
-        self._ignoring = True

@@ -1,17 +1,18 @@
 """Choose an LLM by the flags: its source, its config, its layers and its precision."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoConfig, PretrainedConfig
 
 from utils.cli.options import FlagGroup
-from utils.cli.places import BASE_MODELS, is_local, looks_like_a_path
+from utils.cli.places import BASE_MODELS, looks_like_a_path
 from utils.errors import UserError, first_line
-from utils.llm.quiet import quiet_transformers
 from utils.system.gpu import has_bfloat16
 
 # Limits far above any LLM: larger sizes, from a damaged or foreign config, would exhaust memory or take minutes.
@@ -23,21 +24,12 @@ _LARGEST_SIZES = {
     "max_position_embeddings": 1_000_000_000,
 }
 
-
-@dataclass(frozen=True)
-class KnownLLM:
-    """An LLM that `--llm_model` names: its folder in base_models/, its Hub id, and Time-LLM's number of layers."""
-
-    folder: str
-    hub_id: str
-    layers: int | None
-
-
+# The LLMs of --llm_model: folder in base_models/, Hub id and Time-LLM's number of layers, None for all.
 KNOWN_LLMS = {
-    "LLAMA": KnownLLM("llama-7b", "huggyllama/llama-7b", 6),
-    "GPT2": KnownLLM("gpt2", "openai-community/gpt2", 6),
-    "BERT": KnownLLM("bert-base-uncased", "google-bert/bert-base-uncased", 6),
-    "QWEN": KnownLLM("Qwen2.5-3B", "Qwen/Qwen2.5-3B-Instruct", None),
+    "LLAMA": ("llama-7b", "huggyllama/llama-7b", 6),
+    "GPT2": ("gpt2", "openai-community/gpt2", 6),
+    "BERT": ("bert-base-uncased", "google-bert/bert-base-uncased", 6),
+    "QWEN": ("Qwen2.5-3B", "Qwen/Qwen2.5-3B-Instruct", None),
 }
 
 
@@ -56,6 +48,14 @@ class LLMFlags(FlagGroup):
     ablation: str
     seed: int
 
+    def choose_source(self) -> tuple[str, int | None]:
+        """Choose the folder or Hub id of the LLM and its default number of layers, None for all."""
+        if self.llm_model_path:
+            return self.llm_model_path, None
+        name, hub_id, layers = KNOWN_LLMS[self.llm_model]
+        folder = Path(BASE_MODELS) / name
+        return (str(folder) if folder.is_dir() else hub_id), layers
+
 
 @dataclass(frozen=True)
 class LLMChoice:
@@ -64,7 +64,7 @@ class LLMChoice:
     Attributes:
         source: folder or Hub id.
         config: the LLM's config, cut to the layers in use.
-        total_layers: number of layers of the whole LLM.
+        total_layers: number of layers before the cut.
         in_4bit: whether the linear layers are NF4 once loaded.
         is_quantized: whether the files already hold NF4 weights.
     """
@@ -87,9 +87,10 @@ def choose_llm(flags: LLMFlags) -> LLMChoice:
     Raises:
         UserError: if the LLM does not exist, or does not have the layers or the hidden size that the flags ask for.
     """
-    source, default_layers = choose_source(flags)
+    source, default_layers = flags.choose_source()
     config = load_pretrained(AutoConfig, source)
-    text_config = _text_config(config, source)
+    _check_config(config, source)
+    text_config = config.get_text_config()
     total_layers = text_config.num_hidden_layers
     layers = flags.llm_layers or default_layers or total_layers
     if layers > total_layers:
@@ -108,29 +109,22 @@ def choose_llm(flags: LLMFlags) -> LLMChoice:
     return LLMChoice(source, config, total_layers, flags.load_in_4bit or is_quantized, is_quantized)
 
 
-def _text_config(config: PretrainedConfig, source: str) -> PretrainedConfig:
-    """Return the language model's part of a config; refuse missing, wrong or huge sizes."""
-    text_config = config.get_text_config()
-    if config.is_encoder_decoder:
+def _check_config(whole: PretrainedConfig, source: str) -> None:
+    """Refuse a config with missing, wrong or huge sizes, before a model of these sizes is built for minutes."""
+    config = whole.get_text_config()
+    if whole.is_encoder_decoder:
         raise UserError(f"{source} is an encoder-decoder: use a decoder-only or an encoder-only LLM")
     for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
-        if not isinstance(getattr(text_config, name, None), int):
+        if not isinstance(getattr(config, name, None), int):
             raise UserError(f"{source} is not a supported language model: its config has no {name}")
     for name, largest in _LARGEST_SIZES.items():
-        size = getattr(text_config, name, None)
+        size = getattr(config, name, None)
         if isinstance(size, int) and not 0 <= size <= largest:
             raise UserError(f"{source} is damaged: its config has {name} {size}, not 0 to {largest}")
-    _check_files(text_config, source)
-    return text_config
-
-
-def _check_files(config: PretrainedConfig, source: str) -> None:
-    """Refuse a folder whose files are far smaller than its config asks for, before the model is built for minutes."""
-    files = sum(file.stat().st_size for file in Path(source).glob("*.safetensors")) if is_local(source) else 0
+    files = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))  # 0 for a Hub id
     # A lower bound of the number of weights; each takes at least half a byte.
-    weights = config.hidden_size * (
-        config.vocab_size + config.num_hidden_layers * (getattr(config, "intermediate_size", None) or 0)
-    )
+    rows_in_a_layer = getattr(config, "intermediate_size", None) or 0
+    weights = config.hidden_size * (config.vocab_size + config.num_hidden_layers * rows_in_a_layer)
     if files and weights > 1e8 and weights / 2 > 8 * files:
         raise UserError(
             f"{source} is damaged: its config asks for {weights / 1e9:.1f} billion weights, its files hold"
@@ -138,17 +132,8 @@ def _check_files(config: PretrainedConfig, source: str) -> None:
         )
 
 
-def choose_source(flags: LLMFlags) -> tuple[str, int | None]:
-    """Return the folder or Hub id of the LLM and its default number of layers, None for all."""
-    if not flags.llm_model_path:
-        known = KNOWN_LLMS[flags.llm_model]
-        folder = Path(BASE_MODELS) / known.folder
-        return (str(folder) if folder.is_dir() else known.hub_id), known.layers
-    return flags.llm_model_path, None
-
-
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype in which the LLM computes; `auto` is the best one that the device supports in hardware."""
+    """Choose the dtype in which the LLM computes; `auto` is the best one that the device supports in hardware."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":
@@ -157,11 +142,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def use_first_layers(config: PretrainedConfig, layers: int, source: str) -> None:
-    """Cut an LLM's config to its first layers.
-
-    Raises:
-        UserError: if the kind of LLM cannot be cut.
-    """
+    """Cut an LLM's config to its first layers, or raise a UserError if this kind of LLM cannot be cut."""
     if layers == config.num_hidden_layers:
         return
     try:
@@ -189,21 +170,34 @@ def load_pretrained(auto: type, source: str, **options):
     Raises:
         UserError: if the source does not exist, is damaged or is not supported.
     """
-
-    def load(**further: object) -> object:
-        loaded = auto.from_pretrained(source, trust_remote_code=False, **further, **options)
+    options["trust_remote_code"] = False
+    with quiet_transformers(), _failures_as_user_errors(source):
+        try:
+            loaded = auto.from_pretrained(source, local_files_only=True, **options)
+        except OSError:
+            if looks_like_a_path(source):
+                raise
+            loaded = auto.from_pretrained(source, **options)
         if isinstance(loaded, PretrainedConfig):
             # A config may name kernels that transformers downloads from the Hub and runs: use the built-in ones.
             loaded._attn_implementation = loaded._experts_implementation = None
         return loaded
 
-    with quiet_transformers(), _failures_as_user_errors(source):
-        try:
-            return load(local_files_only=True)
-        except OSError:
-            if looks_like_a_path(source):
-                raise
-            return load()
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Suppress transformers' messages, and its progress bars unless stderr is a terminal.
+
+    Its load report lists the layers that were left out on purpose; the caller checks for missing weights.
+    """
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager

@@ -14,9 +14,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from layers.InFloat32 import InFloat32
 from utils.errors import UserError
 
-# Not part of the identity: a folder may be moved, and the user may try another precision.
-_MAY_CHANGE = ("source", "folder", "dtype")
-
 _SHAPE_OF_AN_LLM = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
@@ -30,8 +27,6 @@ _WITHOUT_EFFECT = {
     *("chunk_size_feed_forward", "quantization_config", "num_hidden_layers", "task_specific_params"),
     *("gradient_checkpointing", "name_or_path"),
 }
-
-_PROBED_TOKENS = 16
 
 # Token embeddings are summed over blocks of rows, along random directions; a chunk is converted to float32 at once.
 _BLOCK_ROWS, _DIRECTIONS = 64, 4
@@ -51,13 +46,12 @@ class LLMIdentity:
     """The properties of an LLM that must equal those in the checkpoint exactly.
 
     Attributes:
-        model_type, hidden_size, vocab_size: fields of the config.
         layers: number of layers in use.
         quantization: nf4 or none.
-        config_hash: hash of the fields that determine the network's shape.
-        embedding_hash: hash of the signs of the first token embeddings, which are the same in any precision.
+        config_hash: hash of the fields that determine the network's shape and keep their names between releases.
+        embedding_hash: hash of the signs of the first 64 token embeddings, which are the same in any precision.
         tokenizer_hash: hash of the vocabulary and of a sample text's token ids.
-        merges_hash: hash of the merges of a BPE tokenizer; empty for other tokenizers.
+        merges_hash: hash of the merges of a BPE tokenizer in their order; empty for other tokenizers.
     """
 
     model_type: str
@@ -90,20 +84,22 @@ def identify(
     config: PretrainedConfig, embeddings: torch.Tensor, tokenizer: PreTrainedTokenizerBase, in_4bit: bool
 ) -> LLMIdentity:
     """Build the identity of an LLM from the language model's part of its config."""
+    shape = {name: getattr(config, name, None) for name in _SHAPE_OF_AN_LLM}
+    signs = (embeddings[:64].detach().float().cpu() > 0).numpy()
     return LLMIdentity(
         model_type=config.model_type,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         layers=config.num_hidden_layers,
         quantization="nf4" if in_4bit else "none",
-        config_hash=_hash_shape(config),
-        embedding_hash=_hash_signs(embeddings),
+        config_hash=_hash(json.dumps(shape, sort_keys=True).encode()),
+        embedding_hash=_hash(signs.tobytes()),
         tokenizer_hash=_hash_tokenizer(tokenizer),
         merges_hash=_hash_merges(tokenizer),
     )
 
 
-def acting_fields(config: PretrainedConfig) -> dict:
+def relevant_fields(config: PretrainedConfig) -> dict:
     """Select the fields of a config that affect the hidden states, as plain values."""
     fields = {
         name: value
@@ -116,47 +112,32 @@ def acting_fields(config: PretrainedConfig) -> dict:
     return json.loads(json.dumps(fields, default=str))
 
 
-def _hash_shape(config: PretrainedConfig) -> str:
-    """Hash the fields that determine the network's shape and keep their names between transformers releases."""
-    shape = {name: getattr(config, name, None) for name in _SHAPE_OF_AN_LLM}
-    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _hash_signs(embeddings: torch.Tensor) -> str:
-    """Hash the signs of the first 64 token embeddings."""
-    signs = (embeddings[:64].detach().float().cpu() > 0).numpy()
-    return hashlib.sha256(signs.tobytes()).hexdigest()[:16]
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash the behavior of a tokenizer, independent of its files and of the release that wrote them."""
     tokens, ids = zip(*sorted(tokenizer.get_vocab().items(), key=itemgetter(1)), strict=True)
-    digest = hashlib.sha256("\n".join(tokens).encode("utf-8", "surrogatepass"))
-    digest.update(np.array([*ids, *tokenizer(_SAMPLE, verbose=False).input_ids], np.int64).tobytes())
-    return digest.hexdigest()[:16]
+    numbers = np.array([*ids, *tokenizer(_SAMPLE, verbose=False).input_ids], np.int64)
+    return _hash("\n".join(tokens).encode("utf-8", "surrogatepass") + numbers.tobytes())
 
 
 def _hash_merges(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash the merges of a BPE tokenizer in their order; empty for other tokenizers."""
+    """Hash the merges of a BPE tokenizer; return an empty string for other tokenizers."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     _, is_bpe, merges = (backend.to_str() if backend else "").rpartition('"merges":')
     # Releases write a merge as "a b" or as ["a", "b"]; parsing the JSON would take longer than everything else.
     plain = merges.translate(dict.fromkeys(map(ord, '[]{}", \n'))) if is_bpe else ""
-    return hashlib.sha256(plain.encode()).hexdigest()[:16] if plain else ""
+    return _hash(plain.encode()) if plain else ""
 
 
 @torch.no_grad()
 def sketch_embeddings(embeddings: torch.Tensor) -> torch.Tensor:
-    """Sketch token embeddings by sums that change if any row changes or moves.
+    """Sketch token embeddings, (V, d_llm), by sums that change if any row changes or moves: (blocks, 5) float32.
 
     For each block of rows, the sketch has the sums along four random directions, with a random sign for each row, and
-    the norm of the block. Rounding to bfloat16 changes the sums by about a thousandth of the norm.
-
-    Args:
-        embeddings: (V, d_llm), on any device, in any precision.
-
-    Returns:
-        (blocks, 5) float32 on the CPU.
+    the norm of the block.
     """
     rows, width = embeddings.shape
     generator = torch.Generator().manual_seed(0)
@@ -178,7 +159,7 @@ def probe_layers(backbone: nn.Module, device: torch.device) -> torch.Tensor:
     They depend on every weight in use. They are computed in float32, so that they depend on the weights alone and not
     on the precision in which the LLM computes.
     """
-    ids = torch.linspace(0, backbone.get_input_embeddings().num_embeddings - 1, _PROBED_TOKENS).long()
+    ids = torch.linspace(0, backbone.get_input_embeddings().num_embeddings - 1, 16).long()
     with InFloat32():
         return backbone(ids[None].to(device), use_cache=False).last_hidden_state[0].cpu()
 
@@ -194,11 +175,11 @@ def check_same_llm(path: Path, saved: dict, saved_traces: LLMTraces, present: di
     Raises:
         UserError: names what differs.
     """
-    for name in sorted(saved.keys() - set(_MAY_CHANGE)):
+    # A folder may be moved, and the user may try another precision.
+    for name in sorted(saved.keys() - {"source", "folder", "dtype"}):
         if saved[name] != present.get(name):
             _refuse(path, f"{name} {saved[name]}, here {present.get(name)}")
-    for name, before, now in _changed_fields(saved_traces.config, traces.config):
-        _refuse(path, f"its config has {name} {before}, here {now}")
+    _check_fields(path, saved_traces.config, traces.config)
     same_dtype = saved["dtype"] == present["dtype"]
     _check_embeddings(path, saved_traces.embeddings, traces.embeddings, same_dtype)
     _check_probe(path, saved_traces.probe, traces.probe, same_dtype, present["quantization"] == "nf4")
@@ -208,15 +189,14 @@ def _refuse(path: Path, difference: str) -> None:
     raise UserError(f"{path} was trained with another LLM ({difference}): use the LLM of its run")
 
 
-def _changed_fields(before: dict, now: dict, prefix: str = "") -> list[tuple[str, object, object]]:
-    """List name, old and new value of each changed field; another release of transformers may have other fields."""
-    changed = []
-    for name in sorted(before.keys() & now.keys()):
-        if isinstance(before[name], dict) and isinstance(now[name], dict):
-            changed += _changed_fields(before[name], now[name], f"{prefix}{name}.")
-        elif before[name] != now[name]:
-            changed.append((prefix + name, before[name], now[name]))
-    return changed
+def _check_fields(path: Path, saved: dict, present: dict, prefix: str = "") -> None:
+    """Compare the fields that both configs have; another release of transformers may have other fields."""
+    for name in sorted(saved.keys() & present.keys()):
+        before, now = saved[name], present[name]
+        if isinstance(before, dict) and isinstance(now, dict):
+            _check_fields(path, before, now, f"{prefix}{name}.")
+        elif before != now:
+            _refuse(path, f"its config has {prefix}{name} {before}, here {now}")
 
 
 def _check_embeddings(path: Path, saved: torch.Tensor, present: torch.Tensor, same_dtype: bool) -> None:

@@ -13,14 +13,12 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 
 from layers.FrozenLinear import freeze_linears
-from utils.cli.places import is_local
 from utils.errors import UserError
-from utils.llm.choice import LLMChoice, LLMFlags, choose_dtype, choose_llm, choose_source, load_pretrained
-from utils.llm.identity import LLMIdentity, LLMTraces, acting_fields, identify, probe_layers, sketch_embeddings
-from utils.llm.quiet import quiet_transformers
+from utils.llm.choice import LLMChoice, LLMFlags, choose_dtype, choose_llm, load_pretrained, quiet_transformers
+from utils.llm.identity import LLMIdentity, LLMTraces, identify, probe_layers, relevant_fields, sketch_embeddings
 
 # How --ablation changes the LLM, in words.
-ABLATIONS = {"none": "", "no_llm": "not run, only its token embeddings are used", "random_llm": "random weights"}
+_ABLATIONS = {"none": "", "no_llm": "not run, only its token embeddings are used", "random_llm": "random weights"}
 
 
 @dataclass(frozen=True)
@@ -29,14 +27,11 @@ class LoadedLLM:
 
     Attributes:
         backbone: the LLM without its head, in evaluation mode, with no trainable parameter.
-        tokenizer: the LLM's tokenizer.
         pad_id: id of the token that pads prompts.
-        device: device of the backbone.
         source: folder or Hub id.
+        total_layers: number of layers of the whole LLM, of which `identity.layers` are in use.
         folder: absolute path of the folder, None for a Hub id.
-        total_layers: number of layers of the whole LLM; `identity.layers` are in use.
         context: maximum number of positions, None for no limit.
-        identity, traces: properties that tell this LLM from others.
         note: how --ablation changed the LLM, empty if it did not.
     """
 
@@ -45,11 +40,11 @@ class LoadedLLM:
     pad_id: int
     device: torch.device
     source: str
-    folder: str | None
     total_layers: int
-    context: int | None
     identity: LLMIdentity
     traces: LLMTraces
+    folder: str | None = None
+    context: int | None = None
     note: str = ""
 
     @property
@@ -80,11 +75,10 @@ def load_llm(flags: LLMFlags) -> LoadedLLM:
             size that the flags ask for.
     """
     state = PartialState()
-    state.print(f"Loading generic model from: {choose_source(flags)[0]}")
+    state.print(f"Loading generic model from: {flags.choose_source()[0]}")
     choice = choose_llm(flags)
     source, text_config = choice.source, choice.text_config
-    tokenizer = _load_tokenizer(source, text_config.vocab_size)
-    pad_id = _padding_token(tokenizer, flags.prompt_padding, text_config.vocab_size, source)
+    tokenizer, pad_id = _load_tokenizer(source, text_config.vocab_size, flags.prompt_padding)
     seed = flags.seed if flags.ablation == "random_llm" else None
     backbone = _load_backbone(choice, choose_dtype(flags.llm_dtype, state.device), state, seed)
     embeddings = backbone.get_input_embeddings().weight
@@ -93,11 +87,8 @@ def load_llm(flags: LLMFlags) -> LoadedLLM:
             f"{source} has token embeddings of width {embeddings.shape[1]} and hidden states of"
             f" {text_config.hidden_size}: use an LLM where both are the same"
         )
-    traces = LLMTraces(
-        acting_fields(text_config),
-        sketch_embeddings(embeddings),
-        None if flags.ablation == "no_llm" else probe_layers(backbone, state.device),
-    )
+    probe = None if flags.ablation == "no_llm" else probe_layers(backbone, state.device)
+    traces = LLMTraces(relevant_fields(text_config), sketch_embeddings(embeddings), probe)
     if flags.mapping == "compact":
         backbone.get_input_embeddings().to("cpu")
     context = getattr(text_config, "max_position_embeddings", None) or 0
@@ -107,22 +98,28 @@ def load_llm(flags: LLMFlags) -> LoadedLLM:
         pad_id=pad_id,
         device=state.device,
         source=source,
-        folder=str(Path(source).absolute()) if is_local(source) else None,
         total_layers=choice.total_layers,
-        context=context if context > 0 else None,
         identity=identify(text_config, embeddings, tokenizer, choice.in_4bit),
         traces=traces,
-        note=ABLATIONS[flags.ablation],
+        folder=str(Path(source).absolute()) if Path(source).is_dir() else None,
+        context=context if context > 0 else None,
+        note=_ABLATIONS[flags.ablation],
     )
 
 
-def _load_tokenizer(source: str, vocab_size: int) -> transformers.PreTrainedTokenizerBase:
-    """Load the tokenizer and refuse an empty one, which transformers silently creates if the files are missing."""
+def _load_tokenizer(source: str, vocab_size: int, padding: str) -> tuple[transformers.PreTrainedTokenizerBase, int]:
+    """Load the tokenizer and choose the padding token: any if padding is masked, else Time-LLM's."""
     tokenizer = load_pretrained(AutoTokenizer, source)
     ids = tokenizer("Input statistics: min value -1.25", add_special_tokens=False).input_ids
+    # Without tokenizer files, transformers silently creates an empty tokenizer.
     if not ids or ids.count(tokenizer.unk_token_id) > len(ids) / 2 or max(ids) >= vocab_size:
         raise UserError(f"{source} has no tokenizer that fits its model: add its tokenizer files (tokenizer.json, ...)")
-    return tokenizer
+    if padding == "left":
+        return tokenizer, 0
+    tokenizer.add_special_tokens({"pad_token": tokenizer.eos_token or "[PAD]"})
+    if tokenizer.pad_token_id >= vocab_size:
+        raise UserError(f"{source} has no padding token: leave out --prompt_padding right")
+    return tokenizer, tokenizer.pad_token_id
 
 
 def _load_backbone(choice: LLMChoice, dtype: torch.dtype, state: PartialState, seed: int | None) -> nn.Module:
@@ -140,18 +137,16 @@ def _load_backbone(choice: LLMChoice, dtype: torch.dtype, state: PartialState, s
     else:
         backbone, report = _draw_backbone(seed, options)
     # Many LLMs come without the weights of the pooler, which does not affect the hidden states.
-    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
-    if missing:
+    if missing := sorted(name for name in report["missing_keys"] if "pooler" not in name):
         raise UserError(f"{choice.source} lacks {len(missing)} weights, {missing[0]} first: download it again")
     if choice.in_4bit:
         _prepare_4bit(backbone, dtype, copy_unquantized=state.device.type == "cpu" and not choice.is_quantized)
-    backbone.requires_grad_(False).eval()
-    freeze_linears(backbone)
+    freeze_linears(backbone.requires_grad_(False).eval())
     return backbone
 
 
 def _draw_backbone(seed: int, options: dict) -> tuple[nn.Module, dict]:
-    """Return the same as `from_pretrained`, but with weights drawn from the LLM's own random initialization."""
+    """Call `from_pretrained` with weights drawn from the LLM's own random initialization."""
     config = copy.deepcopy(options["config"])
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -190,13 +185,3 @@ def _prepare_4bit(backbone: nn.Module, dtype: torch.dtype, copy_unquantized: boo
     for parameter in backbone.parameters():
         if parameter.is_floating_point():  # 4-bit weights are packed into bytes
             parameter.data = parameter.data.to(dtype, copy=copy_unquantized)
-
-
-def _padding_token(tokenizer: transformers.PreTrainedTokenizerBase, padding: str, vocab_size: int, source: str) -> int:
-    """Choose the padding token: any if padding is masked, else as Time-LLM, end of text or ``[PAD]``."""
-    if padding == "left":
-        return 0
-    tokenizer.add_special_tokens({"pad_token": tokenizer.eos_token or "[PAD]"})
-    if tokenizer.pad_token_id >= vocab_size:
-        raise UserError(f"{source} has no padding token: leave out --prompt_padding right")
-    return tokenizer.pad_token_id

@@ -39,7 +39,7 @@ AttentionInterface.register("memory_plan", _plan_attention)
 
 
 class _TokenCounter:
-    """Stands in for a tokenizer with a token per digit, word and punctuation mark; only the number of ids matters."""
+    """A stand-in for a tokenizer, with a token for each digit, word and punctuation mark; only their number matters."""
 
     def __call__(self, texts: list[str], **_kwargs) -> SimpleNamespace:
         words = [re.findall(r"\d|[^\W\d]+|[^\w\s]", text) for text in texts]
@@ -56,20 +56,16 @@ def llm_without_weights(choice: LLMChoice, layers: int, dtype: torch.dtype) -> L
     use_first_layers(text_config, layers, choice.source)
     if choice.is_quantized:
         del config.quantization_config
-    with torch.device("meta"):
-        backbone = AutoModel.from_config(
-            config, dtype=dtype, attn_implementation="memory_plan", trust_remote_code=False
-        )
+    with torch.device("meta") as meta:
+        llm = AutoModel.from_config(config, dtype=dtype, attn_implementation="memory_plan", trust_remote_code=False)
     identity = LLMIdentity(config.model_type, text_config.hidden_size, text_config.vocab_size, layers, "none", "", "")
     return LoadedLLM(
-        backbone=backbone.requires_grad_(False).eval(),
+        backbone=llm.requires_grad_(False).eval(),
         tokenizer=_TokenCounter(),
         pad_id=0,
-        device=torch.device("meta"),
+        device=meta,
         source=choice.source,
-        folder=None,
         total_layers=choice.total_layers,
-        context=None,
         identity=identity,
         traces=LLMTraces({}, torch.empty(0)),
     )

@@ -34,40 +34,32 @@ class WindowStatistics:
 
 
 def window_statistics(windows: torch.Tensor) -> list[WindowStatistics]:
-    """Compute the statistics of windows after scaling by `Normalize`, identical on every machine and in every batch.
+    """Compute the statistics of windows (B, seq_len) on the CPU, after scaling as by `Normalize`.
 
-    They are computed in float64, by operations with the same result on every machine, and rounded to float32 once. The
-    trend is upward if the last value is above the first. The median of an even number of values is the lower of the two
-    middle ones, as in torch and Time-LLM.
-
-    Args:
-        windows: (B, seq_len) on the CPU, not scaled.
+    They are computed in float64, by operations with the same result on every machine and in every batch, and rounded to
+    float32 once. The trend is upward if the last value is above the first. The median of an even number of values is
+    the lower of the two middle ones, as in torch and Time-LLM.
     """
     rows = windows.double().numpy()
     means, variances = np.array([mean_and_variance(row) for row in rows]).T[..., None]  # (B, 1) each
-    centred = rows - means
-    ordered = np.sort(centred)[:, [0, -1, (rows.shape[1] - 1) // 2]]
+    centered = rows - means
+    ordered = np.sort(centered)[:, [0, -1, (rows.shape[1] - 1) // 2]]
     numbers = ordered / np.sqrt(variances + EPS) + 0.0  # + 0.0 turns -0.0 into 0.0
-    return [
-        WindowStatistics(*values, is_upward=is_upward, lags=lags)
-        for values, is_upward, lags in zip(
-            numbers.astype(np.float32).tolist(),
-            (rows[:, -1] > rows[:, 0]).tolist(),
-            _largest_lags(centred, np.sqrt(variances)),
-            strict=True,
-        )
-    ]
+    smallest, largest, median = numbers.astype(np.float32).T.tolist()
+    is_upward = (rows[:, -1] > rows[:, 0]).tolist()
+    lags = _largest_lags(centered, np.sqrt(variances))
+    return list(map(WindowStatistics, smallest, largest, median, is_upward, lags))
 
 
-def _largest_lags(centred: np.ndarray, deviations: np.ndarray) -> list[tuple[int, ...]]:
+def _largest_lags(centered: np.ndarray, deviations: np.ndarray) -> list[tuple[int, ...]]:
     """List the lags of each window's largest circular autocorrelations, given (B, seq_len) of mean 0 and (B, 1)."""
     # Windows are rounded to integers (for 512 rows, of about 2^15 times their deviation). The autocorrelations are then
     # integers below 2^42, an FFT in float64 is off by 0.01 at most, and rounding makes them exact with any FFT library.
     # Lags k and seq_len - k are equal by definition: the smaller comes first, then its mirror. Among other equal lags,
     # the smallest comes first.
-    count = centred.shape[1]
+    count = centered.shape[1]
     unit = np.where(deviations > 0, deviations, 1) * 2.0 ** (count.bit_length() // 2 - 20)
-    spectrum = np.fft.rfft(np.rint(centred / unit))
+    spectrum = np.fft.rfft(np.rint(centered / unit))
     correlations = np.rint(np.fft.irfft(spectrum.real**2 + spectrum.imag**2, count))
     nearer = np.argsort(-correlations[:, : count // 2 + 1], kind="stable")[:, :TOP_LAGS].tolist()
     with_mirrors = [[lag for k in lags for lag in dict.fromkeys((k, -k % count))] for lags in nearer]
@@ -75,14 +67,7 @@ def _largest_lags(centred: np.ndarray, deviations: np.ndarray) -> list[tuple[int
 
 
 def render(statistics: WindowStatistics, description: str, seq_len: int, pred_len: int, decimals: int = -1) -> str:
-    """Write a window's prompt in Time-LLM's words.
-
-    Args:
-        statistics: the window's statistics.
-        description: the description of the data set, one or more sentences.
-        seq_len, pred_len: number of rows in the context and in the horizon.
-        decimals: decimals of the statistics; -1 prints all digits of the float32 as a float64, as Time-LLM does.
-    """
+    """Write a window's prompt in Time-LLM's words; -1 decimals print every digit of a number, as Time-LLM does."""
     smallest, largest, median = (
         str(number) if decimals < 0 else f"{number:.{decimals}f}"
         for number in (statistics.smallest, statistics.largest, statistics.median)
@@ -97,7 +82,7 @@ def render(statistics: WindowStatistics, description: str, seq_len: int, pred_le
 
 
 # The constant beginning of a prompt ends here. Tokenizers that split a text into words first produce the same tokens
-# for the rest with or without the beginning; `PromptBuilder` checks it.
+# for the rest with or without the beginning; `PromptBuilder._find_frame` checks it.
 _SEAM = " Input statistics"
 
 # Windows that differ in every statistic, to find the tokens that all prompts share; the last has the longest prompt.
@@ -111,11 +96,9 @@ _EXAMPLES = (
 
 
 class PromptBuilder:
-    """Write and tokenize the prompts of windows.
+    """Write and tokenize the prompts of windows, with `render` and the LLM's tokenizer.
 
     Args:
-        tokenizer: the LLM's tokenizer.
-        description, seq_len, pred_len, decimals: as in `render`.
         patches: number of patches, and so of positions, after a prompt.
         context: maximum number of positions of the LLM, None for no limit.
     """
@@ -149,20 +132,16 @@ class PromptBuilder:
         return self._tokenize(self.texts(windows))
 
     def examples(self) -> list[list[int]]:
-        """Write prompts, as token ids, that share only the tokens that all prompts share.
-
-        Raises:
-            UserError: as in `__call__`.
-        """
+        """Write prompts, as token ids, that share only the tokens that all prompts share; errors as in `__call__`."""
         return self._tokenize([self._render(statistics) for statistics in _EXAMPLES])
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         """Tokenize prompts and check that they fit into the LLM's context."""
-        if self._frame is None:
-            prompts = self.tokenizer(texts, verbose=False).input_ids
-        else:
+        if self._frame:
             begin, end = self._frame
             prompts = [[*begin, *middle, *end] for middle in self._tokenize_after_seam(texts)]
+        else:
+            prompts = self.tokenizer(texts, verbose=False).input_ids
         longest = max(map(len, prompts))
         positions = longest + self.patches
         if self.context is not None and positions > self.context:
@@ -190,10 +169,9 @@ class PromptBuilder:
 
 
 class NoPrompts:
-    """Stands in for a `PromptBuilder` if the LLM, and so a prompt, is not run."""
+    """A stand-in for a `PromptBuilder` that writes empty prompts, for an LLM that is not run."""
 
     def __call__(self, windows: torch.Tensor) -> list[list[int]]:
-        """Return an empty prompt for each window."""
         return [[] for _ in windows]
 
 
@@ -203,21 +181,16 @@ def load_description(content: str, prompt_file: str, prompt_domain: int, data: s
     Raises:
         UserError: if a file is missing or not UTF-8.
     """
-    if content:
-        return content
+    if content or not (prompt_file or prompt_domain):
+        return content or DEFAULT_DESCRIPTION
     if prompt_file:
-        return _read_description(Path(prompt_file), "--prompt_file")
-    if prompt_domain:
-        name = "ETT" if data.startswith("ETT") else data
-        return _read_description(PROMPT_BANK / f"{name}.txt", "--prompt_domain 1 (or describe the data with --content)")
-    return DEFAULT_DESCRIPTION
-
-
-def _read_description(path: Path, flag: str) -> str:
-    """Read a description, without the byte order mark that Notepad on Windows may write."""
+        path, flag = Path(prompt_file), "--prompt_file"
+    else:
+        path = PROMPT_BANK / f"{'ETT' if data.startswith('ETT') else data}.txt"
+        flag = "--prompt_domain 1 (or describe the data with --content)"
     if not path.is_file():  # a device, for example, might never end
         raise UserError(f"no prompt file {path}: check {flag}")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")  # without the byte order mark that Notepad on Windows may write
     except UnicodeDecodeError as problem:
         raise UserError(f"{path} is not UTF-8: save it as UTF-8 for {flag}") from problem

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 import utils.system.plotting  # noqa: F401 - before matplotlib, which may refuse the environment
+from data_provider.horizon import LastWindow
 from utils.system.files import atomic_write
 
 # isort: split
@@ -18,9 +18,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font, get_font_names
 from matplotlib.text import Text
-
-if TYPE_CHECKING:
-    from utils.runs.prediction import Forecast
 
 CONTEXT, TARGET, FORECAST = "0.45", "tab:green", "tab:orange"
 
@@ -31,22 +28,31 @@ _FURTHER_FONTS = (
 )
 
 
-def draw_forecast(path: Path, title: str, forecast: "Forecast", channels: Sequence[int]) -> None:
-    """Draw the forecasts of some channels, given by their indices, with contexts and intervals, as a PNG."""
-    window = forecast.window
+def draw_forecast(
+    path: Path,
+    title: str,
+    window: LastWindow,
+    forecast: np.ndarray,
+    half_widths: dict[int, np.ndarray],
+    channels: Sequence[int],
+) -> None:
+    """Draw the forecasts of some channels, given by their indices, with contexts and intervals, as a PNG.
+
+    `forecast` and half the width of the intervals, by level, are (pred_len, channels).
+    """
     figure = Figure(figsize=(10, 1 + 1.7 * len(channels)), layout="constrained")
     axes = figure.subplots(len(channels), 1, sharex=not window.is_long, squeeze=False)[:, 0]
     for place, (axis, channel) in enumerate(zip(axes, channels, strict=True), start=1):
         past, context = window.dates[channel], window.values[:, channel]
-        future, values = window.future_dates[channel], forecast.values[:, channel]
-        half_widths = {level: half[:, channel] for level, half in forecast.half_widths.items()}
+        future, values = window.future_dates[channel], forecast[:, channel]
+        own_half_widths = {level: half[:, channel] for level, half in half_widths.items()}
         axis.plot(past, context, color=CONTEXT, linewidth=1, label="context")
         # The line starts at the last row of the context, to leave no gap.
         axis.plot(past[-1:].append(future), np.append(context[-1:], values), color=FORECAST, label="forecast")
-        _draw_bands(axis, future, values, half_widths)
+        _draw_bands(axis, future, values, own_half_widths)
         axis.axvline(past[-1], color="0.8", linewidth=0.8)
         axis.set_ylabel(label(window.channels[channel], f"channel {place}"))
-    axes[0].legend(loc="upper left", ncols=2 + len(forecast.half_widths), fontsize="small")
+    axes[0].legend(loc="upper left", ncols=2 + len(half_widths), fontsize="small")
     figure.suptitle(title)
     if not window.is_long:
         figure.autofmt_xdate()

@@ -170,7 +170,7 @@ def write_forecast(folder: Path, forecast: Forecast) -> None:
         shown = range(min(count, MOST_CHANNELS))
         selection = f" (the first {len(shown)} of {count} channels)" if len(shown) < count else ""
         title = f"{steps} steps after {window.dates[0][-1]}{selection}"
-    draw_forecast(folder / "forecast.png", title, forecast, shown)
+    draw_forecast(folder / "forecast.png", title, window, forecast.values, forecast.half_widths, shown)
 
 
 def _series_to_show(scores: Path, names: Sequence[str]) -> list[int]:

@@ -17,8 +17,7 @@ from data_provider.reading import read_table, table_of
 from data_provider.tables import Table
 from models import build, weight_shapes
 from models.forecaster import Forecaster
-from utils.cli.checks import check_options
-from utils.cli.environment import check_environment
+from utils.cli.checks import check_environment, check_options
 from utils.cli.options import has_llm
 from utils.cli.places import csv_path
 from utils.errors import UserError

@@ -17,7 +17,7 @@ from accelerate.utils import (
     set_seed,
 )
 
-from utils.cli.environment import overruled_variables
+from utils.cli.checks import overruled_variables
 from utils.cli.signals import Interrupts
 from utils.errors import UserError, first_line
 from utils.system.gpu import default_device, has_bfloat16, is_gpu

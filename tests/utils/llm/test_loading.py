@@ -13,7 +13,7 @@ from tests.conftest import largest_difference
 from utils.cli.options import get_parser
 from utils.errors import UserError
 from utils.llm import loading as llm_module
-from utils.llm.choice import KNOWN_LLMS, LLMFlags, choose_dtype, choose_source
+from utils.llm.choice import KNOWN_LLMS, LLMFlags, choose_dtype
 from utils.llm.loading import load_llm
 
 
@@ -27,15 +27,15 @@ def load(folder, *argv):
 
 def test_known_names_are_hub_ids_until_the_folder_is_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert [choose_source(options("--llm_model", name)) for name in KNOWN_LLMS] == [
+    assert [options("--llm_model", name).choose_source() for name in KNOWN_LLMS] == [
         ("huggyllama/llama-7b", 6),
         ("openai-community/gpt2", 6),
         ("google-bert/bert-base-uncased", 6),
         ("Qwen/Qwen2.5-3B-Instruct", None),
     ]
     (tmp_path / "base_models" / "gpt2").mkdir(parents=True)
-    assert choose_source(options("--llm_model", "GPT2")) == (str(Path("base_models", "gpt2")), 6)
-    assert choose_source(options("--llm_model", "GPT2", "--llm_model_path", "x/y")) == ("x/y", None)
+    assert options("--llm_model", "GPT2").choose_source() == (str(Path("base_models", "gpt2")), 6)
+    assert options("--llm_model", "GPT2", "--llm_model_path", "x/y").choose_source() == ("x/y", None)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "llama", "bert"])
