@@ -62,6 +62,18 @@ class Column:
         return (features - self.mean) / self.scale
 
 
+def encode(columns: Sequence[Column], frame: pd.DataFrame) -> np.ndarray:
+    """Encode the columns of a frame as standardized features, (rows, features); NaN where a number is missing."""
+    return np.hstack([column.encode(frame[column.name]) for column in columns] or [np.zeros((len(frame), 0))])
+
+
+def _repeat_last(features: np.ndarray) -> np.ndarray:
+    """Let a missing number be the last known one of the series, or the mean before the first."""
+    if not np.isnan(features).any():
+        return features
+    return pd.DataFrame(features).ffill().fillna(0).to_numpy()
+
+
 @dataclass(frozen=True)
 class Explainer:
     """The linear effect of the covariates on each channel.
@@ -86,10 +98,11 @@ class Explainer:
 
         `rows` are each channel's rows of `frame`. A channel unseen in training takes the others' mean coefficients.
         """
-        features = np.hstack([column.encode(frame[column.name]) for column in self.columns])
+        features = encode(self.columns, frame)
         known = dict(zip(self.channels, np.array(self.coefficients), strict=True))
         mean = np.mean(self.coefficients, axis=0)
-        return np.concatenate([features[own] @ known.get(name, mean) for own, name in zip(rows, channels, strict=True)])
+        weights = [known.get(name, mean) for name in channels]
+        return np.concatenate([_repeat_last(features[own]) @ own_weights for own, own_weights in zip(rows, weights, strict=True)])
 
     def lines(self) -> list[str]:
         """Format the coefficients for the console, one line per channel."""
@@ -125,20 +138,25 @@ def fit_explainer(table: Table, scaled: np.ndarray, training_rows: np.ndarray) -
         UserError: if a covariate cannot be encoded.
     """
     training, covariates = table.spans.part(0, training_rows), table.covariates.rows
-    in_training = np.zeros(len(covariates), bool)
-    for dates in training.date_slices():
-        in_training[dates] = True
-    columns = [_fit_encoding(table.source, values) for _, values in covariates[in_training].items()]
-    features = np.hstack([column.encode(covariates[column.name]) for column in columns])
+    columns = fit_encodings(table, training_rows, table.covariates.known)
+    features = encode(columns, covariates)
     pairs = []
     for rows, dates in zip(training.slices(), training.date_slices(), strict=True):
         is_known = ~np.isnan(scaled[rows])
-        pairs.append((features[dates][is_known], scaled[rows][is_known]))
+        pairs.append((_repeat_last(features[dates])[is_known], scaled[rows][is_known]))
     penalties = {number: _best_penalty(*pairs[number]) for number in evenly_spaced(len(pairs), _SEARCHED_CHANNELS)}
     common = np.exp(np.median(np.log(list(penalties.values()))))
     fits = [_fit_ridge(*pair, penalties.get(number, common)) for number, pair in enumerate(pairs)]
     coefficients, shares = map(list, zip(*fits, strict=True))
     return Explainer(columns, list(table.channels), coefficients, shares)
+
+
+def fit_encodings(table: Table, training_rows: np.ndarray, names: Sequence[str]) -> list[Column]:
+    """Fit the encodings of some columns to their training rows, (channels,); raise a UserError if one has none."""
+    in_training = np.zeros(len(table.covariates.rows), bool)
+    for dates in table.spans.part(0, training_rows).date_slices():
+        in_training[dates] = True
+    return [_fit_encoding(table.source, table.covariates.rows[name][in_training]) for name in names]
 
 
 def _fit_ridge(features: np.ndarray, target: np.ndarray, penalty: float) -> tuple[list[float], float]:
@@ -164,7 +182,7 @@ def _fit_encoding(source: Path, values: pd.Series) -> Column:
     """Fit the encoding of a covariate to its training rows."""
     texts = None
     if not pd.api.types.is_numeric_dtype(values):
-        texts = sorted(values.astype(str).unique())
+        texts = sorted(values.dropna().astype(str).unique())
         are_numbers = pd.to_numeric(pd.Series(texts), errors="coerce").notna().to_numpy()
         if len(texts) / 2 < are_numbers.sum() < len(texts):
             odd = texts[int(are_numbers.argmin())]
@@ -175,6 +193,9 @@ def _fit_encoding(source: Path, values: pd.Series) -> Column:
                 f" most {_MAX_TEXTS}, or numbers"
             )
     features = _unscaled_features(values, texts)
+    features = features[~np.isnan(features).any(axis=1)]
+    if not len(features):
+        raise UserError(f"{source}, covariate {values.name!r} has no value in the training rows: leave it out")
     scale = features.std(axis=0)
     return Column(str(values.name), texts, features.mean(axis=0).tolist(), np.where(scale > 0, scale, 1).tolist())
 
@@ -182,31 +203,37 @@ def _fit_encoding(source: Path, values: pd.Series) -> Column:
 def _unscaled_features(values: pd.Series, texts: list[str] | None) -> np.ndarray:
     """Convert a covariate to float64, (rows, features): numbers as they are, text one-hot over `texts`."""
     if texts is None:
-        return values.to_numpy(np.float64)[:, None]
-    return (values.astype(str).to_numpy()[:, None] == np.array(texts)).astype(np.float64)
+        return values.to_numpy(np.float64, na_value=np.nan)[:, None]
+    features = (values.astype(str).to_numpy()[:, None] == np.array(texts)).astype(np.float64)
+    return np.where(values.isna().to_numpy()[:, None], np.nan, features)
 
 
-def check_covariates(source: Path, frame: pd.DataFrame, covariates: Sequence[str], reserved: Sequence[str]) -> None:
+def check_covariates(
+    source: Path, frame: pd.DataFrame, known: Sequence[str], past: Sequence[str], reserved: Sequence[str]
+) -> None:
     """Raise a UserError for a covariate that is missing, named twice or to be forecast, or has an invalid cell."""
+    covariates = (*known, *past)
     for number, name in enumerate(covariates):
+        flag = "--covariates" if number < len(known) else "--past_covariates"
         if name not in frame.columns:
-            raise UserError(f"{source} has no column {name!r} for --covariates: it has {list(frame.columns)}")
+            raise UserError(f"{source} has no column {name!r} for {flag}: it has {list(frame.columns)}")
         if name in reserved:
             raise UserError(
-                f"--covariates {name}: this column of {source} is to be forecast, or holds dates or the series' names:"
+                f"{flag} {name}: this column of {source} is to be forecast, or holds dates or the series' names:"
                 " leave it out"
             )
         if name in covariates[:number]:
-            raise UserError(f"--covariates names {name} twice")
+            raise UserError(f"{flag} names {name} twice" if name not in known[:number] or number < len(known) else f"{name} is named by --covariates and by --past_covariates: leave it out of one")
     for name in covariates:
         column = frame[name]
-        wrong = column.isna().to_numpy()
+        if column.isna().all():
+            raise UserError(f"{source}, covariate {name!r} has no value: leave it out")
+        is_huge = np.zeros(len(column), bool)
         if pd.api.types.is_float_dtype(column):
-            wrong = wrong | ~(np.abs(column.to_numpy(np.float64)) < HUGE)
-        if wrong.any():
-            first = wrong.argmax()
+            is_huge = np.abs(column.to_numpy(np.float64, na_value=np.nan)) >= HUGE
+        if is_huge.any():
+            first = is_huge.argmax()
             raise UserError(
-                f"{source} data row {frame.index[first] + 1}, covariate {name!r} is {column.iloc[first]}: every row,"
-                f" including the rows to forecast, needs a text or a number below {HUGE:g} ({wrong.sum()} rows have"
-                " neither)"
+                f"{source} data row {frame.index[first] + 1}, covariate {name!r} is {column.iloc[first]}: a number must"
+                f" be below {HUGE:g} ({is_huge.sum()} rows)"
             )

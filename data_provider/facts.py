@@ -35,7 +35,8 @@ class DataFacts:
 
     Attributes:
         mean, deviation: the scaler's, one number per channel.
-        explainer: the fields of an `Explainer`; None without covariates.
+        explainer: the fields of an `Explainer`; None without a linear effect of covariates.
+        boosted: `BoostedEffect.as_dict`; None without a boosted effect of covariates.
         training_hashes, validation_hashes: one hash of these rows per channel.
         trained_rows: fingerprints of a sample of the training rows, see `sample_fingerprints`.
     """
@@ -45,6 +46,7 @@ class DataFacts:
     deviation: list[float]
     is_long: bool = False
     explainer: dict | None = None
+    boosted: dict | None = None
     training_hashes: list[str] = field(default_factory=list)
     validation_hashes: list[str] = field(default_factory=list)
     trained_rows: list[int] = field(default_factory=list)

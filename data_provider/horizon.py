@@ -9,6 +9,8 @@ import pandas as pd
 
 from data_provider.covariates import Explainer
 from data_provider.facts import DataFacts
+from data_provider.forecast_features import KnownRows
+from data_provider.known_ahead import BoostedEffect
 from data_provider.tables import Table, fill
 from utils.errors import UserError
 
@@ -44,23 +46,44 @@ class LastWindow:
         return rows[self.table.spans.last(len(self.values))[0]].T
 
     def restore(self, forecast: np.ndarray, facts: DataFacts) -> np.ndarray:
-        """Convert a forecast from `scaled`, (pred_len, channels), to the CSV's units, with the covariates' effect."""
+        """Convert a forecast from `scaled`, (pred_len, channels), to the CSV's units; its covariates' effect is added before."""
         mean, deviation = facts.scale_of(self.channels, self.values)
-        return (forecast + self.future_covariate_effect(facts)) * deviation + mean
+        return forecast * deviation + mean
 
-    def future_covariate_effect(self, facts: DataFacts) -> np.ndarray:
+    def covariate_effect(self, facts: DataFacts) -> np.ndarray:
         """Compute the covariates' effect on the scaled rows to forecast, (pred_len, channels).
 
         Raises:
             UserError: if a covariate that was numeric in training is text.
         """
-        steps = len(self.future_dates[0])
-        if not facts.explainer:
-            return np.zeros((steps, len(self.channels)))
-        covariates = self.table.covariates
-        rows = covariates.spans.part(0, steps).slices()
-        effect = Explainer.from_dict(facts.explainer).explain(covariates.future, rows, self.channels)
-        return effect.reshape(-1, steps).T
+        steps, covariates = len(self.future_dates[0]), self.table.covariates
+        effect = np.zeros((steps, len(self.channels)))
+        if facts.explainer:
+            rows = covariates.spans.part(0, steps).slices()
+            linear = Explainer.from_dict(facts.explainer).explain(covariates.future, rows, self.channels)
+            effect += linear.reshape(-1, steps).T
+        if facts.boosted:
+            boosted = BoostedEffect.from_dict(facts.boosted)
+            contexts = self.scaled(facts).T.astype(np.float32)
+            first = np.arange(len(contexts)) * (contexts.shape[1] + steps)
+            effect += boosted.effect(contexts, self.channels, self._known_rows(boosted), first).T
+        return effect
+
+    def _known_rows(self, effect: BoostedEffect) -> KnownRows:
+        """Encode what is known of the rows of each channel's context and horizon, one channel after the other."""
+        covariates, count, steps = self.table.covariates, len(self.channels), len(self.future_dates[0])
+        contexts = covariates.rows.iloc[self.table.spans.last(len(self.values))[1].ravel()]
+        if covariates.known:
+            horizons = covariates.future.iloc[(covariates.spans.first[:, None] + np.arange(steps)).ravel()]
+        else:  # nothing is known of them but their dates
+            horizons = contexts.iloc[:1].map(lambda _: np.nan).iloc[np.zeros(count * steps, int)]
+        dates = [self.dates[0].append([*self.dates[1:]]), self.future_dates[0].append([*self.future_dates[1:]])]
+        parts = [effect.rows_of(frame, own) for frame, own in zip((contexts, horizons), dates, strict=True)]
+        joined = [
+            np.concatenate([values.reshape(count, -1, values.shape[1]) for values in pair], axis=1).reshape(-1, pair[0].shape[1])
+            for pair in zip(*((part.known, part.past, part.calendar) for part in parts), strict=True)
+        ]
+        return KnownRows(*joined)
 
 
 def scaled_rows(table: Table, mean: np.ndarray, deviation: np.ndarray, explainer: dict | None) -> np.ndarray:
@@ -85,7 +108,8 @@ def last_window(table: Table, seq_len: int, pred_len: int) -> LastWindow:
     if spans.rows.min() < seq_len:
         raise UserError(f"{table.source} has {spans.rows.min()} rows: a forecast needs --seq_len {seq_len}")
     dates = [table.dates[rows] for rows in spans.date_slices()]
-    next_dates = _dates_of_covariates if table.covariates else _extrapolated_dates
+    has_future = table.covariates and table.covariates.known
+    next_dates = _dates_of_covariates if has_future else _extrapolated_dates
     return LastWindow(
         table=table,
         values=table.filled[spans.last(seq_len)[0]].T,
@@ -103,6 +127,15 @@ def _dates_of_covariates(table: Table, dates: Sequence[pd.DatetimeIndex], count:
         raise UserError(
             f"{table.source}: a forecast of --pred_len {count} rows with --covariates needs {count} rows after the"
             f" last known one{whose}, in which only the covariates have values: there are {spans.rows[fewest]}"
+        )
+    horizons = table.covariates.future[list(table.covariates.known)].iloc[
+        np.unique((spans.first[:, None] + np.arange(count)).ravel())
+    ]
+    if missing := int(horizons.isna().sum().sum()):
+        name = horizons.isna().any().idxmax()
+        raise UserError(
+            f"{table.source}: {missing} cells of --covariates are empty in the rows to forecast, {name!r} at"
+            f" {horizons.index[horizons[name].isna().argmax()]} first: fill them"
         )
     for own, first in zip(dates, spans.first, strict=True):
         future = known[first : first + count]

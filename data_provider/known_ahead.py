@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from data_provider.boosting import Trees
-from data_provider.covariates import Column, encode
+from data_provider.covariates import Column, Explainer, encode
 from data_provider.forecast_features import KnownRows, calendar_of, row_features
 from data_provider.tables import Table
 from layers.StandardNorm import Normalize
@@ -105,3 +105,16 @@ class TableEffect:
     def __call__(self, contexts: np.ndarray, channels: np.ndarray, first: np.ndarray) -> np.ndarray:
         """Compute the effect on windows, see `WindowEffect`."""
         return self.effect.effect(contexts, [self.channels[number] for number in channels], self.rows, first)
+
+
+@dataclass(frozen=True)
+class KnownAhead:
+    """The effect of what is known in advance: linear for some channels, boosted for others; None for no channel."""
+
+    linear: Explainer | None
+    boosted: BoostedEffect | None
+
+    @property
+    def line(self) -> torch.Tensor | None:
+        """The linear forecast that the trees start from, (pred_len, seq_len); None without trees."""
+        return self.boosted.line if self.boosted else None

@@ -20,15 +20,14 @@ def long_table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table:
     Raises:
         UserError: names the row, column, series or flag that is wrong.
     """
-    covariate_names = options.covariate_names
-    check_covariates(path, frame, covariate_names, LONG)
+    check_covariates(path, frame, options.known_names, options.past_names, LONG)
     ids = frame[ID]
     if ids.isna().any():
         raise UserError(f"{path} data row {ids.isna().argmax() + 1}, column {ID!r} is empty: name its series")
     codes, names = pd.factorize(ids.astype(str))
     is_chosen = _choose_series(path, names, options.series)
     is_known = frame[VALUE].notna().to_numpy()
-    is_future = _follows_last_known(is_known, codes) if covariate_names else np.zeros(len(frame), bool)
+    is_future = _follows_last_known(is_known, codes) if options.known_names else np.zeros(len(frame), bool)
     rows = np.bincount(codes[~is_future], minlength=len(names))
     is_kept = is_chosen & (rows >= options.seq_len)
     if not is_kept.any():
@@ -47,11 +46,12 @@ def long_table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table:
     if (is_empty := np.logical_and.reduceat(np.isnan(raw), spans.first)).any():
         raise UserError(f"{path}, series {channels[is_empty.argmax()]!r} holds no number: drop it")
     covariates = None
-    if covariate_names:
+    if columns := options.all_names:
         future, future_spans = _sort_by_series(frame[is_future], codes[is_future], kept)
         future_dates = parse_dates(path, future[DATE]) if len(future) else pd.DatetimeIndex([])
-        future = future[covariate_names].set_axis(future_dates)
-        covariates = Covariates(known[covariate_names].reset_index(drop=True), future, future_spans)
+        future = future[columns].set_axis(future_dates)
+        rows = known[columns].reset_index(drop=True)
+        covariates = Covariates(rows, future, future_spans, options.known_names, options.past_names)
     left_out = _left_out((is_chosen & ~is_kept).sum(), is_chosen.sum(), frame.columns, options)
     return Table(path, dates, raw, channels, spans, is_long=True, covariates=covariates, left_out=left_out)
 
@@ -66,7 +66,7 @@ def _sort_by_series(frame: pd.DataFrame, codes: np.ndarray, kept: np.ndarray) ->
 def _left_out(short: int, series: int, columns: Sequence[str], options: TableOptions) -> str:
     """Describe the series and columns that are not used."""
     parts = [f"{short} of {series} series have fewer rows than --seq_len {options.seq_len}: left out"] if short else []
-    if unused := [name for name in columns if name not in (*LONG, *options.covariate_names)]:
+    if unused := [name for name in columns if name not in (*LONG, *options.all_names)]:
         names = ",".join(unused)
         parts.append(f"columns {names} are not used (--covariates {names} uses those that are known in advance)")
     return "; ".join(parts)

@@ -52,14 +52,14 @@ def _table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table:
 
 
 def _wide_table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table:
-    names = options.covariate_names
-    check_covariates(path, frame, names, ("date", options.target) if options.needs_target else ("date",))
+    reserved = ("date", options.target) if options.needs_target else ("date",)
+    check_covariates(path, frame, options.known_names, options.past_names, reserved)
     channels = _choose_channels(path, frame, options)
     cells = parse_numbers(path, frame, channels)
     dates = parse_dates(path, frame["date"])
     check_sorted(path, frame["date"], dates)
     rows = len(cells)
-    if names and rows:  # the rows after the last known one are to be forecast
+    if options.known_names and rows:  # the rows after the last known one are to be forecast
         is_known = ~np.isnan(cells).all(axis=1)
         rows -= int(is_known[::-1].argmax())
     cells = cells[:rows]
@@ -67,16 +67,17 @@ def _wide_table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table
     if rows and not has_numbers.all():
         raise UserError(f"{path}, column {channels[has_numbers.argmin()]!r} holds no number: drop it")
     covariates = None
-    if names:
+    if names := options.all_names:
         zeros = np.zeros(len(channels), np.int64)
         future = frame[names][rows:].set_axis(dates[rows:])
-        covariates = Covariates(frame[names][:rows], future, Spans(zeros, zeros + len(future), zeros))
+        future_spans = Spans(zeros, zeros + len(future), zeros)
+        covariates = Covariates(frame[names][:rows], future, future_spans, options.known_names, options.past_names)
     spans = Spans.of_table(*cells.shape)
     return Table(path, dates[:rows], cells.T.ravel(), tuple(channels), spans, covariates=covariates)
 
 
 def _choose_channels(path: Path, frame: pd.DataFrame, options: TableOptions) -> list[str]:
-    channels = [name for name in frame.columns if name not in ("date", *options.covariate_names)]
+    channels = [name for name in frame.columns if name not in ("date", *options.all_names)]
     target = options.target
     if target not in channels:
         if options.needs_target:

@@ -1,14 +1,14 @@
 """Scale and split a table; build the windows of its splits and the facts that a checkpoint stores."""
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
 
-from data_provider.covariates import Explainer, fit_explainer
 from data_provider.facts import DataFacts, estimate_overlap, hash_rows, sample_fingerprints
 from data_provider.horizon import LastWindow, last_window
+from data_provider.known_ahead import KnownAhead, TableEffect
 from data_provider.reading import read_table
 from data_provider.scaling import Scaler, fit_scaler, note_on_constants, scale
 from data_provider.tables import Table, fill
@@ -39,8 +39,9 @@ class Series:
         marks: (dates, marks) float32, the time marks.
         ends: (channels, 3): the row of each channel after its training, validation and test rows.
         notes: what the user should know about the data, one line each.
-        explainer: the fitted effect of the covariates; None without covariates.
-        covariate_effect: (all rows,) float32, the effect subtracted from `values`; None without covariates.
+        known_ahead: the effect of the covariates; None without covariates, or before `with_known_ahead`.
+        covariate_effect: (all rows,) float32, the linear effect subtracted from `values`; None without one.
+        window_effect: the boosted effect, which is subtracted from the horizons; None without one.
     """
 
     table: Table
@@ -53,8 +54,9 @@ class Series:
     scaler: Scaler
     ends: np.ndarray
     notes: tuple[str, ...]
-    explainer: Explainer | None = None
+    known_ahead: KnownAhead | None = None
     covariate_effect: np.ndarray | None = None
+    window_effect: TableEffect | None = None
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -70,7 +72,8 @@ class Series:
             mean=self.scaler.mean_.tolist(),
             deviation=self.scaler.scale_.tolist(),
             is_long=self.table.is_long,
-            explainer=asdict(self.explainer) if self.explainer else None,
+            explainer=asdict(self.known_ahead.linear) if self.known_ahead and self.known_ahead.linear else None,
+            boosted=self.known_ahead.boosted.as_dict() if self.known_ahead and self.known_ahead.boosted else None,
             training_hashes=hash_rows(self.table, np.zeros_like(training), training),
             validation_hashes=hash_rows(self.table, training, validation),
             trained_rows=sample_fingerprints(self.table, np.clip(trained, 0, training)),
@@ -117,8 +120,36 @@ class Series:
             )
         part = self.table.spans.part(begin, end)
         self._check_targets(split, part)
-        arrays = self.values, self.targets, self.marks
-        return WindowDataset(*arrays, part, self.channels, self.sizes, self.table.is_long, self.covariate_effect)
+        return WindowDataset(
+            *(self.values, self.targets, self.marks, part, self.channels, self.sizes, self.table.is_long),
+            covariate_effect=self.covariate_effect,
+            window_effect=self.window_effect,
+        )
+
+    def with_known_ahead(self, known: KnownAhead) -> "Series":
+        """Subtract the effect of what is known in advance."""
+        table, covariates = self.table, self.table.covariates
+        effect = window_effect = None
+        targets = scale(table, self.scaler)
+        if known.linear:
+            effect = known.linear.explain(covariates.rows, table.spans.date_slices(), table.channels)
+            targets = targets - effect
+            effect = effect.astype(np.float32)
+        if known.boosted:
+            window_effect = TableEffect.of(known.boosted, table)
+        values, targets = _fill(targets, table)
+        return replace(
+            self,
+            values=values,
+            targets=targets,
+            known_ahead=known,
+            covariate_effect=effect,
+            window_effect=window_effect,
+        )
+
+    def without_window_effect(self) -> "Series":
+        """Leave the horizons as they are, for forecasts of which the trees know nothing."""
+        return replace(self, window_effect=None)
 
     def last_window(self) -> LastWindow:
         """Take the last rows of the CSV, to forecast from, see `horizon.last_window`."""
@@ -163,29 +194,20 @@ class Series:
         return WindowDataset(values, targets, marks, spans, self.channels, self.sizes, self.table.is_long)
 
 
-def load_series(args: argparse.Namespace) -> Series:
-    """Read the run's CSV, scale it and split it, see `read_table` and `series_of`."""
-    return series_of(read_table(args), args)
-
-
 def series_of(table: Table, args: argparse.Namespace) -> Series:
-    """Scale a table and split it; raise a UserError if a value is invalid or rows are missing."""
+    """Scale a table and split it, without an effect of its covariates.
+
+    Raises:
+        UserError: if a value is invalid or rows are missing.
+    """
     sizes, mark_options = WindowSizes.of(args), MarkOptions.of(args)
     rows = np.array([_split(args.data, rows) for rows in table.spans.rows.tolist()])  # (channels, 3)
     _check_rows(table, args.data, rows)
     training = rows[:, 0]
     # Fitted to all training rows, whatever --percent is, as in Time-LLM.
     scaler = fit_scaler(table, training)
-    targets = scale(table, scaler)
+    values, targets = _fill(scale(table, scaler), table)
     notes = [*table.notes(sizes.seq_len), *note_on_constants(table, training)]
-    explainer = effect = None
-    if table.covariates:
-        explainer = fit_explainer(table, targets, training)
-        effect = explainer.explain(table.covariates.rows, table.spans.date_slices(), table.channels)
-        targets = targets - effect
-        notes += [f"{table.source}: {warning}" for warning in explainer.warnings()]
-    filled = fill(targets, table.spans)
-    values = filled.astype(np.float32)
     codes, dates = pd.factorize(table.dates)  # series share most of their dates
     notes += _note_on_short_series(table, training, sizes)
     return Series(
@@ -193,15 +215,20 @@ def series_of(table: Table, args: argparse.Namespace) -> Series:
         sizes=sizes,
         percent=args.percent,
         values=values,
-        targets=values if filled is targets else targets.astype(np.float32),
+        targets=targets,
         marks=mark_options.marks(dates)[codes],
         mark_options=mark_options,
         scaler=scaler,
         ends=rows.cumsum(axis=1),
         notes=tuple(notes),
-        explainer=explainer,
-        covariate_effect=None if effect is None else effect.astype(np.float32),
     )
+
+
+def _fill(scaled: np.ndarray, table: Table) -> tuple[np.ndarray, np.ndarray]:
+    """Return scaled values with filled gaps, and with NaN in them; the same array twice if there are none."""
+    filled = fill(scaled, table.spans)
+    values = filled.astype(np.float32)
+    return values, values if filled is scaled else scaled.astype(np.float32)
 
 
 def _split(data: str, rows: int) -> tuple[int, int, int]:

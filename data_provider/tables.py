@@ -20,11 +20,14 @@ class Covariates:
         rows: one row for each date of the table.
         future: the rows after the last known row of each channel, with their dates as index.
         spans: the rows of `future` that belong to each channel (`first` and `rows`).
+        known, past: the names of the columns known in advance, and of those known up to the origin of a forecast.
     """
 
     rows: pd.DataFrame
     future: pd.DataFrame
     spans: Spans
+    known: tuple[str, ...]
+    past: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)  # arrays cannot be compared with ==
@@ -74,14 +77,22 @@ class Table:
 
         The count is the median of the data, so that a week of business days has five rows.
         """
-        dates = self.dates_of(self.spans.rows.argmax())
-        days = dates.to_series().diff().median() / pd.Timedelta("1D")  # NaN for a single row: no comparison holds
+        return self.seasons()[0]
+
+    def seasons(self) -> list[int]:
+        """Count the rows of a season and of the longer ones: of a day, a week and a year; [1] for steps over half a year."""
+        dates, days = self.dates_of(self.spans.rows.argmax()), self.step_in_days()
+        found = []
         for longest_step, length, period in ((0.5, 1, "D"), (3.5, 7, "W"), (183, 365.25, "Y")):
-            if days <= longest_step:
+            if days <= longest_step:  # NaN for a single row: no comparison holds
                 counts = pd.Series(dates.tz_localize(None).to_period(period)).value_counts(sort=False)
                 # The first and the last period may be incomplete.
-                return int(counts.iloc[1:-1].median()) if len(counts) > 3 else max(round(length / days), 1)
-        return 1
+                found.append(int(counts.iloc[1:-1].median()) if len(counts) > 3 else max(round(length / days), 1))
+        return found or [1]
+
+    def step_in_days(self) -> float:
+        """Return the median step between the dates of the longest channel; NaN for a single row."""
+        return self.dates_of(self.spans.rows.argmax()).to_series().diff().median() / pd.Timedelta("1D")
 
     def notes(self, seq_len: int) -> list[str]:
         """Describe gaps, irregular dates and unused series or columns, one line each."""
@@ -122,17 +133,32 @@ class TableOptions(FlagGroup):
     target: str
     series: str
     covariates: str
+    past_covariates: str
     seq_len: int
 
     @property
-    def covariate_names(self) -> list[str]:
+    def known_names(self) -> tuple[str, ...]:
         """The names in --covariates."""
-        return [name.strip() for name in self.covariates.split(",") if name.strip()]
+        return _names(self.covariates)
+
+    @property
+    def past_names(self) -> tuple[str, ...]:
+        """The names in --past_covariates."""
+        return _names(self.past_covariates)
+
+    @property
+    def all_names(self) -> list[str]:
+        """The names of all columns that explain the channels and are not forecast."""
+        return [*self.known_names, *self.past_names]
 
     @property
     def needs_target(self) -> bool:
         """Whether the CSV must have the target column: always, except for --features M with the default target."""
         return self.features != "M" or self.target != "OT"
+
+
+def _names(names: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in names.split(",") if name.strip())
 
 
 def fill(values: np.ndarray, spans: Spans) -> np.ndarray:

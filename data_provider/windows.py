@@ -80,6 +80,8 @@ class WindowDataset(Dataset):
     Item `i` is (seq_x, seq_y, seq_x_mark, seq_y_mark): (seq_len, 1), (label_len + pred_len, 1) and their time marks;
     seq_y begins with the last label_len rows of seq_x. An unknown target is NaN in seq_y.
 
+    `counts`, (channels,), are the numbers of windows.
+
     Args:
         values: (all rows,) float32, the values in the contexts.
         targets: (all rows,) float32, the values to forecast, NaN where unknown; `values` itself if all are known.
@@ -111,7 +113,7 @@ class WindowDataset(Dataset):
         self.length = self.seq_len + self.pred_len
         self.is_long = is_long
         self._covariate_effect, self._window_effect = covariate_effect, window_effect
-        counts = np.maximum(spans.rows - self.length + 1, 0)
+        self.counts = counts = np.maximum(spans.rows - self.length + 1, 0)
         self._ends = counts.cumsum()  # one more than the number of each channel's last window
         # The offsets from a window's number to its first row and to its first date.
         self._to_row, self._to_date = (begins - (self._ends - counts) for begins in (spans.first, spans.dates))
@@ -160,9 +162,10 @@ class WindowDataset(Dataset):
         context, repeated = self.seq_len, self.seq_len - self.label_len
         return values[:, :context], targets[:, repeated:], marks[:, :context], marks[:, repeated:]
 
-    def pairs(self, at_most: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield contexts (B, seq_len) and targets (B, pred_len) of at most so many evenly spaced windows, in chunks."""
-        return ((contexts, targets) for _, contexts, targets in self.in_chunks(evenly_spaced(len(self), at_most)))
+    def pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield contexts (B, seq_len) and targets (B, pred_len) of evenly spaced windows, to fit a linear forecast."""
+        numbers = evenly_spaced(len(self), _FITTED_WITH_GAPS if self.has_gaps else _FITTED_WINDOWS)
+        return ((contexts, targets) for _, contexts, targets in self.in_chunks(numbers))
 
     def in_chunks(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
         """Yield windows in chunks: their numbers, contexts (B, seq_len) and targets (B, pred_len)."""
@@ -204,6 +207,10 @@ class WindowDataset(Dataset):
         indices = np.asarray(indices)
         channels = self.channel_of(indices)
         return indices + self._to_row[channels], indices + self._to_date[channels]
+
+    def first_dates(self, indices: Sequence[int]) -> np.ndarray:
+        """Index the first date of windows."""
+        return self._places(indices)[1]
 
     def channel_of(self, indices: Sequence[int]) -> np.ndarray:
         """Find the number of each window's channel."""

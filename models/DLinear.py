@@ -21,6 +21,15 @@ class Model(Forecaster):
             nn.init.constant_(linear.weight, 1 / configs.seq_len)  # initially, the forecast is the window's mean
         self.to(self.device)
 
+    def start_from_line(self, line: torch.Tensor) -> None:
+        """Start from a linear forecast of the scaled window; see `Forecaster`."""
+        self.starts_fitted = True
+        # The forecast of a window x with mean m is m + line (x - m): the deviation cancels out.
+        centered = line - line.mean(dim=1, keepdim=True) + 1 / line.shape[1]
+        for linear in (self.trend, self.rest):
+            linear.weight.data.copy_(centered)
+            nn.init.zeros_(linear.bias)
+
     def forecast(self, contexts: torch.Tensor) -> torch.Tensor:
         """(B, seq_len, N) -> (B, pred_len, N)."""
         windows = contexts.transpose(1, 2)  # (B, N, seq_len)

@@ -1,13 +1,11 @@
 """Time-LLM (Jin et al., ICLR 2024): forecasting by reprogramming a frozen large language model."""
 
 import argparse
-from collections.abc import Iterator
-from functools import partial
 
 import torch
 from torch import nn
 
-from data_provider.windows import WindowDataset, evenly_spaced
+from data_provider.windows import WindowDataset
 from layers.Embed import PatchEmbedding
 from layers.FlattenHead import FlattenHead
 from layers.FrozenLLM import FrozenLLM, NoLLM
@@ -19,9 +17,6 @@ from utils.errors import UserError
 from utils.llm.choice import LLMFlags
 from utils.llm.loading import LoadedLLM, load_llm
 from utils.llm.prompt import NoPrompts, PromptBuilder, load_description
-
-# The maximum number of windows that the linear residual is fitted to; windows with gaps are read several times.
-_FITTED_WINDOWS, _FITTED_WITH_GAPS = 200_000, 50_000
 
 
 class Model(Forecaster):
@@ -95,7 +90,12 @@ class Model(Forecaster):
 
     def fit_residual(self, training: WindowDataset, validation: WindowDataset) -> float | None:
         """Fit the linear residual, if there is one; see `Forecaster`."""
-        return self.residual.fit(partial(_pairs, training), partial(_pairs, validation)) if self.starts_fitted else None
+        return self.residual.fit(training.pairs, validation.pairs) if self.starts_fitted else None
+
+    def start_from_line(self, line: torch.Tensor) -> None:
+        """Take a line for the linear residual, if there is one; see `Forecaster`."""
+        if self.starts_fitted:
+            self.residual.linear.weight.data.copy_(line)
 
     @torch.inference_mode()
     def diagnostics(self, x_enc: torch.Tensor) -> dict[str, float]:
@@ -136,12 +136,6 @@ class Model(Forecaster):
     def tokenize(self, windows: torch.Tensor) -> list[list[int]]:
         """Write the prompts of windows, (B, seq_len), as token ids."""
         return self.prompts(windows.detach().cpu())
-
-
-def _pairs(windows: WindowDataset) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield contexts (B, seq_len) and targets (B, pred_len) of evenly spaced windows."""
-    numbers = evenly_spaced(len(windows), _FITTED_WITH_GAPS if windows.has_gaps else _FITTED_WINDOWS)
-    return ((contexts, targets) for _, contexts, targets in windows.in_chunks(numbers))
 
 
 def _prompts_and_llm(

@@ -56,6 +56,9 @@ class Forecaster(nn.Module):
             the mean squared error on the validation windows, None if nothing is fitted.
         """
 
+    def start_from_line(self, line: torch.Tensor) -> None:
+        """Start from a linear forecast instead of fitting one, if the model can: (pred_len, seq_len), of scaled windows."""
+
     def parameter_groups(self, learning_rate: float) -> list[dict]:
         """Group the trained parameters by their initial learning rates, in the format of torch's optimizers.
 

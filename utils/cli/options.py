@@ -141,6 +141,9 @@ TABLE: dict[str, tuple[str | None, tuple[Flag, ...]]] = {
         Flag("target", "OT", "target channel of --features S and MS"),
         Flag("series", "", "series of a long CSV (unique_id, ds, y): comma-separated names or patterns (shop-*)"),
         Flag("covariates", "", "comma-separated columns known in advance, which are not forecast", _MATCH),
+        Flag("past_covariates", "", "comma-separated columns known up to the origin, which are not forecast", _MATCH),
+        Flag("covariate_model", "auto", "how covariates affect a forecast; auto: the best on the validation windows, for"
+             " each channel", (), ("auto", "none", "linear", "boosted")),
         Flag("loader", "modal", COMPATIBILITY),
         Flag("freq", "h", f"frequency of the time features, for example h, t, 15min or d; {_IGNORED}"),
         Flag("checkpoints", "./checkpoints/", "folder of the run folders", _RESUME + _COMPARE),

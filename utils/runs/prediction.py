@@ -90,12 +90,12 @@ def forecast_window(
     Raises:
         UserError: if a value is too far off to be a reading, or the forecast is not finite.
     """
-    scaled = window.scaled(facts)
-    warnings = _check_window(window, scaled, facts)
+    scaled, effect = window.scaled(facts), window.covariate_effect(facts)
+    warnings = _check_window(window, scaled, effect, facts)
     contexts = torch.from_numpy(scaled.astype(np.float32).T.copy())[..., None]  # (channels, seq_len, 1)
     model.eval()
     parts = [model(batch).float().cpu() for batch in contexts.split(batch_size)]
-    values = window.restore(torch.cat(parts)[..., 0].T.double().numpy(), facts)
+    values = window.restore(torch.cat(parts)[..., 0].T.double().numpy() + effect, facts)
     if not np.isfinite(values).all():
         channel = window.channels[int(np.isfinite(values).all(axis=0).argmin())]
         raise UserError(
@@ -108,7 +108,7 @@ def forecast_window(
     return Forecast(window, values, half_widths, warnings)
 
 
-def _check_window(window: LastWindow, scaled: np.ndarray, facts: DataFacts) -> tuple[str, ...]:
+def _check_window(window: LastWindow, scaled: np.ndarray, effect: np.ndarray, facts: DataFacts) -> tuple[str, ...]:
     """Refuse values that training would refuse; return warnings of values that are far from all training rows."""
     mean, deviation = facts.scale_of(window.channels, window.values)
     warnings = []
@@ -120,7 +120,7 @@ def _check_window(window: LastWindow, scaled: np.ndarray, facts: DataFacts) -> t
         subject = "what its covariates explain" if is_explained else f"{values[row]:g}"
         subject = f"{name!r}, {window.dates[channel][row]}: {subject} is"
         warnings += _judge(distance, subject, f"the {'training' if is_known else 'other'} rows' mean {mean[channel]:g}")
-    effect = np.abs(window.future_covariate_effect(facts))
+    effect = np.abs(effect)
     for channel, name in enumerate(window.channels):
         row = effect[:, channel].argmax()
         subject = f"{name!r}, {window.future_dates[channel][row]}: what its covariates explain is"

@@ -117,7 +117,7 @@ class TrainedRun:
         check_channels(facts, table.channels, table.is_long, table.source)
         check_columns(table.channels, table.is_long, levels)
         window = last_window(table, self.seq_len, self.pred_len)
-        window.future_covariate_effect(facts)  # finds missing covariates before the LLM is loaded
+        window.covariate_effect(facts)  # finds missing covariates before the LLM is loaded
         if levels and isinstance(calibrated, Path):
             calibrated = load_calibration(calibrated, self._saved, table.channels, levels)
         batch_size = self.args.eval_batch_size or self.args.batch_size

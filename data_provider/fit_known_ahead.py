@@ -1,0 +1,242 @@
+"""Fit the effect of what is known in advance, and choose it for each channel on the validation windows."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+
+from data_provider.boosting import ROUNDS, Trees, fit_trees
+from data_provider.covariates import Explainer, fit_encodings, fit_explainer
+from data_provider.forecast_features import KnownRows, row_features
+from data_provider.known_ahead import BOOSTED, LINEAR, NONE, BoostedEffect, KnownAhead, TableEffect, forecast_line
+from data_provider.scaling import scale
+from data_provider.series import Series
+from data_provider.tables import Table
+from data_provider.windows import WindowDataset, evenly_spaced
+from layers.LinearResidual import LinearResidual
+
+# The rows that trees are fitted on at most, in total, and those that validate them.
+_FITTED_ROWS, _VALIDATION_ROWS = 400_000, 50_000
+
+# A channel has trees of its own if they are fitted on at least so many rows; the others share their trees.
+_ROWS_OF_OWN_TREES = 20_000
+
+# Another way than `none` must reduce the validation error by this share, so that noise is not chosen.
+_NEEDED_GAIN = 0.01
+
+# Validation rows that a column's importance is measured on.
+_IMPORTANCE_ROWS = 40_000
+
+# A channel with fewer validation windows takes the way that is best for all channels.
+_FEW_WINDOWS = 30
+
+_PRINTED_CHANNELS, _PRINTED_COLUMNS = 8, 8
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the effect of the covariates was chosen.
+
+    Attributes:
+        ways: the chosen way of each channel: none, linear or boosted.
+        errors: the validation MSE of a linear forecast with each way that was tried, (channels,) each; NaN where a
+            channel has no validation window.
+        rises: by how much the MSE of each channel rises if the values of a column are shuffled, (channels,) each.
+    """
+
+    channels: tuple[str, ...]
+    ways: list[str]
+    errors: dict[str, np.ndarray]
+    rises: dict[str, np.ndarray]
+
+    def lines(self) -> list[str]:
+        """Describe the choice for the console, a line for each of the first channels."""
+        lines = [self._line(number) for number in range(min(len(self.channels), _PRINTED_CHANNELS))]
+        hidden = len(self.channels) - len(lines)
+        return lines + ([f"Known in advance | and {hidden} more channels"] if hidden else [])
+
+    def _line(self, number: int) -> str:
+        way = self.ways[number]
+        others = [f"{'without' if name == NONE else name} {errors[number]:.4f}" for name, errors in self.errors.items() if name != way]
+        chosen = ", ".join([f"validation MSE {self.errors[way][number]:.4f}", *others])
+        rises = sorted(((own[number], name) for name, own in self.rises.items()), reverse=True) if way != NONE else []
+        columns = [f"{name} {rise:.4f}" for rise, name in rises[:_PRINTED_COLUMNS]]
+        columns += [f"and {len(rises) - _PRINTED_COLUMNS} more"] if len(rises) > _PRINTED_COLUMNS else []
+        return " | ".join([f"Known in advance | {self.channels[number]}: {way}", chosen, *([", ".join(columns)] if columns else [])])
+
+    def frame(self) -> pd.DataFrame:
+        """List the rises of the validation error by channel and column."""
+        return pd.DataFrame(
+            [
+                {"channel": channel, "column": name, "way": way, "rise": rises[number]}
+                for number, (channel, way) in enumerate(zip(self.channels, self.ways, strict=True))
+                for name, rises in self.rises.items()
+            ]
+        )
+
+
+def fit_known_ahead(
+    series: Series, way: str, can_boost: bool, after_round: Callable[[], None] = lambda: None
+) -> tuple[KnownAhead, Choice]:
+    """Fit the effect of a series' covariates.
+
+    Args:
+        series: without any effect, with covariates.
+        way: none, linear, boosted, or auto: for each channel the way with the least error on the validation windows.
+        can_boost: whether the forecaster learns what the trees leave, so that their effect can be added to its
+            forecast.
+        after_round: called after each round of fitting trees, see `tree_rounds`.
+
+    Raises:
+        UserError: if a column cannot be encoded.
+    """
+    tried = [NONE, LINEAR, BOOSTED] if way == "auto" else list(dict.fromkeys([NONE, way]))
+    if not series.table.covariates.known:
+        tried = [name for name in tried if name != LINEAR]
+    if not can_boost:
+        tried = [name for name in tried if name != BOOSTED]
+    training, validation = series.windows("train"), series.windows("val")
+    line = _fit_line(training, validation)
+    errors = {NONE: _channel_errors(line, validation)}
+    explainer = boosted = None
+    if LINEAR in tried:
+        explainer = fit_explainer(series.table, scale(series.table, series.scaler), series.ends[:, 0])
+        linear = series.with_known_ahead(KnownAhead(explainer, None))
+        errors[LINEAR] = _channel_errors(_fit_line(linear.windows("train"), linear.windows("val")), linear.windows("val"))
+    if BOOSTED in tried:
+        boosted = _fit_boosted(series, training, validation, line, after_round)
+        effect = series.with_known_ahead(KnownAhead(None, boosted)).windows("val")
+        errors[BOOSTED] = _channel_errors(line, effect)
+    ways = _choose(errors, validation) if way == "auto" else [tried[-1]] * len(series.channels)
+    known = KnownAhead(_keep_linear(explainer, ways), _keep_boosted(boosted, ways))
+    return known, Choice(series.channels, ways, errors, _rises(series, known, ways, line))
+
+
+def tree_rounds(series: Series) -> int:
+    """Count the rounds of fitting trees at most."""
+    own, shared = _channels_with_own_trees(series.windows("train"))
+    return (len(own) + bool(len(shared))) * ROUNDS
+
+
+def _fit_line(training: WindowDataset, validation: WindowDataset) -> torch.Tensor:
+    """Fit a linear forecast, (pred_len, seq_len) float64; the random generators keep their states."""
+    with torch.random.fork_rng(devices=[]):
+        line = LinearResidual(training.seq_len, training.pred_len)
+    line.fit(training.pairs, validation.pairs)
+    return line.linear.weight.detach().double()
+
+
+def _channel_errors(line: torch.Tensor, windows: WindowDataset) -> np.ndarray:
+    """Compute the MSE of a linear forecast for each channel, (channels,); NaN for a channel without known targets."""
+    sums, counts = np.zeros((2, len(windows.channels)))
+    numbers = evenly_spaced(len(windows), max(_VALIDATION_ROWS * 4 // windows.pred_len, 1))
+    for chunk, contexts, targets in windows.in_chunks(numbers):
+        squares = np.square(forecast_line(line, contexts.numpy()) - targets.double().numpy())
+        channels = windows.channel_of(chunk)
+        np.add.at(sums, channels, np.nansum(squares, axis=1))
+        np.add.at(counts, channels, (~np.isnan(squares)).sum(axis=1))
+    with np.errstate(invalid="ignore"):
+        return sums / counts
+
+
+def _channels_with_own_trees(training: WindowDataset) -> tuple[np.ndarray, np.ndarray]:
+    """Split the channels into those with trees of their own and those that share theirs."""
+    counts = training.counts * training.pred_len
+    is_own = np.minimum(counts, _FITTED_ROWS // len(counts)) >= _ROWS_OF_OWN_TREES
+    return np.flatnonzero(is_own), np.flatnonzero(~is_own & (counts > 0))
+
+
+def _fit_boosted(
+    series: Series,
+    training: WindowDataset,
+    validation: WindowDataset,
+    line: torch.Tensor,
+    after_round: Callable[[], None],
+) -> BoostedEffect:
+    """Fit trees to what a linear forecast leaves, for channels of their own and together for the others."""
+    table, covariates = series.table, series.table.covariates
+    known, past = (fit_encodings(table, series.ends[:, 0], names) for names in (covariates.known, covariates.past))
+    effect = BoostedEffect(list(series.channels), [-1] * len(series.channels), known, past, line, table.seasons()[:2], table.step_in_days(), [])
+    rows = effect.rows_of(covariates.rows, table.dates)
+    own, shared = _channels_with_own_trees(training)
+    for channels in [*own[:, None], *([shared] if len(shared) else [])]:
+        share = len(channels) / len(series.channels) if len(own) else 1
+        fitted = _features_of(training, channels, line, rows, effect.lags, int(_FITTED_ROWS * share))
+        validated = _features_of(validation, channels, line, rows, effect.lags, int(_VALIDATION_ROWS * share))
+        for channel in channels:
+            effect.tree_of[channel] = len(effect.trees)
+        effect.trees.append(fit_trees(*fitted, validated, after_round))
+    return effect
+
+
+def _features_of(
+    windows: WindowDataset, channels: np.ndarray, line: torch.Tensor, rows: KnownRows, lags: Sequence[int], at_most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Build the features of evenly spaced windows of some channels, and what a linear forecast leaves, row by row."""
+    numbers = np.flatnonzero(np.isin(windows.channel_of(np.arange(len(windows))), channels))
+    numbers = numbers[evenly_spaced(len(numbers), max(at_most // windows.pred_len, 1))]
+    features, residuals = [], []
+    for chunk, contexts, targets in windows.in_chunks(numbers):
+        contexts = contexts.numpy().astype(np.float64)
+        forecast = forecast_line(line, contexts)
+        residual = (targets.double().numpy() - forecast).ravel()
+        is_known = ~np.isnan(residual)
+        features.append(row_features(contexts, forecast, rows, windows.first_dates(chunk), lags)[is_known])
+        residuals.append(residual[is_known])
+    return np.concatenate(features), np.concatenate(residuals)
+
+
+def _choose(errors: dict[str, np.ndarray], validation: WindowDataset) -> list[str]:
+    """Choose the way of each channel; `none` unless another is clearly better."""
+    total = {name: np.nansum(own * validation.counts) for name, own in errors.items()}
+    best_of_all = _best(total)
+    return [
+        best_of_all if count < _FEW_WINDOWS else _best({name: own[number] for name, own in errors.items()})
+        for number, count in enumerate(validation.counts)
+    ]
+
+
+def _best(errors: dict[str, float]) -> str:
+    best = min(errors, key=errors.__getitem__)
+    return best if errors[best] < (1 - _NEEDED_GAIN) * errors[NONE] else NONE
+
+
+def _keep_linear(explainer: Explainer | None, ways: list[str]) -> Explainer | None:
+    """Set the coefficients of channels without a linear effect to 0."""
+    if explainer is None or LINEAR not in ways:
+        return None
+    pairs = zip(explainer.coefficients, ways, strict=True)
+    return replace(explainer, coefficients=[own if way == LINEAR else [0.0] * len(own) for own, way in pairs])
+
+
+def _keep_boosted(boosted: BoostedEffect | None, ways: list[str]) -> BoostedEffect | None:
+    """Drop the trees of channels without a boosted effect."""
+    if boosted is None or BOOSTED not in ways:
+        return None
+    tree_of = [number if way == BOOSTED else -1 for number, way in zip(boosted.tree_of, ways, strict=True)]
+    used = sorted(set(tree_of) - {-1})
+    tree_of = [used.index(number) if number >= 0 else -1 for number in tree_of]
+    return replace(boosted, tree_of=tree_of, trees=[boosted.trees[number] for number in used])
+
+
+def _rises(series: Series, known: KnownAhead, ways: list[str], line: torch.Tensor) -> dict[str, np.ndarray]:
+    """Compute by how much the validation MSE of each channel rises if the values of a column are shuffled."""
+    if not known.linear and not known.boosted:
+        return {}
+    table, covariates = series.table, series.table.covariates
+    rows = np.zeros(len(covariates.rows), bool)  # those of validation windows
+    windows = series.with_known_ahead(known).windows("val")
+    numbers = evenly_spaced(len(windows), max(_IMPORTANCE_ROWS // windows.pred_len, 1))
+    for first in windows.first_dates(numbers):
+        rows[first : first + windows.length] = True
+    if known.linear:
+        line_of_linear = _fit_line(series.with_known_ahead(known).windows("train"), windows)
+    rises = {}
+    for name in (*covariates.known, *covariates.past):
+        shuffled = covariates.rows.copy()
+        order = np.random.default_rng(0).permutation(np.flatnonzero(rows))
+        shuffled.loc[rows, name] = shuffled[name].to_numpy()[order]
+        rises[name] = 0
+    return rises
