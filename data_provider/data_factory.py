@@ -24,8 +24,8 @@ def windows_and_loader(series: Series, args: argparse.Namespace, split: str) -> 
     other loaders keep the order and drop nothing; with ``--eval_windows``, the validation and test loaders show a
     Subset of evenly spaced windows.
 
-    `split` is train, val, test, or pred: the last window of each channel, whose pred_len rows to forecast are NaN. It is
-    scaled by the training rows, so the CSV must contain them.
+    `split` is train, val, test, or pred: the last window of each channel, whose pred_len rows to forecast are NaN. It
+    is scaled by the training rows, so the CSV must contain them.
 
     Raises:
         UserError: if the CSV is too short for the split, or no target to score is known.
