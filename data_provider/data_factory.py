@@ -17,29 +17,29 @@ def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, D
     return windows_and_loader(load_series(args), args, flag)
 
 
-def windows_and_loader(series: Series, args: argparse.Namespace, flag: str) -> tuple[WindowDataset, DataLoader]:
+def windows_and_loader(series: Series, args: argparse.Namespace, split: str) -> tuple[WindowDataset, DataLoader]:
     """Build the dataset of a split and a loader over its windows.
 
     As in Time-LLM, the training loader shuffles and drops the last partial batch (unless it is the only batch). The
     other loaders keep the order and drop nothing; with ``--eval_windows``, the validation and test loaders show a
     Subset of evenly spaced windows.
 
-    `flag` is train, val, test, or pred: the last window of each channel, whose pred_len rows to forecast are NaN. It is
-    scaled by the training rows, so the CSV must contain them.
+    `split` is train, val, test, or pred: the last window of each channel, whose pred_len rows to forecast are NaN. It
+    is scaled by the training rows, so the CSV must contain them.
 
     Raises:
         UserError: if the CSV is too short for the split, or no target to score is known.
     """
-    dataset = series.windows(flag)
-    is_scored = flag in ("val", "test")
+    dataset = series.windows(split)
+    is_scored = split in ("val", "test")
     is_subset = is_scored and args.eval_windows and len(dataset) > args.eval_windows
     shown = Subset(dataset, evenly_spaced(len(dataset), args.eval_windows).tolist()) if is_subset else dataset
-    batch = args.batch_size if flag == "train" else args.eval_batch_size or args.batch_size
+    batch = args.batch_size if split == "train" else args.eval_batch_size or args.batch_size
     loader = DataLoader(
         shown,
         batch_size=batch,
-        shuffle=flag == "train",
-        drop_last=flag == "train" and len(shown) >= batch,
+        shuffle=split == "train",
+        drop_last=split == "train" and len(shown) >= batch,
         num_workers=args.num_workers,
         collate_fn=_keep_batch,
         worker_init_fn=_ignore_interrupts,

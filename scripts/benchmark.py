@@ -270,8 +270,8 @@ def benchmark(argv: list[str]) -> None:
     floor = floor_seconds(next(runner for runner in runners if runner.variant.name == "compact map"))
     print(table(results, floor))
     if args.json:
-        figures = {"llm": llm.as_dict(), "variants": results, "floor": floor}
-        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        report = {"llm": llm.as_dict(), "variants": results, "floor": floor}
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,7 +33,8 @@ DEMO_DEFAULTS = {
     "predict": True,
 }
 
-# Tags: what a flag affects besides the run itself.
+# Tags: what a flag affects besides the run itself. Without a tag, a resume refuses another value, `--resume auto` takes
+# it for another run, and a test with a checkpoint may change it (weights of another shape are refused on loading).
 MUST_MATCH_CHECKPOINT = "a checkpoint cannot be used with another value"
 WARN_IF_CHANGED = "a checkpoint used with another value forecasts differently, so a note is printed"
 RESUME_MAY_CHANGE = "a run can be resumed with another value, which changes no weight or only when training stops"

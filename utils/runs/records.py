@@ -84,7 +84,7 @@ def _holds_results(file: Path) -> bool:
 
 def write_metrics(
     folder: Path,
-    figures: dict,
+    errors: dict,
     intervals: list[dict],
     naive: Scores | None,
     seconds: float,
@@ -95,14 +95,14 @@ def write_metrics(
     """Write metrics.json.
 
     Args:
-        figures, intervals: see `UnitErrors.compute` and `IntervalScores.compute`; no intervals without levels.
+        errors, intervals: see `UnitErrors.compute` and `IntervalScores.compute`; no intervals without levels.
         naive: the errors of the seasonal naive forecast on the same windows; None if a window is shorter than a season.
         seconds: the duration of the test.
         cost, origin: see `cost_of` and `origin_of`.
     """
     contents = {
         "split": "test",
-        **figures,
+        **errors,
         **({"intervals": intervals} if intervals else {}),
         "seasonal_naive": {"mse": naive.mse, "mae": naive.mae} if naive else None,
         "seconds": round(seconds, 3),

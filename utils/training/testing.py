@@ -67,33 +67,33 @@ def test(
     seconds = time.perf_counter() - started
     if not math.isfinite(scores.mse):
         raise UserError(f"the test MSE is {scores.mse}: give --llm_dtype float32 or bfloat16, and look at the data")
-    figures = in_units.compute(scores)
-    _print_scores(accelerator, figures, intervals, split, target)
+    errors = in_units.compute(scores)
+    _print_scores(accelerator, errors, intervals, split, target)
     naive = _score_naive(accelerator, setup, naive_in_units) if setup.naive else None
     if not accelerator.is_main_process:
         return
     bare_model = accelerator.unwrap_model(model)
     if split.windows.is_long:
-        write_series(folder, figures["per_channel"])
-        figures |= summary_of_series(figures["per_channel"])
+        write_series(folder, errors["per_channel"])
+        errors |= summary_of_series(errors["per_channel"])
     cost = cost_of(bare_model, accelerator.device, seconds_per_step)
-    write_metrics(folder, figures, intervals.compute(), naive, seconds, bare_model.llm_info, cost, setup.origin)
+    write_metrics(folder, errors, intervals.compute(), naive, seconds, bare_model.llm_info, cost, setup.origin)
     naive_by_step = naive_in_units.compute(naive)["mse_by_step"] if naive else None
-    draw_errors(folder / "errors.png", figures["mse_by_step"], naive_by_step)
+    draw_errors(folder / "errors.png", errors["mse_by_step"], naive_by_step)
     if setup.keeps_forecasts:
         write_predictions(folder, kept, split.windows, setup.calibration, setup.levels)
 
 
 def _print_scores(
-    accelerator: Accelerator, figures: dict, intervals: IntervalScores, split: Split, target: str | None
+    accelerator: Accelerator, errors: dict, intervals: IntervalScores, split: Split, target: str | None
 ) -> None:
     which = "windows" if target is None else f"windows, those of {target},"
     accelerator.print(
-        f"Test | MSE: {figures['mse']:.7f} MAE: {figures['mae']:.7f} | {figures['windows']} {which} of"
+        f"Test | MSE: {errors['mse']:.7f} MAE: {errors['mae']:.7f} | {errors['windows']} {which} of"
         f" {len(split.windows)}"
     )
-    mase = "none (a channel that never changes by the season)" if figures["mase"] is None else f"{figures['mase']:.4f}"
-    accelerator.print(f"In the CSV's units | RMSE: {figures['rmse']:.6g} MASE: {mase} sMAPE: {figures['smape']:.2f}%")
+    mase = "none (a channel that never changes by the season)" if errors["mase"] is None else f"{errors['mase']:.4f}"
+    accelerator.print(f"In the CSV's units | RMSE: {errors['rmse']:.6g} MASE: {mase} sMAPE: {errors['smape']:.2f}%")
     for scores in intervals.compute():
         accelerator.print(
             f"Intervals | level: {scores['level']} coverage: {scores['coverage']:.4f} width: {scores['width']:.4f}"
@@ -103,11 +103,11 @@ def _print_scores(
 
 def _score_naive(accelerator: Accelerator, setup: TestSetup, errors: UnitErrors) -> Scores:
     """Score the seasonal naive forecast on the same windows, print the scores and update `errors`."""
-    explained = " and what the covariates explain" if setup.split.windows.has_covariates else ""
+    addition = " and what the covariates explain" if setup.split.windows.has_covariates else ""
     scores = evaluate(accelerator, setup.naive, setup.split, setup.target, "seasonal naive", metrics=[errors])
     accelerator.print(
         f"Seasonal naive | MSE: {scores.mse:.7f} MAE: {scores.mae:.7f} | the last {setup.naive.season} rows again"
-        f"{explained}, on the same windows"
+        f"{addition}, on the same windows"
     )
     return scores
 
