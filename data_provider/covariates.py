@@ -101,14 +101,17 @@ class Explainer:
         features = encode(self.columns, frame)
         known = dict(zip(self.channels, np.array(self.coefficients), strict=True))
         mean = np.mean(self.coefficients, axis=0)
-        weights = [known.get(name, mean) for name in channels]
-        return np.concatenate([_repeat_last(features[own]) @ own_weights for own, own_weights in zip(rows, weights, strict=True)])
+        return np.concatenate(
+            [_repeat_last(features[own]) @ known.get(name, mean) for own, name in zip(rows, channels, strict=True)]
+        )
 
     def lines(self) -> list[str]:
         """Format the coefficients for the console, one line per channel."""
         names = [feature for column in self.columns for feature in column.features]
         lines = []
         for channel, weights, share in zip(self.channels, self.coefficients, self.shares, strict=True):
+            if not any(weights):  # a channel without a linear effect
+                continue
             effects = ", ".join(f"{name} {weight:+.3g}" for name, weight in zip(names, weights, strict=True))
             lines.append(f"Covariates | {channel}: {effects} (explain {share:.1%} of its training rows)")
         hidden = len(lines) - _PRINTED_CHANNELS
@@ -119,7 +122,7 @@ class Explainer:
         leaks = [name for name, share in zip(self.channels, self.shares, strict=True) if share > _LEAKAGE_SHARE]
         warning = (
             f"the covariates explain {listed(leaks)} almost completely: a covariate that is the target itself, or is"
-            " known only together with it, leaks the target and makes a test meaningless"
+            " known only together with it, is target leakage and makes a test meaningless"
         )
         return [warning] if leaks else []
 
@@ -223,7 +226,8 @@ def check_covariates(
                 " leave it out"
             )
         if name in covariates[:number]:
-            raise UserError(f"{flag} names {name} twice" if name not in known[:number] or number < len(known) else f"{name} is named by --covariates and by --past_covariates: leave it out of one")
+            both = name in known and name in past
+            raise UserError(f"{'--covariates and --past_covariates name' if both else f'{flag} names'} {name} twice")
     for name in covariates:
         column = frame[name]
         if column.isna().all():

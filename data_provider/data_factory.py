@@ -6,10 +6,22 @@ import signal
 import numpy as np
 from torch.utils.data import DataLoader, Subset
 
-from data_provider.series import Series, load_series
+from data_provider.fit_known_ahead import fit_known_ahead
+from data_provider.reading import read_table
+from data_provider.series import Series, series_of
 from data_provider.windows import WindowDataset, chunks, evenly_spaced
+from utils.cli.options import can_learn
 from utils.errors import UserError
 from utils.system.gpu import should_pin_batches
+
+
+def load_series(args: argparse.Namespace) -> Series:
+    """Read the run's CSV, scale it, split it, and subtract the effect of its covariates."""
+    series = series_of(read_table(args), args)
+    if series.table.covariates:
+        known, _ = fit_known_ahead(series, args.covariate_model, can_learn(args))
+        series = series.with_known_ahead(known)
+    return series
 
 
 def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, DataLoader]:

@@ -1,19 +1,18 @@
 """Fit the effect of what is known in advance, and choose it for each channel on the validation windows."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import torch
 
-from data_provider.boosting import ROUNDS, Trees, fit_trees
+from data_provider.boosting import ROUNDS, fit_trees
 from data_provider.covariates import Explainer, fit_encodings, fit_explainer
 from data_provider.forecast_features import KnownRows, row_features
-from data_provider.known_ahead import BOOSTED, LINEAR, NONE, BoostedEffect, KnownAhead, TableEffect, forecast_line
+from data_provider.known_ahead import BOOSTED, LINEAR, NONE, BoostedEffect, KnownAhead, forecast_line
 from data_provider.scaling import scale
 from data_provider.series import Series
-from data_provider.tables import Table
 from data_provider.windows import WindowDataset, evenly_spaced
 from layers.LinearResidual import LinearResidual
 
@@ -44,12 +43,14 @@ class Choice:
         errors: the validation MSE of a linear forecast with each way that was tried, (channels,) each; NaN where a
             channel has no validation window.
         rises: by how much the MSE of each channel rises if the values of a column are shuffled, (channels,) each.
+        warnings: what the user should know, a line each.
     """
 
     channels: tuple[str, ...]
     ways: list[str]
     errors: dict[str, np.ndarray]
     rises: dict[str, np.ndarray]
+    warnings: list[str]
 
     def lines(self) -> list[str]:
         """Describe the choice for the console, a line for each of the first channels."""
@@ -59,12 +60,16 @@ class Choice:
 
     def _line(self, number: int) -> str:
         way = self.ways[number]
-        others = [f"{'without' if name == NONE else name} {errors[number]:.4f}" for name, errors in self.errors.items() if name != way]
-        chosen = ", ".join([f"validation MSE {self.errors[way][number]:.4f}", *others])
+        errors = {"without" if name == NONE else name: own[number] for name, own in self.errors.items() if name != way}
+        parts = [
+            f"validation MSE {self.errors[way][number]:.4f}",
+            *(f"{name} {mse:.4f}" for name, mse in errors.items()),
+        ]
         rises = sorted(((own[number], name) for name, own in self.rises.items()), reverse=True) if way != NONE else []
         columns = [f"{name} {rise:.4f}" for rise, name in rises[:_PRINTED_COLUMNS]]
         columns += [f"and {len(rises) - _PRINTED_COLUMNS} more"] if len(rises) > _PRINTED_COLUMNS else []
-        return " | ".join([f"Known in advance | {self.channels[number]}: {way}", chosen, *([", ".join(columns)] if columns else [])])
+        line = f"Known in advance | {self.channels[number]}: {way} | {', '.join(parts)}"
+        return f"{line} | {', '.join(columns)}" if columns else line
 
     def frame(self) -> pd.DataFrame:
         """List the rises of the validation error by channel and column."""
@@ -104,14 +109,16 @@ def fit_known_ahead(
     if LINEAR in tried:
         explainer = fit_explainer(series.table, scale(series.table, series.scaler), series.ends[:, 0])
         linear = series.with_known_ahead(KnownAhead(explainer, None))
-        errors[LINEAR] = _channel_errors(_fit_line(linear.windows("train"), linear.windows("val")), linear.windows("val"))
+        linear_validation = linear.windows("val")
+        errors[LINEAR] = _channel_errors(_fit_line(linear.windows("train"), linear_validation), linear_validation)
     if BOOSTED in tried:
         boosted = _fit_boosted(series, training, validation, line, after_round)
         effect = series.with_known_ahead(KnownAhead(None, boosted)).windows("val")
         errors[BOOSTED] = _channel_errors(line, effect)
     ways = _choose(errors, validation) if way == "auto" else [tried[-1]] * len(series.channels)
     known = KnownAhead(_keep_linear(explainer, ways), _keep_boosted(boosted, ways))
-    return known, Choice(series.channels, ways, errors, _rises(series, known, ways, line))
+    warnings = [f"{series.table.source}: {warning}" for warning in explainer.warnings()] if explainer else []
+    return known, Choice(series.channels, ways, errors, _rises(series, known, ways, line), warnings)
 
 
 def tree_rounds(series: Series) -> int:
@@ -130,15 +137,12 @@ def _fit_line(training: WindowDataset, validation: WindowDataset) -> torch.Tenso
 
 def _channel_errors(line: torch.Tensor, windows: WindowDataset) -> np.ndarray:
     """Compute the MSE of a linear forecast for each channel, (channels,); NaN for a channel without known targets."""
-    sums, counts = np.zeros((2, len(windows.channels)))
-    numbers = evenly_spaced(len(windows), max(_VALIDATION_ROWS * 4 // windows.pred_len, 1))
-    for chunk, contexts, targets in windows.in_chunks(numbers):
-        squares = np.square(forecast_line(line, contexts.numpy()) - targets.double().numpy())
-        channels = windows.channel_of(chunk)
-        np.add.at(sums, channels, np.nansum(squares, axis=1))
-        np.add.at(counts, channels, (~np.isnan(squares)).sum(axis=1))
-    with np.errstate(invalid="ignore"):
-        return sums / counts
+    numbers = evenly_spaced(len(windows), max(_FITTED_ROWS // windows.pred_len, 1))
+    squares = [
+        np.square(forecast_line(line, contexts.numpy()) - targets.double().numpy())
+        for _, contexts, targets in windows.in_chunks(numbers)
+    ]
+    return _channel_means(np.concatenate(squares), windows.channel_of(numbers), len(windows.channels))
 
 
 def _channels_with_own_trees(training: WindowDataset) -> tuple[np.ndarray, np.ndarray]:
@@ -158,7 +162,16 @@ def _fit_boosted(
     """Fit trees to what a linear forecast leaves, for channels of their own and together for the others."""
     table, covariates = series.table, series.table.covariates
     known, past = (fit_encodings(table, series.ends[:, 0], names) for names in (covariates.known, covariates.past))
-    effect = BoostedEffect(list(series.channels), [-1] * len(series.channels), known, past, line, table.seasons()[:2], table.step_in_days(), [])
+    effect = BoostedEffect(
+        channels=list(series.channels),
+        tree_of=[-1] * len(series.channels),
+        known=known,
+        past=past,
+        line=line,
+        lags=table.seasons()[:2],
+        step_in_days=table.step_in_days(),
+        trees=[],
+    )
     rows = effect.rows_of(covariates.rows, table.dates)
     own, shared = _channels_with_own_trees(training)
     for channels in [*own[:, None], *([shared] if len(shared) else [])]:
@@ -225,18 +238,45 @@ def _rises(series: Series, known: KnownAhead, ways: list[str], line: torch.Tenso
     """Compute by how much the validation MSE of each channel rises if the values of a column are shuffled."""
     if not known.linear and not known.boosted:
         return {}
-    table, covariates = series.table, series.table.covariates
-    rows = np.zeros(len(covariates.rows), bool)  # those of validation windows
-    windows = series.with_known_ahead(known).windows("val")
+    covariates, with_effect = series.table.covariates, series.with_known_ahead(known)
+    windows = with_effect.windows("val")
     numbers = evenly_spaced(len(windows), max(_IMPORTANCE_ROWS // windows.pred_len, 1))
+    errors, effects = _errors_and_effects(with_effect, ways, line, numbers)
+    in_windows = np.zeros(len(covariates.rows), bool)
     for first in windows.first_dates(numbers):
-        rows[first : first + windows.length] = True
-    if known.linear:
-        line_of_linear = _fit_line(series.with_known_ahead(known).windows("train"), windows)
+        in_windows[first : first + windows.length] = True
+    places = np.flatnonzero(in_windows)
+    shuffled_places = np.random.default_rng(0).permutation(places)
     rises = {}
     for name in (*covariates.known, *covariates.past):
-        shuffled = covariates.rows.copy()
-        order = np.random.default_rng(0).permutation(np.flatnonzero(rows))
-        shuffled.loc[rows, name] = shuffled[name].to_numpy()[order]
-        rises[name] = 0
+        rows = covariates.rows.copy()
+        rows.iloc[places, rows.columns.get_loc(name)] = covariates.rows[name].iloc[shuffled_places].array
+        table = replace(series.table, covariates=replace(covariates, rows=rows))
+        other = replace(series, table=table).with_known_ahead(known).windows("val")
+        change = other.with_covariate_effect(numbers, np.zeros_like(effects)) - effects
+        squares = np.square(errors + change) - np.square(errors)
+        rises[name] = _channel_means(squares, windows.channel_of(numbers), len(windows.channels))
     return rises
+
+
+def _errors_and_effects(
+    series: Series, ways: list[str], line: torch.Tensor, numbers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute errors of a linear forecast with the chosen effects on validation windows, and the effects themselves."""
+    windows = series.windows("val")
+    is_linear = np.array([way == LINEAR for way in ways])
+    linear_line = _fit_line(series.windows("train"), windows) if is_linear.any() else line
+    errors = []
+    for chunk, contexts, targets in windows.in_chunks(numbers):
+        lines = np.stack([forecast_line(one, contexts.numpy()) for one in (line, linear_line)])
+        errors.append(lines[is_linear[windows.channel_of(chunk)].astype(int), np.arange(len(chunk))] - targets.numpy())
+    return np.concatenate(errors), windows.with_covariate_effect(numbers, np.zeros((len(numbers), windows.pred_len)))
+
+
+def _channel_means(values: np.ndarray, channel_of: np.ndarray, channels: int) -> np.ndarray:
+    """Take the mean of each channel's known values, (windows, steps); NaN for a channel without any."""
+    sums, counts = np.zeros((2, channels))
+    np.add.at(sums, channel_of, np.nansum(values, axis=1))
+    np.add.at(counts, channel_of, (~np.isnan(values)).sum(axis=1))
+    with np.errstate(invalid="ignore"):
+        return sums / counts

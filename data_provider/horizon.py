@@ -46,7 +46,7 @@ class LastWindow:
         return rows[self.table.spans.last(len(self.values))[0]].T
 
     def restore(self, forecast: np.ndarray, facts: DataFacts) -> np.ndarray:
-        """Convert a forecast from `scaled`, (pred_len, channels), to the CSV's units; its covariates' effect is added before."""
+        """Convert a forecast with the covariates' effect, (pred_len, channels), to the CSV's units; undoes `scaled`."""
         mean, deviation = facts.scale_of(self.channels, self.values)
         return forecast * deviation + mean
 
@@ -79,10 +79,10 @@ class LastWindow:
             horizons = contexts.iloc[:1].map(lambda _: np.nan).iloc[np.zeros(count * steps, int)]
         dates = [self.dates[0].append([*self.dates[1:]]), self.future_dates[0].append([*self.future_dates[1:]])]
         parts = [effect.rows_of(frame, own) for frame, own in zip((contexts, horizons), dates, strict=True)]
-        joined = [
-            np.concatenate([values.reshape(count, -1, values.shape[1]) for values in pair], axis=1).reshape(-1, pair[0].shape[1])
-            for pair in zip(*((part.known, part.past, part.calendar) for part in parts), strict=True)
-        ]
+        joined = []
+        for pair in zip(*((part.known, part.past, part.calendar) for part in parts), strict=True):
+            by_channel = [values.reshape(count, -1, values.shape[1]) for values in pair]
+            joined.append(np.concatenate(by_channel, axis=1).reshape(-1, pair[0].shape[1]))
         return KnownRows(*joined)
 
 

@@ -66,9 +66,7 @@ class BoostedEffect:
         """Encode what is known of rows; columns that are missing in the frame are unknown."""
         return KnownRows(encode(self.known, frame), encode(self.past, frame), calendar_of(dates, self.step_in_days))
 
-    def effect(
-        self, contexts: np.ndarray, channels: Sequence[str], rows: KnownRows, first: np.ndarray
-    ) -> np.ndarray:
+    def effect(self, contexts: np.ndarray, channels: Sequence[str], rows: KnownRows, first: np.ndarray) -> np.ndarray:
         """Compute the effect on the horizons of windows, (B, pred_len).
 
         Args:
@@ -113,6 +111,13 @@ class KnownAhead:
 
     linear: Explainer | None
     boosted: BoostedEffect | None
+
+    @classmethod
+    def of(cls, explainer: dict | None, boosted: dict | None) -> Self:
+        """Restore an effect from the facts that a checkpoint stores."""
+        return cls(
+            Explainer.from_dict(explainer) if explainer else None, BoostedEffect.from_dict(boosted) if boosted else None
+        )
 
     @property
     def line(self) -> torch.Tensor | None:

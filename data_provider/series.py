@@ -9,7 +9,6 @@ import pandas as pd
 from data_provider.facts import DataFacts, estimate_overlap, hash_rows, sample_fingerprints
 from data_provider.horizon import LastWindow, last_window
 from data_provider.known_ahead import KnownAhead, TableEffect
-from data_provider.reading import read_table
 from data_provider.scaling import Scaler, fit_scaler, note_on_constants, scale
 from data_provider.tables import Table, fill
 from data_provider.timefeatures import MarkOptions

@@ -80,7 +80,7 @@ class Table:
         return self.seasons()[0]
 
     def seasons(self) -> list[int]:
-        """Count the rows of a season and of the longer ones: of a day, a week and a year; [1] for steps over half a year."""
+        """Count the rows of a day, a week and a year, as far as they are longer than the step; else [1]."""
         dates, days = self.dates_of(self.spans.rows.argmax()), self.step_in_days()
         found = []
         for longest_step, length, period in ((0.5, 1, "D"), (3.5, 7, "W"), (183, 365.25, "Y")):

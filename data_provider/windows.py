@@ -14,6 +14,16 @@ from utils.cli.options import FlagGroup
 Window = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
+# The effect of what is known in advance on horizons, (B, pred_len), from the contexts of windows, (B, seq_len), the
+# numbers of their channels and the indices of their first dates, (B,) each.
+WindowEffect = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+# More effects than these would take too much memory to be stored: they are computed anew each time.
+_MAX_STORED_EFFECTS = 2**27
+
+# The most windows that a linear forecast is fitted to; with gaps, the solver passes over them several times.
+_FITTED_WINDOWS, _FITTED_WITH_GAPS = 200_000, 50_000
+
 # The number of windows in a chunk, where all windows are read.
 _CHUNK = 4096
 
@@ -183,7 +193,7 @@ class WindowDataset(Dataset):
         return forecast + sliding_window_view(self._covariate_effect, self.length)[rows, self.seq_len :]
 
     def _effects_of(self, indices: np.ndarray) -> np.ndarray:
-        """Compute the effect on the horizon of each window, (B, pred_len) float32; each window's once if it is stored."""
+        """Compute the effect on the horizons of windows, (B, pred_len) float32; once for each if effects are stored."""
         stored = self._stored_effects
         missing = indices if stored is None else indices[np.isnan(stored[indices, 0])]
         computed = np.zeros((0, self.pred_len), np.float32)

@@ -57,7 +57,7 @@ class Forecaster(nn.Module):
         """
 
     def start_from_line(self, line: torch.Tensor) -> None:
-        """Start from a linear forecast instead of fitting one, if the model can: (pred_len, seq_len), of scaled windows."""
+        """Start from a linear forecast of the scaled window, (pred_len, seq_len), if the model can."""
 
     def parameter_groups(self, learning_rate: float) -> list[dict]:
         """Group the trained parameters by their initial learning rates, in the format of torch's optimizers.

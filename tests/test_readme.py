@@ -70,7 +70,9 @@ def house(tmp_path, tiny_llm, monkeypatch) -> Path:
     mine.rename(columns={"load": "负荷"}).to_csv(tmp_path / "dataset" / "my-gbk.csv", index=False, encoding="gbk")
     shutil.copytree(tiny_llm("qwen2"), tmp_path / "base_models" / "Qwen2.5-3B")
     make_tiny_llm("llama", tmp_path / "base_models" / "SmolLM2-135M", layers=6)
-    monkeypatch.setattr("data_provider.windows._FITTED_WINDOWS", 500)  # of a residual: it takes a second for all of ETTm1
+    monkeypatch.setattr(
+        "data_provider.windows._FITTED_WINDOWS", 500
+    )  # of a residual: it takes a second for all of ETTm1
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

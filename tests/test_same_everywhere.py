@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_provider.series import load_series
+from data_provider.data_factory import load_series
 from dataset.demo import write_demo_csv
 from tests.conftest import SHARED
 from utils.cli.options import get_parser
@@ -37,7 +37,7 @@ import hashlib, json, sys
 import torch
 from transformers import AutoTokenizer
 from data_provider.data_factory import data_provider
-from data_provider.series import load_series
+from data_provider.data_factory import load_series
 from utils.cli.options import get_parser
 from utils.llm.prompt import DEFAULT_DESCRIPTION, PromptBuilder
 

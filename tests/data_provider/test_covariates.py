@@ -5,8 +5,7 @@ import pandas as pd
 import pytest
 
 from data_provider.covariates import fit_explainer
-from data_provider.data_factory import data_provider
-from data_provider.series import load_series
+from data_provider.data_factory import data_provider, load_series
 from data_provider.tables import Covariates, Table
 from data_provider.windows import Spans
 from utils.cli.options import get_parser

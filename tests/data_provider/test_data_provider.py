@@ -8,8 +8,7 @@ import torch
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import Subset
 
-from data_provider.data_factory import data_provider
-from data_provider.series import load_series
+from data_provider.data_factory import data_provider, load_series
 from data_provider.windows import Spans, WindowDataset, WindowSizes, evenly_spaced
 from dataset.demo import demo_frame
 from tests.conftest import SHARED, needs_shared

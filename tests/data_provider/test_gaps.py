@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from data_provider.data_factory import data_provider
-from data_provider.series import load_series
+from data_provider.data_factory import data_provider, load_series
 from data_provider.tables import fill
 from data_provider.windows import Spans
 from dataset.demo import demo_frame

@@ -5,9 +5,8 @@ import pandas as pd
 import pytest
 import torch
 
-from data_provider.data_factory import data_provider
+from data_provider.data_factory import data_provider, load_series
 from data_provider.reading import read_table
-from data_provider.series import load_series
 from dataset.demo import demo_frame
 from utils.cli.options import get_parser
 from utils.runs import load_run

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 import run_main
-from data_provider.series import load_series
+from data_provider.data_factory import load_series
 from layers.Reprogramming import CompactMappingLayer, MappingLayer, ReprogrammingLayer
 from scripts import prototypes
 from scripts.prototypes import Prototype, Window, choose_window, draw, main, quote_token

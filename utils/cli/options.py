@@ -143,8 +143,8 @@ TABLE: dict[str, tuple[str | None, tuple[Flag, ...]]] = {
         Flag("series", "", "series of a long CSV (unique_id, ds, y): comma-separated names or patterns (shop-*)"),
         Flag("covariates", "", "comma-separated columns known in advance, which are not forecast", _MATCH),
         Flag("past_covariates", "", "comma-separated columns known up to the origin, which are not forecast", _MATCH),
-        Flag("covariate_model", "auto", "how covariates affect a forecast; auto: the best on the validation windows, for"
-             " each channel", (), ("auto", "none", "linear", "boosted")),
+        Flag("covariate_model", "auto", "how covariates become an effect; auto: by the validation error of each channel",
+             (), ("auto", "none", "linear", "boosted")),
         Flag("loader", "modal", COMPATIBILITY),
         Flag("freq", "h", f"frequency of the time features, for example h, t, 15min or d; {_IGNORED}"),
         Flag("checkpoints", "./checkpoints/", "folder of the run folders", _RESUME + _COMPARE),
@@ -325,6 +325,11 @@ def get_parser() -> argparse.ArgumentParser:
         for flag in flags:
             flag.add_to(group)
     return parser
+
+
+def can_learn(args: argparse.Namespace) -> bool:
+    """Return whether the forecaster has weights to train."""
+    return args.model not in ("SeasonalNaive", "LastValue")
 
 
 def has_llm(args: argparse.Namespace) -> bool:

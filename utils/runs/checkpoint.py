@@ -21,7 +21,7 @@ _REQUIRED = {"weights", "llm", "flags", "channels", "mean", "deviation"}
 
 # The values of keys that files of earlier versions lack.
 _DEFAULTS_OF_EARLIER_VERSIONS = {
-    **dict.fromkeys(("explainer", "llm_config", "llm_embeddings", "llm_probe", "description")),
+    **dict.fromkeys(("explainer", "boosted", "llm_config", "llm_embeddings", "llm_probe", "description")),
     **{key: [] for key in ("training_hashes", "validation_hashes", "trained_rows")},
     "is_long": False,
 }

@@ -8,6 +8,7 @@ from numbers import Real
 
 import torch
 
+from data_provider.boosting import Trees
 from utils.cli.options import check_types
 from utils.errors import listed
 
@@ -57,14 +58,40 @@ def _check_data(contents: dict) -> None:
     _check(all(is_int64), "its trained_rows are not 64-bit integers")
     if contents["explainer"] is not None:
         _check_explainer(contents["explainer"], channels)
+    if contents["boosted"] is not None:
+        _check_boosted(contents["boosted"], channels, contents["flags"])
+
+
+def _check_boosted(boosted: dict, channels: list[str], flags: dict) -> None:
+    _check(boosted["channels"] == channels, "its trees are of other channels")
+    count = len(boosted["trees"])
+    _check(all(type(number) is int and -1 <= number < count for number in boosted["tree_of"]), "it lacks trees")
+    _check(len(boosted["tree_of"]) == len(channels) and count > 0, "it lacks trees")
+    for name in ("known", "past"):
+        _check_columns(boosted[name])
+    _check_tensor("its linear forecast", boosted["line"])
+    is_line = boosted["line"].dtype == torch.float64
+    _check(is_line and boosted["line"].shape == (flags["pred_len"], flags["seq_len"]), "its linear forecast is wrong")
+    _check(all(_is_count(lag) and lag > 0 for lag in boosted["lags"]) and boosted["lags"], "its seasons are not counts")
+    _check(_is_number(boosted["step_in_days"]), "its step is not a number")
+    for trees in boosted["trees"]:
+        for tensor in _tensors_in(trees):
+            _check_tensor("a tree", tensor)
+        Trees.from_dict(trees)
 
 
 def _check_explainer(explainer: dict, channels: list[str]) -> None:
     fits = explainer["channels"] == channels and len(explainer["coefficients"]) == len(channels)
     _check(fits, "its covariates explain other channels")
     _check(_are_numbers(explainer["shares"], len(channels)), "the shares of its covariates are not finite")
+    features = _check_columns(explainer["columns"])
+    _check(all(_are_numbers(row, features) for row in explainer["coefficients"]), "a coefficient is not finite")
+
+
+def _check_columns(columns: list[dict]) -> int:
+    """Check the encodings of covariates and count their features."""
     features = 0
-    for column in explainer["columns"]:
+    for column in columns:
         _check(column.keys() == {"name", "texts", "mean", "scale"}, "the description of a covariate is incomplete")
         _check(isinstance(column["name"], str), "a covariate's name is not a string")
         _check(column["texts"] is None or _are_texts(column["texts"]), "a covariate's categories are not strings")
@@ -72,7 +99,7 @@ def _check_explainer(explainer: dict, channels: list[str]) -> None:
         _check(_are_numbers(column["mean"], own) and _are_numbers(column["scale"], own), "a covariate is not finite")
         _check(all(scale > 0 for scale in column["scale"]), "a covariate's scale is not positive")
         features += own
-    _check(all(_are_numbers(row, features) for row in explainer["coefficients"]), "a coefficient is not finite")
+    return features
 
 
 def check_progress(progress: dict) -> None:

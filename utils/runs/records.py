@@ -17,6 +17,7 @@ import psutil
 import torch
 from torch import nn
 
+from data_provider.fit_known_ahead import Choice
 from data_provider.windows import WindowDataset
 from layers.StandardNorm import Normalize
 from utils.errors import UserError
@@ -39,6 +40,7 @@ HISTORY_COLUMNS = (
 _FILES = (
     *("checkpoint", "last", "args.json", "metrics.json", "history.csv", "history.png", "calibration.npz", "errors.png"),
     *("pred.npy", "true.npy", "test.png", "forecast.csv", "forecast.png", "prototypes.png", SERIES_FILE, "tensorboard"),
+    "covariates.csv",
 )
 
 
@@ -80,6 +82,11 @@ def _holds_results(file: Path) -> bool:
     if file.name == "history.csv":
         return len(file.read_text(encoding="utf-8").splitlines()) > 1
     return file.name != "args.json"
+
+
+def write_choice(folder: Path, choice: Choice) -> None:
+    """Write covariates.csv: by how much the validation error of each channel rises if a column is shuffled."""
+    write_text(folder / "covariates.csv", choice.frame().to_csv(index=False, lineterminator="\n"))
 
 
 def write_metrics(

@@ -6,18 +6,21 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import should_reduce_batch_size
 from torch.nn import Module
 
 from base_models.make_tiny_llm import make_tiny_llm
 from data_provider.data_factory import windows_and_loader
+from data_provider.fit_known_ahead import Choice, fit_known_ahead, tree_rounds
+from data_provider.known_ahead import KnownAhead
 from data_provider.reading import read_table
 from data_provider.series import SPLITS, Series, series_of
 from data_provider.tables import Table
 from dataset.demo import write_demo_csv
 from models import build
 from utils.cli.command import is_first_process
-from utils.cli.options import flags_of_final_test, flags_of_repetition, has_llm, headline_target
+from utils.cli.options import can_learn, flags_of_final_test, flags_of_repetition, has_llm, headline_target
 from utils.cli.places import csv_path, is_demo_default, run_folder, trained_folder
 from utils.cli.signals import Interrupts
 from utils.errors import UserError
@@ -27,7 +30,7 @@ from utils.runs.compatibility import load_checkpoint, load_last
 from utils.runs.finished import is_finished
 from utils.runs.intervals import Calibration
 from utils.runs.prediction import check_columns, write_forecast
-from utils.runs.records import open_run_folder, origin_of
+from utils.runs.records import open_run_folder, origin_of, write_choice
 from utils.runs.run_lock import RunLock
 from utils.runs.trained import TrainedRun
 from utils.system.files import hash_of
@@ -42,7 +45,7 @@ from utils.system.processes import (
 from utils.training.batch_size import fit_batch_size, with_batch_size
 from utils.training.evaluation import Split, prepare_split
 from utils.training.optimization import check_optimizer
-from utils.training.reporting import check_reporting, start_reporting, stop_reporting
+from utils.training.reporting import check_reporting, rounds_bar, start_reporting, stop_reporting
 from utils.training.testing import TestSetup, calibrate, check_levels, test
 from utils.training.trainer import TrainConfig, Trainer
 
@@ -85,7 +88,7 @@ class Experiment:
     def run(self) -> None:
         """Run every repetition, on data that are read once; if the device is full, say in one line what helps."""
         args = self.args
-        table = series = None
+        table = series = fitted = None
         try:
             for number in range(args.itr):
                 flags = flags_of_repetition(args, number)
@@ -98,7 +101,9 @@ class Experiment:
                     forecast_only(flags, number, table)
                 else:
                     series = series or series_of(table, args)
-                    Repetition(flags, number, series).train_and_test(self.interrupts)
+                    repetition = Repetition(flags, number, series, fitted)
+                    fitted = fitted or repetition.fitted
+                    repetition.train_and_test(self.interrupts)
         except RuntimeError as problem:
             if not should_reduce_batch_size(problem):
                 raise
@@ -117,10 +122,12 @@ class Repetition:
     Args:
         args: the flags of the repetition.
         number: of the repetition, from 0.
-        series: the data.
+        series: the data, without an effect of covariates.
+        fitted: the effect of the covariates, from an earlier repetition; None to fit one if it is needed.
 
     Attributes:
         args: the flags, with the batch size that fits into memory.
+        series: the data, without the effect of the covariates.
         accelerator: the device and the processes.
         forecaster: the model, without accelerate's wrapper.
         splits: train, val, test and `final test`, the windows of the test at the end.
@@ -133,22 +140,27 @@ class Repetition:
         UserError: if the data, the levels, the LLM or the checkpoint do not fit the flags.
     """
 
-    def __init__(self, args: argparse.Namespace, number: int, series: Series):
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        number: int,
+        series: Series,
+        fitted: tuple[KnownAhead, Choice] | None = None,
+    ):
         if args.predict:
             series.last_window()  # what it lacks is reported first
-        self.args, self.series = args, series
+        self.args, self.fitted = args, fitted
         self.accelerator = _start(args)
         check_same_on_all_ranks(series.table.sha256, str(series.table.source))
         check_optimizer(args.optimizer, self.accelerator.device)
         check_reporting(args.report_to)
-        self.splits = self._prepare_splits()
-        check_levels(args.level, self.splits["val"])
-        check_columns(series.channels, series.table.is_long, args.level)
-        _warn(self.accelerator, series.notes)
-        for line in series.explainer.lines() if series.explainer else ():
-            self.accelerator.print(line)
         folder = run_folder(args, number)
         self.initial = self._read_initial(folder, trained_folder(args, number))
+        check_columns(series.channels, series.table.is_long, args.level)
+        _warn(self.accelerator, series.notes)
+        self.series = self._subtract_known_ahead(series) if series.table.covariates else series
+        self.splits = self._prepare_splits()
+        check_levels(args.level, self.splits["val"])
         if has_llm(args):
             self.accelerator.print(memory_summary(args))
         self.prompt_sha256 = hash_of(Path(args.prompt_file))
@@ -158,9 +170,30 @@ class Repetition:
         if args.is_training and args.auto_batch_size and list(self.forecaster.parameters()):
             self._fit_batch_size()
         self._introduce()
-        if args.is_training and not self.initial:
+        if self.series.known_ahead and self.series.known_ahead.line is not None:
+            self.forecaster.start_from_line(self.series.known_ahead.line)
+        elif args.is_training and not self.initial:
             self._fit_residual()
-        self.run = Run(folder, vars(self.args), series.facts())
+        self.run = Run(folder, vars(self.args), self.series.facts())
+
+    def _subtract_known_ahead(self, series: Series) -> Series:
+        """Subtract the effect of the covariates, which is that of the initial checkpoint if there is one."""
+        if self.initial:
+            facts = self.initial.data
+            return series.with_known_ahead(KnownAhead.of(facts.explainer, facts.boosted))
+        if not self.fitted:
+            # One process fits, so that all have the same trees.
+            fitted = [None]
+            if self.accelerator.is_main_process:
+                with rounds_bar(tree_rounds(series), "Covariates") as bar:
+                    can_boost = can_learn(self.args)
+                    fitted = [fit_known_ahead(series, self.args.covariate_model, can_boost, bar.update)]
+            (self.fitted,) = broadcast_object_list(fitted)
+        known, choice = self.fitted
+        _warn(self.accelerator, choice.warnings)
+        for line in (*choice.lines(), *(known.linear.lines() if known.linear else ())):
+            self.accelerator.print(line)
+        return series.with_known_ahead(known)
 
     def _prepare_splits(self) -> dict[str, Split]:
         """Prepare train, val and test, and the windows of the final test, which may be others than the test's."""
@@ -272,6 +305,8 @@ class Repetition:
             accelerator.print(f"Resuming at step {training['steps']}, epoch {training['epoch']}")
         if accelerator.is_main_process:
             self._open_folder(resumes=bool(last))
+            if self.fitted and not last:
+                write_choice(run.folder, self.fitted[1])
         accelerator.print(f"Run folder: {run.folder}")
         config, target = TrainConfig.of(self.args), headline_target(self.args)
         return Trainer(config, accelerator, model, self.splits, target, run, interrupts, training)
@@ -289,14 +324,17 @@ class Repetition:
             naive = build(argparse.Namespace(**{**vars(args), "model": "SeasonalNaive"}), season=self.season)
         # Training that has just returned has ended; the state that an earlier one left must say so.
         ended = hash_of(run.folder / "last") if args.is_training else self._ended_state()
-        windows = flags_of_final_test(args).eval_windows
+        final_flags = flags_of_final_test(args)
+        sha256, eval_windows = series.table.sha256, final_flags.eval_windows
+        naive_windows = windows_and_loader(series.without_window_effect(), final_flags, "test")
         return TestSetup(
             split=self.splits["final test"],
+            naive_split=prepare_split(self.accelerator, *naive_windows),
             facts=run.data,
             naive_errors=series.seasonal_errors(self.season),
             target=headline_target(args),
             naive=naive,
-            origin=origin_of(saved, run.flags, csv_path(args), series.table.sha256, self.prompt_sha256, windows, ended),
+            origin=origin_of(saved, run.flags, csv_path(args), sha256, self.prompt_sha256, eval_windows, ended),
             calibration=calibration,
             levels=args.level,
             keeps_forecasts=args.save_predictions,

@@ -54,6 +54,12 @@ def windows_bar(loader: DataLoader, title: str, whole: DataLoader | None = None)
     )
 
 
+def rounds_bar(rounds: int, title: str) -> tqdm:
+    """Show a progress bar that counts rounds; only a terminal shows it."""
+    is_hidden = None if PartialState().is_main_process else True
+    return tqdm(desc=title, total=rounds, disable=is_hidden, leave=False, unit=" rounds")
+
+
 def show_loss(bar: tqdm, number: int, losses: torch.Tensor) -> None:
     """Show the mean loss of batch `number` beside a progress bar, once every few batches."""
     if not bar.disable and number % _READ_LOSS_EVERY == 0:

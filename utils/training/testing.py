@@ -40,6 +40,7 @@ class TestSetup:
     naive_errors: Mapping[str, float]
     target: str | None
     naive: Forecaster | None
+    naive_split: Split
     origin: dict
     calibration: Calibration | None
     levels: Sequence[int]
@@ -104,7 +105,7 @@ def _print_scores(
 def _score_naive(accelerator: Accelerator, setup: TestSetup, errors: UnitErrors) -> Scores:
     """Score the seasonal naive forecast on the same windows, print the scores and update `errors`."""
     addition = " and what the covariates explain" if setup.split.windows.has_covariates else ""
-    scores = evaluate(accelerator, setup.naive, setup.split, setup.target, "seasonal naive", metrics=[errors])
+    scores = evaluate(accelerator, setup.naive, setup.naive_split, setup.target, "seasonal naive", metrics=[errors])
     accelerator.print(
         f"Seasonal naive | MSE: {scores.mse:.7f} MAE: {scores.mae:.7f} | the last {setup.naive.season} rows again"
         f"{addition}, on the same windows"

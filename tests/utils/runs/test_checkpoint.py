@@ -5,7 +5,7 @@ import safetensors.torch
 import torch
 
 from base_models.make_tiny_llm import make_tiny_llm
-from data_provider.series import load_series
+from data_provider.data_factory import load_series
 from models import build
 from utils.cli.options import get_parser
 from utils.errors import UserError
