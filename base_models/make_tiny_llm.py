@@ -54,7 +54,7 @@ def make_tiny_llm(
 ) -> Path:
     """Write a tiny LLM to a folder in Hugging Face format and return the folder.
 
-    A folder that was written with the same arguments is left unchanged.
+    A folder that was written with the same arguments and the same torch is left unchanged.
 
     Args:
         family: one of `FAMILIES`.

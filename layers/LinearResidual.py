@@ -33,9 +33,9 @@ class LinearResidual(nn.Module):
     def fit(self, training: Pairs, validation: Pairs) -> float:
         """Fit the weights by ridge regression and return the mean squared error on the validation pairs.
 
-        The solution is exact, in float64 on the CPU; the bias stays zero. The penalty is the one with the least
-        validation error. Unknown targets are left out, except that the penalty is chosen with the mean of the window
-        in their place.
+        The solution is in closed form, with gaps by conjugate gradients, in float64 on the CPU; the bias stays zero.
+        The penalty is the one with the least validation error. Unknown targets are left out, except that the penalty is
+        chosen with the mean of the window in their place.
         """
         gram, moments, has_gaps = _normal_equations(training)
         # If all windows are constant, the trace is 0, and with any penalty the weights are 0.
@@ -84,16 +84,16 @@ def _fit_known(
     inverse, tiny = torch.linalg.inv(gram + penalty), torch.finfo(gram.dtype).tiny
     weights, residual = start, moments - product(start)
     direction = preconditioned = inverse @ residual
-    norm = (residual * preconditioned).sum(0)
+    squared_norm = (residual * preconditioned).sum(0)
     for _ in range(_MAX_ITERATIONS):
         if residual.norm() <= 1e-6 * moments.norm():
             break
         change = product(direction)
-        length = norm / (direction * change).sum(0).clamp(min=tiny)
+        length = squared_norm / (direction * change).sum(0).clamp(min=tiny)
         weights, residual = weights + length * direction, residual - length * change
         preconditioned = inverse @ residual
-        norm, previous = (residual * preconditioned).sum(0), norm
-        direction = preconditioned + norm / previous.clamp(min=tiny) * direction
+        squared_norm, previous = (residual * preconditioned).sum(0), squared_norm
+        direction = preconditioned + squared_norm / previous.clamp(min=tiny) * direction
     return weights
 
 

@@ -50,7 +50,7 @@ class Forecaster(nn.Module):
         raise NotImplementedError
 
     def fit_residual(self, training: WindowDataset, validation: WindowDataset) -> float | None:
-        """Fit layers with an exact solution before training; choose the regularization by `validation`.
+        """Fit layers by least squares before training; choose the regularization by `validation`.
 
         Returns:
             the mean squared error on the validation windows, None if nothing is fitted.

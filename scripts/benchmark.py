@@ -3,8 +3,9 @@
     python scripts/benchmark.py --llm_model_path base_models/SmolLM2-135M --seq_len 512 --batch_size 8
 
 All variants run alternately in one process, with the same LLM, weights and windows. The times are medians over the
-rounds, the ratios medians of each round's ratio. If the quickest step is much faster than the median, repeat the
-benchmark on an idle machine. Accepts the flags of run_main.py; without --data, it uses the demo data.
+rounds, the ratios medians of each round's ratio. If the quickest step is much faster than the median, other load slowed
+the variants, and not equally: repeat the benchmark on an idle machine. Accepts the flags of run_main.py; without
+--data, it uses the demo data.
 
 The first variant is the original Time-LLM's computation: pad tokens (its end-of-text token) without an attention mask,
 prompt and patches in one forward pass, the mapping layer over the whole vocabulary, all attention maps and hidden

@@ -154,8 +154,9 @@ def run_variants(variants: Sequence[Variant]) -> None:
 def collect(variants: Sequence[Variant]) -> None:
     """Read the results of every run of the variants that did not fail; a damaged file makes a variant fail."""
     for variant in variants:
+        runs = () if variant.problem else repetitions(variant.args)
         try:
-            for folder, args in () if variant.problem else repetitions(variant.args):
+            for folder, args in runs:
                 variant.runs.append(_read_run(variant.name, args.seed, folder))
         except Exception as problem:  # the contents of a damaged file can be anything
             variant.problem = f"{folder} is damaged ({first_line(problem)})"

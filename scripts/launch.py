@@ -45,7 +45,7 @@ FLAGS = (
     "--seq_len 336 --d_model 32 --batch_size 8 --grad_accum 8 --lradj TST --grad_clip 1 --mapping_rate 0.003"
     " --prompt_domain 1 --eval_windows 2000 --test_windows 0 --skip_epoch_test"
 )
-# For data with little to learn beyond a linear forecast: a small model, briefly trained; a patch covers a day of rows.
+# For data with little to learn beyond a linear forecast: a small model, strongly regularized and briefly trained.
 SMALL_RECIPE = (
     "--patch_len 24 --stride 24 --n_heads 4 --d_ff 32 --dropout 0.3 --learning_rate 0.0003 --prompt_decimals 0"
     " --max_steps 400 --eval_steps 100"

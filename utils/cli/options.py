@@ -141,7 +141,7 @@ TABLE: dict[str, tuple[str | None, tuple[Flag, ...]]] = {
         Flag("features", "M", "M: all channels; S: the target; MS: all, scored on the target", (), ("M", "S", "MS")),
         Flag("target", "OT", "target channel of --features S and MS"),
         Flag("series", "", "series of a long CSV (unique_id, ds, y): comma-separated names or patterns (shop-*)"),
-        Flag("covariates", "", "comma-separated columns known in advance, which are not forecast", _MATCH),
+        Flag("covariates", "", "comma-separated columns known in advance, which explain the channels", _MATCH),
         Flag("loader", "modal", COMPATIBILITY),
         Flag("freq", "h", f"frequency of the time features, for example h, t, 15min or d; {_IGNORED}"),
         Flag("checkpoints", "./checkpoints/", "folder of the run folders", _RESUME + _COMPARE),
@@ -177,7 +177,8 @@ TABLE: dict[str, tuple[str | None, tuple[Flag, ...]]] = {
         Flag("stride", 8, "rows from the start of one patch to the next", _OF_PATCHES, range=_AT_LEAST_1),
         Flag("mapping", "compact", "weights of each text prototype: llm_dim (compact) or vocab_size (full, as in"
              " Time-LLM); both can represent the same prototypes", (), ("compact", "full")),
-        Flag("normalize_prototypes", False, "TimeLLM: scale each text prototype to a mean square of 1", _OF_TIMELLM),
+        Flag("normalize_prototypes", False, "TimeLLM: scale each text prototype to a mean square of 1, so that patches"
+             " differ from the start of training", _OF_TIMELLM),
         Flag("residual", "none", "TimeLLM; linear: add a linear map of the scaled window, so that the LLM learns the"
              " residual of a linear forecast", _OF_TIMELLM, ("none", "linear")),
     )),
@@ -199,7 +200,7 @@ TABLE: dict[str, tuple[str | None, tuple[Flag, ...]]] = {
         Flag("llm_dtype", "auto", "precision in which the LLM computes; auto: float32 on a CPU, bfloat16 on a GPU that"
              " supports it, otherwise float16", (), ("auto", "float32", "bfloat16", "float16")),
         Flag("no_prefix_cache", False, "run prompt and patches in one pass, as Time-LLM: slower, same result", _RESUME),
-        Flag("gradient_checkpointing", False, "recompute activations in the backward pass: less memory, slower", _FREE),
+        Flag("gradient_checkpointing", False, "recompute activations: less memory, slower, same gradients", _FREE),
         Flag("ablation", "none", "no_llm: pass the reprogrammed patches straight to the head; random_llm: draw the"
              " LLM's weights at random from --seed", _OF_TIMELLM, ("none", "no_llm", "random_llm")),
     )),
@@ -227,7 +228,7 @@ TABLE: dict[str, tuple[str | None, tuple[Flag, ...]]] = {
         Flag("max_steps", 0, "stop training after N optimizer steps; 0: no limit", _RESUME, range=_AT_LEAST_0),
         Flag("resume", "", "continue from the run's last state; if there is none, stop with an error or, with auto,"
              " start fresh", _FREE + _COMPARE, ("yes", "auto"), settings={"nargs": "?", "const": "yes"}),
-        Flag("report_to", "none", "also log validations to TensorBoard", _FREE, ("none", "tensorboard")),
+        Flag("report_to", "none", "also log to TensorBoard, in the run folder", _FREE, ("none", "tensorboard")),
         Flag("save_steps", 0, "also save the --resume state every N steps; 0: each epoch", _FREE, range=_AT_LEAST_0),
         Flag("deterministic", False, "make CUDA runs repeatable to the bit, where the kernels allow it"),
     )),
@@ -288,7 +289,8 @@ class OptionParser(OneLineParser):
         if parsed.demo:
             # argparse sets a default only where the namespace has no value yet.
             presets = argparse.Namespace(**self._demo_presets(parsed, args))
-            parsed, rest = super().parse_known_args(args, presets)
+            with_presets, rest = super().parse_known_args(args, presets)
+            vars(parsed).update(vars(with_presets))  # in the order of the table
         if parsed.data is None and not rest:
             self.error(f"--data is required (one of {', '.join(DATA_NAMES)}); --demo needs no data")
         parsed.level = sorted(parsed.level)

@@ -115,7 +115,7 @@ def exists_on_all_ranks(path: Path) -> bool:
 
 
 class StopVote:
-    """A vote of all processes on whether to stop; each process must poll equally often and gets the same answer."""
+    """A vote on whether to stop: all processes must poll equally often, and get the same answer."""
 
     def __init__(self, interrupts: Interrupts, accelerator: Accelerator):
         self._interrupts = interrupts

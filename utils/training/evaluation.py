@@ -89,7 +89,7 @@ def _gather_forecasts(
     numbers: np.ndarray,
     windows: WindowDataset,
 ) -> Forecasts:
-    """Gather a batch from all processes for the metrics; `numbers` starts with the numbers of its windows."""
+    """Gather a batch from all processes for the metrics; `numbers` are those of its windows and of the later ones."""
     _, statistics = Normalize()(seq_x[..., 0].to(forecast.device))
     rows = torch.cat([forecast[..., 0], target[..., 0], statistics.deviation], dim=1).float()
     rows = accelerator.gather_for_metrics(rows).cpu().numpy()

@@ -122,7 +122,7 @@ def check_levels(levels: Sequence[int], split: Split) -> None:
         for some, _, targets in windows.in_chunks(numbers):
             np.add.at(known, windows.channel_of(some), ~targets.isnan().numpy())
     else:
-        np.add.at(known, windows.channel_of(numbers), 1)
+        known += np.bincount(windows.channel_of(numbers), minlength=len(known))[:, None]
     check_windows(levels, int((known.sum(axis=0) if windows.is_long else known).min()))
 
 

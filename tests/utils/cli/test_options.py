@@ -91,6 +91,12 @@ def test_demo_presets_give_way_to_flags():
     assert (args.data, args.data_path, args.batch_size, args.pred_len) == ("custom", "demo.csv", 5, 24)
 
 
+def test_flags_keep_the_order_of_the_table_with_demo():
+    """args.json and checkpoints list them in that order, and a resume names the first that differs."""
+    demo, plain = (vars(get_parser().parse_args(flags)) for flags in (["--demo"], ["--data", "ETTh1"]))
+    assert list(demo) == list(plain)
+
+
 def test_demo_presets_do_not_contradict_a_flag():
     assert get_parser().parse_args(["--demo", "--prompt_file", "x"]).content == ""
     for name in ("GPT2", "LLAMA"):  # one that is no default, and the default itself
