@@ -124,7 +124,7 @@ def _as_bytes(values: pd.Series) -> np.ndarray:
 
 
 def sample_fingerprints(table: Table, rows: np.ndarray) -> list[int]:
-    """Compute fingerprints of each channel's first `rows`, (channels,); of too many, keep the smallest, a random sample."""
+    """Compute fingerprints of each channel's first `rows`, (channels,); of too many, the smallest: a random sample."""
     found = _fingerprints(table, np.zeros_like(rows), rows)
     if len(found) > _MAX_FINGERPRINTS:
         found = np.partition(found, _MAX_FINGERPRINTS - 1)[:_MAX_FINGERPRINTS]
