@@ -230,7 +230,7 @@ def check_covariates(
             raise UserError(f"{'--covariates and --past_covariates name' if both else f'{flag} names'} {name} twice")
     for name in covariates:
         column = frame[name]
-        if column.isna().all():
+        if len(column) and column.isna().all():
             raise UserError(f"{source}, covariate {name!r} has no value: leave it out")
         is_huge = np.zeros(len(column), bool)
         if pd.api.types.is_float_dtype(column):

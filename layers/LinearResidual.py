@@ -33,7 +33,7 @@ class LinearResidual(nn.Module):
     def fit(self, training: Pairs, validation: Pairs) -> float:
         """Fit the weights by ridge regression and return the mean squared error on the validation pairs.
 
-                The solution is in closed form, with gaps by conjugate gradients, in float64 on the CPU; the bias stays zero.
+        The solution is in closed form, with gaps by conjugate gradients, in float64 on the CPU; the bias stays zero.
         The penalty is the one with the least validation error. Unknown targets are left out, except that the penalty is
         chosen with the mean of the window in their place.
         """

@@ -146,7 +146,9 @@ def test_a_penalty_is_chosen_in_the_order_of_time(tmp_path):
     strong = 2 * rows["x"].to_numpy() + 0.1 * drawn.normal(size=300)
     spans = Spans.of_table(300, 2)
     values = np.concatenate([strong, drawn.normal(size=300)])
-    table = Table(tmp_path, rows.index, values, ("s", "n"), spans, covariates=Covariates(rows, rows[:0], spans))
+    table = Table(
+        tmp_path, rows.index, values, ("s", "n"), spans, covariates=Covariates(rows, rows[:0], spans, ("x", "noise"))
+    )
     explained = fit_explainer(table, values, spans.rows)
     (of_strong,), (of_noise,) = explained.coefficients
     assert of_strong == pytest.approx(2 * rows["x"].std(ddof=0), rel=0.02)
@@ -163,8 +165,19 @@ def test_a_penalty_is_chosen_in_the_order_of_time(tmp_path):
         (lambda f: f, ["--covariates", "price,price"], ["names price twice"]),
         (lambda f: f, ["--covariates", "date"], ["--covariates date", "date"]),
         (lambda f: f, ["--covariates", "a", "--target", "a", "--features", "MS"], ["--covariates a", "forecast"]),
-        (lambda f: f.assign(price=f.price.where(f.index != 7)), ["--covariates", "price"], ["data row 8", "'price'"]),
-        (lambda f: f.assign(price=f.price.where(f.index < 905)), ["--covariates", "price"], ["row 906", "to forecast"]),
+        (lambda f: f.assign(price=np.nan), ["--covariates", "price"], ["'price' has no value"]),
+        (
+            lambda f: f.assign(price=f.price.where(f.index > 700)),
+            ["--covariates", "price"],
+            ["no value in the"],
+        ),
+        (
+            lambda f: f.assign(price=f.price.where(f.index < 905)),
+            ["--covariates", "price", "--predict"],
+            ["7 cells of --covariates are empty in the rows to forecast, 'price' at"],
+        ),
+        (lambda f: f, ["--covariates", "price", "--past_covariates", "price"], ["and --past_covariates name price"]),
+        (lambda f: f, ["--past_covariates", "prize"], ["no column 'prize' for --past_covariates"]),
         (lambda f: f.assign(price=np.inf), ["--covariates", "price"], ["data row 1", "inf"]),
         (lambda f: f.assign(day=f.date.astype(str)), ["--covariates", "day"], ["'day' has", "different texts"]),
         (lambda f: f.head(905), ["--covariates", "price", "--predict"], ["needs 12 rows", "there are 5"]),
@@ -202,7 +215,7 @@ def test_what_never_changes_is_no_leak(score):
     frame = sales(to_come=0)[["date", "a", "price"]].assign(still=3.0)
     done = score("still", frame, "--covariates", "price")
     assert "almost completely" not in done.out
-    assert "Covariates | still: price +0 (explain 0.0% of its training rows)" in done.out
+    assert "Known in advance | still: none | validation MSE 0.0000" in done.out
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,9 @@ def check_flags(saved: Checkpoint, flags: Mapping[str, object]) -> None:
 
 def _changed_flags(saved: Checkpoint, flags: Mapping[str, object], names: Iterable[str]) -> list[tuple[str, object]]:
     """List the name and the saved value of each of these flags that has changed."""
-    before = {name: saved.flags.get(name, options.DEFAULTS.get(name)) for name in names}
-    return [(name, value) for name, value in before.items() if value != flags[name]]
+    # A flag that is younger than a file had the effect of its default.
+    before, now = ({name: own.get(name, options.DEFAULTS.get(name)) for name in names} for own in (saved.flags, flags))
+    return [(name, value) for name, value in before.items() if value != now[name]]
 
 
 def load_checkpoint(saved: Checkpoint, model: Forecaster, flags: dict, data: DataFacts | None) -> None:
