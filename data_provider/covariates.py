@@ -14,7 +14,8 @@ import pandas as pd
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import TimeSeriesSplit
 
-from data_provider.tables import Table
+from data_provider.notes import is_empty
+from data_provider.tables import Table, TableOptions
 from data_provider.windows import evenly_spaced
 from utils.errors import UserError, listed
 from utils.exact import HUGE
@@ -154,12 +155,17 @@ def fit_explainer(table: Table, scaled: np.ndarray, training_rows: np.ndarray) -
     return Explainer(columns, list(table.channels), coefficients, shares)
 
 
-def fit_encodings(table: Table, training_rows: np.ndarray, names: Sequence[str]) -> list[Column]:
-    """Fit the encodings of some columns to their training rows, (channels,); raise a UserError if one has none."""
+def training_rows(table: Table, rows: np.ndarray, name: str) -> pd.Series:
+    """Select the values of a covariate in the first `rows`, (channels,), of the channels."""
     in_training = np.zeros(len(table.covariates.rows), bool)
-    for dates in table.spans.part(0, training_rows).date_slices():
+    for dates in table.spans.part(0, rows).date_slices():
         in_training[dates] = True
-    return [_fit_encoding(table.source, table.covariates.rows[name][in_training]) for name in names]
+    return table.covariates.rows[name][in_training]
+
+
+def fit_encodings(table: Table, rows: np.ndarray, names: Sequence[str]) -> list[Column]:
+    """Fit the encodings of some columns to their training rows; raise a UserError if one has no value there."""
+    return [_fit_encoding(table.source, training_rows(table, rows, name)) for name in names]
 
 
 def _fit_ridge(features: np.ndarray, target: np.ndarray, penalty: float) -> tuple[list[float], float]:
@@ -192,8 +198,8 @@ def _fit_encoding(source: Path, values: pd.Series) -> Column:
             raise UserError(f"{source}, covariate {values.name!r}: {odd!r} is text in a column of numbers: correct it")
         if len(texts) > _MAX_TEXTS:
             raise UserError(
-                f"{source}, covariate {values.name!r} has {len(texts)} different texts, such as {texts[0]!r}: use at"
-                f" most {_MAX_TEXTS}, or numbers"
+                f"{source}, covariate {values.name!r} has {len(texts)} different texts, such as {texts[0]!r}: name it"
+                f" in --notes, and the LLM reads them (at most {_MAX_TEXTS} are categories)"
             )
     features = _unscaled_features(values, texts)
     features = features[~np.isnan(features).any(axis=1)]
@@ -211,33 +217,38 @@ def _unscaled_features(values: pd.Series, texts: list[str] | None) -> np.ndarray
     return np.where(values.isna().to_numpy()[:, None], np.nan, features)
 
 
-def check_covariates(
-    source: Path, frame: pd.DataFrame, known: Sequence[str], past: Sequence[str], reserved: Sequence[str]
-) -> None:
+def check_covariates(source: Path, frame: pd.DataFrame, options: TableOptions, reserved: Sequence[str]) -> None:
     """Raise a UserError for a covariate that is missing, named twice or to be forecast, or has an invalid cell."""
-    covariates = (*known, *past)
-    for number, name in enumerate(covariates):
-        flag = "--covariates" if number < len(known) else "--past_covariates"
-        if name not in frame.columns:
-            raise UserError(f"{source} has no column {name!r} for {flag}: it has {list(frame.columns)}")
-        if name in reserved:
-            raise UserError(
-                f"{flag} {name}: this column of {source} is to be forecast, or holds dates or the series' names:"
-                " leave it out"
-            )
-        if name in covariates[:number]:
-            both = name in known and name in past
-            raise UserError(f"{'--covariates and --past_covariates name' if both else f'{flag} names'} {name} twice")
-    for name in covariates:
-        column = frame[name]
-        if len(column) and column.isna().all():
-            raise UserError(f"{source}, covariate {name!r} has no value: leave it out")
-        is_huge = np.zeros(len(column), bool)
-        if pd.api.types.is_float_dtype(column):
-            is_huge = np.abs(column.to_numpy(np.float64, na_value=np.nan)) >= HUGE
-        if is_huge.any():
-            first = is_huge.argmax()
-            raise UserError(
-                f"{source} data row {frame.index[first] + 1}, covariate {name!r} is {column.iloc[first]}: a number must"
-                f" be below {HUGE:g} ({is_huge.sum()} rows)"
-            )
+    flag_of = {}
+    for flag, names in zip(("--covariates", "--past_covariates", "--notes"), options.column_names, strict=True):
+        for name in names:
+            if name not in frame.columns:
+                raise UserError(f"{source} has no column {name!r} for {flag}: it has {list(frame.columns)}")
+            if name in reserved:
+                raise UserError(
+                    f"{flag} {name}: this column of {source} is to be forecast, or holds dates or the series' names:"
+                    " leave it out"
+                )
+            if name in flag_of:
+                named = f"{flag} names" if flag == flag_of[name] else f"{flag_of[name]} and {flag} name"
+                raise UserError(f"{named} {name} twice")
+            flag_of[name] = flag
+    for name, flag in flag_of.items():
+        _check_cells(source, frame[name], is_text=flag == "--notes", first=frame.index)
+
+
+def _check_cells(source: Path, values: pd.Series, is_text: bool, first: pd.Index) -> None:
+    """Refuse a column without a value, notes that are numbers, and numbers that are too large."""
+    if len(values) and is_empty(values).all():
+        raise UserError(f"{source}, {'notes' if is_text else 'covariate'} {values.name!r} has no value: leave it out")
+    if is_text and pd.api.types.is_numeric_dtype(values):
+        raise UserError(f"{source}, notes {values.name!r} are numbers: name the column in --covariates")
+    is_huge = np.zeros(len(values), bool)
+    if pd.api.types.is_float_dtype(values):
+        is_huge = np.abs(values.to_numpy(np.float64, na_value=np.nan)) >= HUGE
+    if is_huge.any():
+        row = is_huge.argmax()
+        raise UserError(
+            f"{source} data row {first[row] + 1}, covariate {values.name!r} is {values.iloc[row]}: a number must be"
+            f" below {HUGE:g} ({is_huge.sum()} rows)"
+        )

@@ -8,9 +8,10 @@ import pandas as pd
 import torch
 
 from data_provider.boosting import ROUNDS, fit_trees
-from data_provider.covariates import Explainer, fit_encodings, fit_explainer
+from data_provider.covariates import Explainer, fit_encodings, fit_explainer, training_rows
 from data_provider.forecast_features import KnownRows, row_features
 from data_provider.known_ahead import BOOSTED, LINEAR, NONE, BoostedEffect, KnownAhead, forecast_line
+from data_provider.notes import NoteColumn, fit_note_effect
 from data_provider.scaling import scale
 from data_provider.series import Series
 from data_provider.windows import WindowDataset, evenly_spaced
@@ -160,8 +161,8 @@ def _fit_boosted(
     after_round: Callable[[], None],
 ) -> BoostedEffect:
     """Fit trees to what a linear forecast leaves, for channels of their own and together for the others."""
-    table, covariates = series.table, series.table.covariates
-    known, past = (fit_encodings(table, series.ends[:, 0], names) for names in (covariates.known, covariates.past))
+    table, covariates, ends = series.table, series.table.covariates, series.ends[:, 0]
+    known, past = (fit_encodings(table, ends, names) for names in (covariates.known, covariates.past))
     effect = BoostedEffect(
         channels=list(series.channels),
         tree_of=[-1] * len(series.channels),
@@ -171,34 +172,65 @@ def _fit_boosted(
         lags=table.seasons()[:2],
         step_in_days=table.step_in_days(),
         trees=[],
+        notes=[NoteColumn.fit(training_rows(table, ends, name), covariates.states) for name in covariates.notes],
+        note_effects=[],
+        llm=covariates.states.llm if covariates.notes else "",
     )
-    rows = effect.rows_of(covariates.rows, table.dates)
+    rows = effect.rows_of(covariates.rows, table.dates, covariates.states)
     own, shared = _channels_with_own_trees(training)
     for channels in [*own[:, None], *([shared] if len(shared) else [])]:
         share = len(channels) / len(series.channels) if len(own) else 1
-        fitted = _features_of(training, channels, line, rows, effect.lags, int(_FITTED_ROWS * share))
-        validated = _features_of(validation, channels, line, rows, effect.lags, int(_VALIDATION_ROWS * share))
+        fitted = _gather(training, channels, line, int(_FITTED_ROWS * share))
+        validated = _gather(validation, channels, line, int(_VALIDATION_ROWS * share))
+        estimates = [None, None]
+        if effect.notes:
+            note_effect, estimate = fit_note_effect(rows.notes, fitted.horizon, fitted.residuals)
+            effect.note_effects.append(note_effect)
+            estimates = [estimate, note_effect.estimate(rows.notes, validated.horizon)]
         for channel in channels:
             effect.tree_of[channel] = len(effect.trees)
-        effect.trees.append(fit_trees(*fitted, validated, after_round))
+        examples = [
+            part.examples(rows, effect.lags, own_estimate)
+            for part, own_estimate in zip((fitted, validated), estimates, strict=True)
+        ]
+        effect.trees.append(fit_trees(*examples[0], examples[1], after_round))
     return effect
 
 
-def _features_of(
-    windows: WindowDataset, channels: np.ndarray, line: torch.Tensor, rows: KnownRows, lags: Sequence[int], at_most: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Build the features of evenly spaced windows of some channels, and what a linear forecast leaves, row by row."""
+@dataclass(frozen=True)
+class _Gathered:
+    """Windows to fit trees to: contexts, linear forecasts and what they leave, first dates."""
+
+    contexts: np.ndarray
+    line: np.ndarray
+    residuals: np.ndarray
+    first: np.ndarray
+
+    @property
+    def horizon(self) -> np.ndarray:
+        """The indices of the dates to forecast, (B, pred_len)."""
+        return self.first[:, None] + self.contexts.shape[1] + np.arange(self.line.shape[1])
+
+    def examples(
+        self, rows: KnownRows, lags: Sequence[int], note_effect: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Build features and targets of the rows whose target is known."""
+        features = row_features(self.contexts, self.line, rows, self.first, lags, note_effect)
+        residuals = self.residuals.ravel()
+        is_known = ~np.isnan(residuals)
+        return features[is_known], residuals[is_known]
+
+
+def _gather(windows: WindowDataset, channels: np.ndarray, line: torch.Tensor, at_most: int) -> _Gathered:
+    """Gather evenly spaced windows of some channels, with at most so many rows to forecast."""
     numbers = np.flatnonzero(np.isin(windows.channel_of(np.arange(len(windows))), channels))
     numbers = numbers[evenly_spaced(len(numbers), max(at_most // windows.pred_len, 1))]
-    features, residuals = [], []
-    for chunk, contexts, targets in windows.in_chunks(numbers):
-        contexts = contexts.numpy().astype(np.float64)
-        forecast = forecast_line(line, contexts)
-        residual = (targets.double().numpy() - forecast).ravel()
-        is_known = ~np.isnan(residual)
-        features.append(row_features(contexts, forecast, rows, windows.first_dates(chunk), lags)[is_known])
-        residuals.append(residual[is_known])
-    return np.concatenate(features), np.concatenate(residuals)
+    pairs = [
+        (contexts.double().numpy(), targets.double().numpy()) for _, contexts, targets in windows.in_chunks(numbers)
+    ]
+    contexts, targets = map(np.concatenate, zip(*pairs, strict=True))
+    forecast = forecast_line(line, contexts)
+    return _Gathered(contexts, forecast, targets - forecast, windows.first_dates(numbers))
 
 
 def _choose(errors: dict[str, np.ndarray], validation: WindowDataset) -> list[str]:
@@ -231,7 +263,10 @@ def _keep_boosted(boosted: BoostedEffect | None, ways: list[str]) -> BoostedEffe
     tree_of = [number if way == BOOSTED else -1 for number, way in zip(boosted.tree_of, ways, strict=True)]
     used = sorted(set(tree_of) - {-1})
     tree_of = [used.index(number) if number >= 0 else -1 for number in tree_of]
-    return replace(boosted, tree_of=tree_of, trees=[boosted.trees[number] for number in used])
+    note_effects = [boosted.note_effects[number] for number in used] if boosted.notes else []
+    return replace(
+        boosted, tree_of=tree_of, trees=[boosted.trees[number] for number in used], note_effects=note_effects
+    )
 
 
 def _rises(series: Series, known: KnownAhead, ways: list[str], line: torch.Tensor) -> dict[str, np.ndarray]:
@@ -248,7 +283,7 @@ def _rises(series: Series, known: KnownAhead, ways: list[str], line: torch.Tenso
     places = np.flatnonzero(in_windows)
     shuffled_places = np.random.default_rng(0).permutation(places)
     rises = {}
-    for name in (*covariates.known, *covariates.past):
+    for name in (*covariates.known, *covariates.past, *covariates.notes):
         rows = covariates.rows.copy()
         rows.iloc[places, rows.columns.get_loc(name)] = covariates.rows[name].iloc[shuffled_places].array
         table = replace(series.table, covariates=replace(covariates, rows=rows))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from data_provider.notes import tree_components
+
 # Rows whose known columns are features of a row: itself and its neighbors.
 _NEIGHBORS = (-1, 0, 1)
 
@@ -18,11 +20,13 @@ class KnownRows:
         known: (dates, columns), known in advance.
         past: (dates, columns), known up to the origin of a forecast.
         calendar: (dates, 3), see `calendar_of`.
+        notes: (dates, components), the encoded notes.
     """
 
     known: np.ndarray
     past: np.ndarray
     calendar: np.ndarray
+    notes: np.ndarray
 
 
 def calendar_of(dates: pd.DatetimeIndex, step_in_days: float) -> np.ndarray:
@@ -33,7 +37,12 @@ def calendar_of(dates: pd.DatetimeIndex, step_in_days: float) -> np.ndarray:
 
 
 def row_features(
-    contexts: np.ndarray, line: np.ndarray, rows: KnownRows, first: np.ndarray, lags: Sequence[int]
+    contexts: np.ndarray,
+    line: np.ndarray,
+    rows: KnownRows,
+    first: np.ndarray,
+    lags: Sequence[int],
+    note_effect: np.ndarray | None = None,
 ) -> np.ndarray:
     """Build the features of every row to forecast of some windows.
 
@@ -45,6 +54,7 @@ def row_features(
         rows: what is known of the table's rows.
         first: the index in `rows` of each window's first date, (B,).
         lags: the rows of a season, and of the next longer one.
+        note_effect: an estimate of the notes' effect, (B, pred_len); None without notes.
 
     Returns:
         (B * pred_len, features), window by window.
@@ -53,6 +63,8 @@ def row_features(
     origin = first[:, None] + length - 1
     horizon = origin + 1 + steps  # (B, pred_len)
     parts = [*_window_features(contexts, line, lags), *_columns(rows.calendar[horizon])]
+    if note_effect is not None:
+        parts += [note_effect, note_effect.mean(axis=1, keepdims=True), *_columns(tree_components(rows.notes)[horizon])]
     for shift in _NEIGHBORS:
         parts += _columns(rows.known[np.minimum(horizon + shift, horizon[:, -1:])])
     parts += [*_columns(rows.known[origin]), *_columns(rows.past[origin])]

@@ -73,14 +73,17 @@ class LastWindow:
         """Encode what is known of the rows of each channel's context and horizon, one channel after the other."""
         covariates, count, steps = self.table.covariates, len(self.channels), len(self.future_dates[0])
         contexts = covariates.rows.iloc[self.table.spans.last(len(self.values))[1].ravel()]
-        if covariates.known:
+        if covariates.known or covariates.notes:
             horizons = covariates.future.iloc[(covariates.spans.first[:, None] + np.arange(steps)).ravel()]
         else:  # nothing is known of them but their dates
             horizons = contexts.iloc[:1].map(lambda _: np.nan).iloc[np.zeros(count * steps, int)]
         dates = [self.dates[0].append([*self.dates[1:]]), self.future_dates[0].append([*self.future_dates[1:]])]
-        parts = [effect.rows_of(frame, own) for frame, own in zip((contexts, horizons), dates, strict=True)]
+        parts = [
+            effect.rows_of(frame, own, covariates.states)
+            for frame, own in zip((contexts, horizons), dates, strict=True)
+        ]
         joined = []
-        for pair in zip(*((part.known, part.past, part.calendar) for part in parts), strict=True):
+        for pair in zip(*((part.known, part.past, part.calendar, part.notes) for part in parts), strict=True):
             by_channel = [values.reshape(count, -1, values.shape[1]) for values in pair]
             joined.append(np.concatenate(by_channel, axis=1).reshape(-1, pair[0].shape[1]))
         return KnownRows(*joined)
@@ -108,7 +111,7 @@ def last_window(table: Table, seq_len: int, pred_len: int) -> LastWindow:
     if spans.rows.min() < seq_len:
         raise UserError(f"{table.source} has {spans.rows.min()} rows: a forecast needs --seq_len {seq_len}")
     dates = [table.dates[rows] for rows in spans.date_slices()]
-    has_future = table.covariates and table.covariates.known
+    has_future = table.covariates and (table.covariates.known or table.covariates.notes)
     next_dates = _dates_of_covariates if has_future else _extrapolated_dates
     return LastWindow(
         table=table,

@@ -16,8 +16,10 @@ import torch
 from data_provider.boosting import Trees
 from data_provider.covariates import Column, Explainer, encode
 from data_provider.forecast_features import KnownRows, calendar_of, row_features
+from data_provider.notes import NoteColumn, NoteEffect, NoteStates
 from data_provider.tables import Table
 from layers.StandardNorm import Normalize
+from utils.errors import UserError
 
 NONE, LINEAR, BOOSTED = WAYS = ("none", "linear", "boosted")
 
@@ -40,6 +42,9 @@ class BoostedEffect:
         line: the linear forecast, (pred_len, seq_len) float64, see `forecast_line`.
         lags: the rows of a season, and of the next longer one.
         step_in_days: the step of the data.
+        notes: the encodings of the notes.
+        note_effects: for each of `trees`, the linear effect of the notes that they build on; empty without notes.
+        llm: a fingerprint of the LLM that read the notes; empty without notes.
     """
 
     channels: list[str]
@@ -50,21 +55,38 @@ class BoostedEffect:
     lags: list[int]
     step_in_days: float
     trees: list[Trees]
+    notes: list[NoteColumn]
+    note_effects: list[NoteEffect]
+    llm: str
 
     def as_dict(self) -> dict:
         """Convert to the plain values and tensors that a checkpoint stores."""
         columns = {name: [asdict(column) for column in getattr(self, name)] for name in ("known", "past")}
-        return {**vars(self), **columns, "trees": [trees.as_dict() for trees in self.trees]}
+        parts = {name: [part.as_dict() for part in getattr(self, name)] for name in ("trees", "notes")}
+        effects = [torch.from_numpy(effect.weights) for effect in self.note_effects]
+        return {**vars(self), **columns, **parts, "note_effects": effects}
 
     @classmethod
     def from_dict(cls, kept: Mapping) -> Self:
         """Restore an effect from `as_dict`; raise ValueError if its trees are damaged."""
         columns = {name: [Column(**column) for column in kept[name]] for name in ("known", "past")}
-        return cls(**{**kept, **columns, "trees": [Trees.from_dict(trees) for trees in kept["trees"]]})
+        trees, notes = map(Trees.from_dict, kept["trees"]), map(NoteColumn.from_dict, kept["notes"])
+        effects = [NoteEffect(weights.numpy()) for weights in kept["note_effects"]]
+        return cls(**{**kept, **columns, "trees": [*trees], "notes": [*notes], "note_effects": effects})
 
-    def rows_of(self, frame: pd.DataFrame, dates: pd.DatetimeIndex) -> KnownRows:
-        """Encode what is known of rows; columns that are missing in the frame are unknown."""
-        return KnownRows(encode(self.known, frame), encode(self.past, frame), calendar_of(dates, self.step_in_days))
+    def rows_of(self, frame: pd.DataFrame, dates: pd.DatetimeIndex, states: NoteStates | None) -> KnownRows:
+        """Encode what is known of rows.
+
+        Raises:
+            UserError: if a column has values of another kind, or another LLM read the notes.
+        """
+        notes = np.zeros((len(frame), 0))
+        if self.notes:
+            if states.llm != self.llm:
+                raise UserError("the notes were read by another LLM in training: give the flags of that LLM")
+            notes = np.hstack([column.encode(frame[column.name], states) for column in self.notes])
+        calendar = calendar_of(dates, self.step_in_days)
+        return KnownRows(encode(self.known, frame), encode(self.past, frame), calendar, notes)
 
     def effect(self, contexts: np.ndarray, channels: Sequence[str], rows: KnownRows, first: np.ndarray) -> np.ndarray:
         """Compute the effect on the horizons of windows, (B, pred_len).
@@ -81,10 +103,20 @@ class BoostedEffect:
         result = np.zeros_like(line)
         for number in np.unique(tree_of[tree_of >= 0]):
             own = tree_of == number
-            features = row_features(contexts[own].astype(np.float64), line[own], rows, first[own], self.lags)
-            chosen = self.trees[number : number + 1] or self.trees
-            result[own] = np.mean([trees.predict(features) for trees in chosen], axis=0).reshape(-1, line.shape[1])
+            chosen = [number] if number < len(self.trees) else range(len(self.trees))
+            windows = contexts[own].astype(np.float64), line[own], rows, first[own]
+            result[own] = np.mean([self._effect_of_trees(one, *windows) for one in chosen], axis=0)
         return result
+
+    def _effect_of_trees(
+        self, number: int, contexts: np.ndarray, line: np.ndarray, rows: KnownRows, first: np.ndarray
+    ) -> np.ndarray:
+        note_effect = None
+        if self.notes:
+            horizon = first[:, None] + contexts.shape[1] + np.arange(line.shape[1])
+            note_effect = self.note_effects[number].estimate(rows.notes, horizon)
+        features = row_features(contexts, line, rows, first, self.lags, note_effect)
+        return self.trees[number].predict(features).reshape(line.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +130,8 @@ class TableEffect:
     @classmethod
     def of(cls, effect: BoostedEffect, table: Table) -> Self:
         """Encode a table's rows."""
-        return cls(effect, effect.rows_of(table.covariates.rows, table.dates), table.channels)
+        covariates = table.covariates
+        return cls(effect, effect.rows_of(covariates.rows, table.dates, covariates.states), table.channels)
 
     def __call__(self, contexts: np.ndarray, channels: np.ndarray, first: np.ndarray) -> np.ndarray:
         """Compute the effect on windows, see `WindowEffect`."""

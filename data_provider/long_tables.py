@@ -20,14 +20,14 @@ def long_table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table:
     Raises:
         UserError: names the row, column, series or flag that is wrong.
     """
-    check_covariates(path, frame, options.known_names, options.past_names, LONG)
+    check_covariates(path, frame, options, LONG)
     ids = frame[ID]
     if ids.isna().any():
         raise UserError(f"{path} data row {ids.isna().argmax() + 1}, column {ID!r} is empty: name its series")
     codes, names = pd.factorize(ids.astype(str))
     is_chosen = _choose_series(path, names, options.series)
     is_known = frame[VALUE].notna().to_numpy()
-    is_future = _follows_last_known(is_known, codes) if options.known_names else np.zeros(len(frame), bool)
+    is_future = _follows_last_known(is_known, codes) if options.has_future else np.zeros(len(frame), bool)
     rows = np.bincount(codes[~is_future], minlength=len(names))
     is_kept = is_chosen & (rows >= options.seq_len)
     if not is_kept.any():
@@ -51,7 +51,7 @@ def long_table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table:
         future_dates = parse_dates(path, future[DATE]) if len(future) else pd.DatetimeIndex([])
         future = future[columns].set_axis(future_dates)
         rows = known[columns].reset_index(drop=True)
-        covariates = Covariates(rows, future, future_spans, options.known_names, options.past_names)
+        covariates = Covariates(rows, future, future_spans, *options.column_names)
     left_out = _left_out((is_chosen & ~is_kept).sum(), is_chosen.sum(), frame.columns, options)
     return Table(path, dates, raw, channels, spans, is_long=True, covariates=covariates, left_out=left_out)
 

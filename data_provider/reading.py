@@ -53,13 +53,13 @@ def _table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table:
 
 def _wide_table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table:
     reserved = ("date", options.target) if options.needs_target else ("date",)
-    check_covariates(path, frame, options.known_names, options.past_names, reserved)
+    check_covariates(path, frame, options, reserved)
     channels = _choose_channels(path, frame, options)
     cells = parse_numbers(path, frame, channels)
     dates = parse_dates(path, frame["date"])
     check_sorted(path, frame["date"], dates)
     rows = len(cells)
-    if options.known_names and rows:  # the rows after the last known one are to be forecast
+    if options.has_future and rows:  # the rows after the last known one are to be forecast
         is_known = ~np.isnan(cells).all(axis=1)
         rows -= int(is_known[::-1].argmax())
     cells = cells[:rows]
@@ -71,7 +71,7 @@ def _wide_table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table
         zeros = np.zeros(len(channels), np.int64)
         future = frame[names][rows:].set_axis(dates[rows:])
         future_spans = Spans(zeros, zeros + len(future), zeros)
-        covariates = Covariates(frame[names][:rows], future, future_spans, options.known_names, options.past_names)
+        covariates = Covariates(frame[names][:rows], future, future_spans, *options.column_names)
     spans = Spans.of_table(*cells.shape)
     return Table(path, dates[:rows], cells.T.ravel(), tuple(channels), spans, covariates=covariates)
 

@@ -1,12 +1,13 @@
 """A CSV as arrays, the flags that select its series and columns, and its gaps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from data_provider.notes import NoteStates, is_empty
 from data_provider.windows import Spans
 from utils.cli.options import FlagGroup
 from utils.errors import listed
@@ -20,7 +21,9 @@ class Covariates:
         rows: one row for each date of the table.
         future: the rows after the last known row of each channel, with their dates as index.
         spans: the rows of `future` that belong to each channel (`first` and `rows`).
-        known, past: the names of the columns known in advance, and of those known up to the origin of a forecast.
+        known, past, notes: the names of the columns known in advance, of those known up to the origin of a forecast,
+            and of those of text known in advance.
+        states: what the LLM read in the notes; None before `with_states`, or without notes.
     """
 
     rows: pd.DataFrame
@@ -28,6 +31,13 @@ class Covariates:
     spans: Spans
     known: tuple[str, ...]
     past: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    states: NoteStates | None = None
+
+    def texts(self) -> list[str]:
+        """List the distinct notes."""
+        columns = [frame[name] for frame in (self.rows, self.future) for name in self.notes]
+        return list(dict.fromkeys(text for values in columns for text in values[~is_empty(values)].astype(str)))
 
 
 @dataclass(frozen=True, eq=False)  # arrays cannot be compared with ==
@@ -61,6 +71,10 @@ class Table:
     def scaled(self, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
         """Scale `raw` by the mean and the deviation of each channel, (channels,) each."""
         return (self.raw - np.repeat(mean, self.spans.rows)) / np.repeat(deviation, self.spans.rows)
+
+    def with_states(self, states: NoteStates) -> "Table":
+        """Add what the LLM read in the notes."""
+        return replace(self, covariates=replace(self.covariates, states=states))
 
     def rows_of(self, channel: int) -> slice:
         """Compute the slice of a channel's values."""
@@ -134,31 +148,29 @@ class TableOptions(FlagGroup):
     series: str
     covariates: str
     past_covariates: str
+    notes: str
     seq_len: int
 
     @property
-    def known_names(self) -> tuple[str, ...]:
-        """The names in --covariates."""
-        return _names(self.covariates)
-
-    @property
-    def past_names(self) -> tuple[str, ...]:
-        """The names in --past_covariates."""
-        return _names(self.past_covariates)
+    def column_names(self) -> tuple[tuple[str, ...], ...]:
+        """The names in --covariates, --past_covariates and --notes."""
+        flags = (self.covariates, self.past_covariates, self.notes)
+        return tuple(tuple(name.strip() for name in names.split(",") if name.strip()) for names in flags)
 
     @property
     def all_names(self) -> list[str]:
         """The names of all columns that explain the channels and are not forecast."""
-        return [*self.known_names, *self.past_names]
+        return [name for names in self.column_names for name in names]
+
+    @property
+    def has_future(self) -> bool:
+        """Whether something is known of the rows to forecast."""
+        return bool(self.column_names[0] or self.column_names[2])
 
     @property
     def needs_target(self) -> bool:
         """Whether the CSV must have the target column: always, except for --features M with the default target."""
         return self.features != "M" or self.target != "OT"
-
-
-def _names(names: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in names.split(",") if name.strip())
 
 
 def fill(values: np.ndarray, spans: Spans) -> np.ndarray:

@@ -146,9 +146,7 @@ def test_a_penalty_is_chosen_in_the_order_of_time(tmp_path):
     strong = 2 * rows["x"].to_numpy() + 0.1 * drawn.normal(size=300)
     spans = Spans.of_table(300, 2)
     values = np.concatenate([strong, drawn.normal(size=300)])
-    table = Table(
-        tmp_path, rows.index, values, ("s", "n"), spans, covariates=Covariates(rows, rows[:0], spans, ("x",))
-    )
+    table = Table(tmp_path, rows.index, values, ("s", "n"), spans, covariates=Covariates(rows, rows[:0], spans, ("x",)))
     explained = fit_explainer(table, values, spans.rows)
     (of_strong,), (of_noise,) = explained.coefficients
     assert of_strong == pytest.approx(2 * rows["x"].std(ddof=0), rel=0.02)

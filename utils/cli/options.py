@@ -143,6 +143,7 @@ TABLE: dict[str, tuple[str | None, tuple[Flag, ...]]] = {
         Flag("series", "", "series of a long CSV (unique_id, ds, y): comma-separated names or patterns (shop-*)"),
         Flag("covariates", "", "comma-separated columns known in advance, which explain the channels", _MATCH),
         Flag("past_covariates", "", "comma-separated columns known up to the origin, which explain them", _MATCH),
+        Flag("notes", "", "comma-separated columns of text known in advance, which the LLM reads", _MATCH),
         Flag("covariate_model", "auto", "how the columns explain; auto: by the validation error of each channel", (),
              ("auto", "none", "linear", "boosted")),
         Flag("loader", "modal", COMPATIBILITY),

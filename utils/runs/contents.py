@@ -9,6 +9,7 @@ from numbers import Real
 import torch
 
 from data_provider.boosting import Trees
+from data_provider.notes import GROUPS
 from utils.cli.options import check_types
 from utils.errors import listed
 
@@ -78,6 +79,24 @@ def _check_boosted(boosted: dict, channels: list[str], flags: dict) -> None:
         for tensor in _tensors_in(trees):
             _check_tensor("a tree", tensor)
         Trees.from_dict(trees)
+    _check_notes(boosted, flags["pred_len"])
+
+
+def _check_notes(boosted: dict, pred_len: int) -> None:
+    _check(isinstance(boosted["llm"], str), "the LLM that read its notes has no name")
+    width = 1
+    for column in boosted["notes"]:
+        _check(column.keys() == {"name", "mean", "projection"}, "the description of its notes is incomplete")
+        _check(isinstance(column["name"], str), "the name of its notes is not a string")
+        for name in ("mean", "projection"):
+            _check_tensor("the encoding of its notes", column[name])
+        _check(column["projection"].shape[:1] == column["mean"].shape, "the encoding of its notes has a wrong shape")
+        width += 3 * column["projection"].shape[1]
+    _check(len(boosted["note_effects"]) == (len(boosted["trees"]) if boosted["notes"] else 0), "it lacks note effects")
+    for weights in boosted["note_effects"]:
+        _check_tensor("the effect of its notes", weights)
+        _check(weights.dim() == 2 and weights.shape[1] == width, "the effect of its notes has a wrong shape")
+        _check(len(weights) == min(pred_len, GROUPS), "the effect of its notes has a wrong shape")
 
 
 def _check_explainer(explainer: dict, channels: list[str]) -> None:

@@ -21,10 +21,13 @@ from utils.cli.checks import check_environment, check_options
 from utils.cli.options import has_llm
 from utils.cli.places import csv_path
 from utils.errors import UserError
+from utils.llm.choice import LLMFlags
+from utils.llm.notes import read_notes
 from utils.runs.checkpoint import Checkpoint, read_checkpoint
 from utils.runs.compatibility import check_channels, check_flags, check_shapes, flags_to_test, load_checkpoint
 from utils.runs.intervals import Calibration, load_calibration
 from utils.runs.prediction import Forecast, check_columns, forecast_window
+from utils.system.gpu import fork_random
 from utils.system.processes import build_accelerator
 
 _HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -116,6 +119,8 @@ class TrainedRun:
         facts = self._saved.data
         check_channels(facts, table.channels, table.is_long, table.source)
         check_columns(table.channels, table.is_long, levels)
+        if self.args.notes and not table.covariates.states:
+            table = with_read_notes(table, self.args, self._saved.path.parent.parent)
         window = last_window(table, self.seq_len, self.pred_len)
         window.covariate_effect(facts)  # finds missing covariates before the LLM is loaded
         if levels and isinstance(calibrated, Path):
@@ -123,6 +128,12 @@ class TrainedRun:
         batch_size = self.args.eval_batch_size or self.args.batch_size
         with torch.autocast(self.model.device.type, self._half_precision, enabled=bool(self._half_precision)):
             return forecast_window(self.model, window, facts, batch_size, calibrated, levels)
+
+
+def with_read_notes(table: Table, args: argparse.Namespace, store: Path) -> Table:
+    """Let the LLM of the flags read a table's notes; `store` is the folder that keeps what was read."""
+    with fork_random(PartialState().device):
+        return table.with_states(read_notes(table.covariates.texts(), LLMFlags.of(args), store))
 
 
 def build_trained(saved: Checkpoint, args: argparse.Namespace) -> Forecaster:

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -32,7 +33,7 @@ from utils.runs.intervals import Calibration
 from utils.runs.prediction import check_columns, write_forecast
 from utils.runs.records import open_run_folder, origin_of, write_choice
 from utils.runs.run_lock import RunLock
-from utils.runs.trained import TrainedRun
+from utils.runs.trained import TrainedRun, with_read_notes
 from utils.system.files import hash_of
 from utils.system.plotting import check_backend
 from utils.system.processes import (
@@ -158,6 +159,9 @@ class Repetition:
         self.initial = self._read_initial(folder, trained_folder(args, number))
         check_columns(series.channels, series.table.is_long, args.level)
         _warn(self.accelerator, series.notes)
+        if args.notes and not series.table.covariates.states:
+            with self.accelerator.main_process_first():  # the others find what it read
+                series = replace(series, table=with_read_notes(series.table, args, Path(args.checkpoints)))
         self.series = self._subtract_known_ahead(series) if series.table.covariates else series
         self.splits = self._prepare_splits()
         check_levels(args.level, self.splits["val"])
