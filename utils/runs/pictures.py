@@ -1,4 +1,4 @@
-"""Plot forecasts, errors and training histories."""
+"""Plot forecasts, errors, training histories and effects of covariates."""
 
 import io
 import logging
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import utils.system.plotting  # noqa: F401 - before matplotlib, which may refuse the environment
+from data_provider.effects import ColumnEffect
 from data_provider.horizon import LastWindow
 from utils.system.files import atomic_write
 
@@ -20,6 +21,9 @@ from matplotlib.font_manager import findfont, get_font, get_font_names
 from matplotlib.text import Text
 
 CONTEXT, TARGET, FORECAST = "0.45", "tab:green", "tab:orange"
+
+# Longer texts are cut beside an axis.
+_LONGEST_TEXT = 24
 
 # Fonts with Chinese, Japanese and Korean characters on Windows, macOS and Linux.
 _FURTHER_FONTS = (
@@ -122,6 +126,40 @@ def draw_history(path: Path, rows: Sequence[dict[str, str]]) -> None:
     axis.set(xlabel="optimizer steps", ylabel="loss, scaled")
     axis.legend(handles=[*axis.lines, *rate_axis.lines], fontsize="small")
     save_picture(figure, path)
+
+
+def draw_covariates(path: Path, effects: Sequence[ColumnEffect]) -> None:
+    """Draw the effect of columns on forecasts over their values, an axis for each column, as a PNG."""
+    across, down = min(len(effects), 2), -(-len(effects) // 2)
+    figure = Figure(figsize=(2 + 4.5 * across, 1 + 3.2 * down), layout="constrained")
+    # With one scale for all, one sees which column matters most.
+    axes = figure.subplots(down, across, sharey=True, squeeze=False).ravel()
+    for axis in axes[len(effects) :]:
+        axis.remove()
+    for number, (axis, effect) in enumerate(zip(axes, effects, strict=False), start=1):
+        axis.axhline(0, color="0.8", linewidth=0.8)
+        _draw_curves(axis, effect)
+        axis.tick_params(labelleft=True)
+        axis.set_xlabel(label(effect.name, f"column {number}") + (", at the origin" if effect.is_past else ""))
+    axes[0].legend(fontsize="small")
+    figure.supylabel("effect, in the channel's units", fontsize="medium")
+    save_picture(figure, path)
+
+
+def _draw_curves(axis: Axes, effect: ColumnEffect) -> None:
+    """Draw the effect of a column on each channel: lines over numbers, dots over texts."""
+    is_text = isinstance(effect.values, list)
+    x = np.arange(len(effect.values)) if is_text else effect.values
+    for place, (channel, curve) in enumerate(effect.curves.items(), start=1):
+        axis.plot(x, curve, "o" if is_text else ".-", markersize=5, label=label(channel, f"channel {place}"))
+    if is_text:
+        texts = [text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 3]}..." for text in effect.values]
+        names = [label(text, f"text {place}") for place, text in enumerate(texts, start=1)]
+        has_room = len(names) <= 4
+        axis.set_xticks(x, names, rotation=0 if has_room else 40, ha="center" if has_room else "right")
+        axis.margins(x=0.1)
+    elif len(x) <= 5:  # such as 0 and 1
+        axis.set_xticks(x)
 
 
 @dataclass(frozen=True)

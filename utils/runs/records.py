@@ -1,4 +1,4 @@
-"""Write the records of a run folder: args.json, metrics.json, series.csv, history.csv and test forecasts."""
+"""Write the records of a run folder: args.json, metrics.json, history.csv, test forecasts, effects of covariates."""
 
 import contextlib
 import csv
@@ -17,7 +17,9 @@ import psutil
 import torch
 from torch import nn
 
+from data_provider.effects import column_effects, note_effects
 from data_provider.fit_known_ahead import Choice
+from data_provider.series import Series
 from data_provider.windows import WindowDataset
 from layers.StandardNorm import Normalize
 from utils.errors import UserError
@@ -25,7 +27,7 @@ from utils.llm.loading import LoadedLLM
 from utils.runs.checkpoint import Checkpoint
 from utils.runs.intervals import Calibration
 from utils.runs.metrics import SERIES_FILE, KeptForecasts, Scores
-from utils.runs.pictures import DrawnWindow, draw_history, draw_windows
+from utils.runs.pictures import DrawnWindow, draw_covariates, draw_history, draw_windows
 from utils.system.files import UNFINISHED, atomic_write, back_up, write_text
 from utils.system.gpu import is_gpu, peak_allocated
 
@@ -40,7 +42,7 @@ HISTORY_COLUMNS = (
 _FILES = (
     *("checkpoint", "last", "args.json", "metrics.json", "history.csv", "history.png", "calibration.npz", "errors.png"),
     *("pred.npy", "true.npy", "test.png", "forecast.csv", "forecast.png", "prototypes.png", SERIES_FILE, "tensorboard"),
-    "covariates.csv",
+    *("covariates.csv", "covariates.png", "notes.csv"),
 )
 
 
@@ -84,9 +86,21 @@ def _holds_results(file: Path) -> bool:
     return file.name != "args.json"
 
 
-def write_choice(folder: Path, choice: Choice) -> None:
-    """Write covariates.csv: by how much the validation error of each channel rises if a column is shuffled."""
+def write_choice(folder: Path, choice: Choice, series: Series) -> None:
+    """Write what covariates and notes do to forecasts.
+
+    covariates.csv tells by how much the validation error of each channel rises if a column is shuffled, covariates.png
+    shows the effect over the values of the most important columns, and notes.csv lists the effect of each note. Without
+    an effect there is no picture, without --notes no notes.csv.
+
+    `series` holds the effect.
+    """
     write_text(folder / "covariates.csv", choice.frame().to_csv(index=False, lineterminator="\n"))
+    if effects := column_effects(series, choice.rises):
+        draw_covariates(folder / "covariates.png", effects)
+    if series.table.covariates.notes:
+        notes = note_effects(series).to_csv(index=False, lineterminator="\n", float_format="%.6g")
+        write_text(folder / "notes.csv", notes)
 
 
 def write_metrics(

@@ -310,7 +310,7 @@ class Repetition:
         if accelerator.is_main_process:
             self._open_folder(resumes=bool(last))
             if self.fitted and not last:
-                write_choice(run.folder, self.fitted[1])
+                write_choice(run.folder, self.fitted[1], self.series)
         accelerator.print(f"Run folder: {run.folder}")
         config, target = TrainConfig.of(self.args), headline_target(self.args)
         return Trainer(config, accelerator, model, self.splits, target, run, interrupts, training)
