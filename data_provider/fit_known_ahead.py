@@ -73,14 +73,13 @@ class Choice:
         return f"{line} | {', '.join(columns)}" if columns else line
 
     def frame(self) -> pd.DataFrame:
-        """List the rises of the validation error by channel and column."""
-        return pd.DataFrame(
-            [
-                {"channel": channel, "column": name, "way": way, "rise": rises[number]}
-                for number, (channel, way) in enumerate(zip(self.channels, self.ways, strict=True))
-                for name, rises in self.rises.items()
-            ]
-        )
+        """List the rises of the validation error by channel and column; no row if nothing has an effect."""
+        rows = [
+            (channel, name, way, rises[number])
+            for number, (channel, way) in enumerate(zip(self.channels, self.ways, strict=True))
+            for name, rises in self.rises.items()
+        ]
+        return pd.DataFrame(rows, columns=["channel", "column", "way", "rise"])
 
 
 def fit_known_ahead(

@@ -65,6 +65,7 @@ def test_noise_changes_nothing(trained):
     plain = trained("plain", frame[["date", "load"]])
     assert "load: none |" in noise.out
     assert noise.metrics()["mse"] == plain.metrics()["mse"]
+    assert pd.read_csv(noise.folder / "covariates.csv").columns.tolist() == ["channel", "column", "way", "rise"]
 
 
 @pytest.mark.parametrize("model", [["--model", "DLinear"], ["--model", "PatchTST", "--patch_len", "8"]])
