@@ -149,7 +149,7 @@ def _channels_with_own_trees(training: WindowDataset) -> tuple[np.ndarray, np.nd
     """Split the channels into those with trees of their own and those that share theirs."""
     counts = training.counts * training.pred_len
     is_own = np.minimum(counts, _FITTED_ROWS // len(counts)) >= _ROWS_OF_OWN_TREES
-    return np.flatnonzero(is_own), np.flatnonzero(~is_own & (counts > 0))
+    return np.flatnonzero(is_own), np.flatnonzero(~is_own if counts[~is_own].any() else [])
 
 
 def _fit_boosted(

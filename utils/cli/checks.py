@@ -57,6 +57,8 @@ def _contradictions(args: argparse.Namespace) -> Iterator[str]:
             yield f"--{name} {value} applies only to TimeLLM: leave it out with --model {args.model}"
     if args.notes and args.covariate_model == "linear":
         yield "--covariate_model linear reads no notes: leave out --notes, or give auto or boosted"
+    if args.covariate_model == "linear" and args.past_covariates and not args.covariates:
+        yield "--covariate_model linear needs --covariates: past ones are read by trees alone"
     if not can_learn(args) and (reads_notes(args) or args.covariate_model == "boosted"):
         what = "--notes" if args.notes else "--covariate_model boosted"
         yield f"{what} needs a forecaster that is trained: leave it out with --model {args.model}"
