@@ -120,7 +120,7 @@ def _as_bytes(values: pd.Series) -> np.ndarray:
     """Convert a covariate to an array of fixed-size values, whose bytes can be hashed."""
     if pd.api.types.is_numeric_dtype(values):
         return values.to_numpy(np.float64)
-    return np.array([hashlib.sha256(text.encode()).digest()[:8] for text in values.astype(str)], "S8")
+    return np.array([hashlib.sha256(text.encode()).digest()[:8] for text in values.astype(str).fillna("")], "S8")
 
 
 def sample_fingerprints(table: Table, rows: np.ndarray) -> list[int]:

@@ -73,14 +73,13 @@ class Choice:
         return f"{line} | {', '.join(columns)}" if columns else line
 
     def frame(self) -> pd.DataFrame:
-        """List the rises of the validation error by channel and column."""
-        return pd.DataFrame(
-            [
-                {"channel": channel, "column": name, "way": way, "rise": rises[number]}
-                for number, (channel, way) in enumerate(zip(self.channels, self.ways, strict=True))
-                for name, rises in self.rises.items()
-            ]
-        )
+        """List the rises of the validation error by channel and column; no row if nothing has an effect."""
+        rows = [
+            (channel, name, way, rises[number])
+            for number, (channel, way) in enumerate(zip(self.channels, self.ways, strict=True))
+            for name, rises in self.rises.items()
+        ]
+        return pd.DataFrame(rows, columns=["channel", "column", "way", "rise"])
 
 
 def fit_known_ahead(
@@ -150,7 +149,7 @@ def _channels_with_own_trees(training: WindowDataset) -> tuple[np.ndarray, np.nd
     """Split the channels into those with trees of their own and those that share theirs."""
     counts = training.counts * training.pred_len
     is_own = np.minimum(counts, _FITTED_ROWS // len(counts)) >= _ROWS_OF_OWN_TREES
-    return np.flatnonzero(is_own), np.flatnonzero(~is_own & (counts > 0))
+    return np.flatnonzero(is_own), np.flatnonzero(~is_own if counts[~is_own].any() else [])
 
 
 def _fit_boosted(

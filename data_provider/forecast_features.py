@@ -31,7 +31,7 @@ class KnownRows:
 
 def calendar_of(dates: pd.DatetimeIndex, step_in_days: float) -> np.ndarray:
     """Compute hour, weekday and month, (dates, 3); 0 where the step makes them meaningless, as the hour of days."""
-    calendar = np.stack([dates.hour + dates.minute / 60, dates.dayofweek, dates.month], axis=1)
+    calendar = np.stack([dates.hour + dates.minute / 60, dates.day_of_week, dates.month], axis=1)
     calendar[:, [step_in_days >= 1, step_in_days > 1, step_in_days > 31]] = 0
     return calendar
 

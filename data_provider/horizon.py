@@ -84,8 +84,9 @@ class LastWindow:
         ]
         joined = []
         for pair in zip(*((part.known, part.past, part.calendar, part.notes) for part in parts), strict=True):
-            by_channel = [values.reshape(count, -1, values.shape[1]) for values in pair]
-            joined.append(np.concatenate(by_channel, axis=1).reshape(-1, pair[0].shape[1]))
+            by_channel = [values.reshape(count, len(values) // count, values.shape[1]) for values in pair]
+            both = np.concatenate(by_channel, axis=1)
+            joined.append(both.reshape(count * both.shape[1], both.shape[2]))
         return KnownRows(*joined)
 
 

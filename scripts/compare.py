@@ -7,9 +7,11 @@
 
 Flags that this script does not define go to run_main.py. Each --way is a name and its own flags of run_main.py, which
 take priority. The default ways are TimeLLM and its two ablations, each without and with a linear residual, PatchTST,
-DLinear, the seasonal naive forecast (last season) and the naive forecast (last value). A way that fails does not stop
-the others. The results are printed and written to compare.md, compare.csv (one row per run) and compare.png. The same
-command skips finished runs and resumes interrupted ones. --rank ranks the ways of finished comparisons.
+DLinear, the seasonal naive forecast (last season) and the naive forecast (last value); with flags that name covariates
+or notes, the flags' own forecaster with what is known, with a random LLM and without it, PatchTST, DLinear and the last
+season. A way that fails does not stop the others. The results are printed and written to compare.md, compare.csv (one
+row per run) and compare.png. The same command skips finished runs and resumes interrupted ones. --rank ranks the ways
+of finished comparisons.
 """
 
 import csv
@@ -31,7 +33,7 @@ import pandas as pd
 from scripts.launch import repetitions
 from utils.cli.checks import check_options, check_paths
 from utils.cli.command import OneLineParser, command_line, exit_code_of, run_child
-from utils.cli.options import RESERVED_BY_COMPARE, flags_tagged, get_parser
+from utils.cli.options import RESERVED_BY_COMPARE, flags_tagged, get_parser, has_llm
 from utils.cli.places import csv_path, is_demo_default
 from utils.cli.signals import leave
 from utils.errors import UserError, first_line
@@ -53,6 +55,16 @@ VARIANTS = {
     "DLinear": "--model DLinear",
     "last season": "--model SeasonalNaive",
     "last value": "--model LastValue",
+}
+
+# The default variants where the flags name covariates or notes; the first three differ in what is known alone.
+KNOWN_AHEAD_VARIANTS = {
+    "with what is known": "",
+    "the same, random LLM": "--ablation random_llm",
+    "without what is known": "--covariate_model none",
+    "PatchTST": "--model PatchTST --residual none",
+    "DLinear": "--model DLinear --residual none",
+    "last season": "--model SeasonalNaive --residual none --covariate_model none",
 }
 
 # Shorter training than run_main.py --demo: ten variants with three seeds each take a few minutes.
@@ -82,19 +94,20 @@ def plan_variants(ways: Sequence[str], seeds: int, flags: Sequence[str], out: st
         UserError: if a variant is unknown or its flags are invalid.
     """
     flags = [*DEMO_FLAGS.split(), *flags] if "--demo" in flags else list(flags)
+    given = get_parser().parse_args(flags)
+    defaults = _default_variants(given)
     if not ways:
-        ways = [name for name in VARIANTS if name != "last season" or _fits_a_season(get_parser().parse_args(flags))]
+        ways = [name for name in defaults if name != "last season" or _fits_a_season(given)]
     if not out:
-        args = get_parser().parse_args(flags)
-        out = f"./checkpoints/compare-{Path(args.data_path).stem}-{args.seq_len}-{args.pred_len}"
+        out = f"./checkpoints/compare-{Path(given.data_path).stem}-{given.seq_len}-{given.pred_len}"
     reserved = {f"--{name}" for name in flags_tagged(RESERVED_BY_COMPARE)}
     variants = []
     for way in ways:
         name, has_flags, own = way.partition("=")
-        if not has_flags and name not in VARIANTS:
-            known = ", ".join(VARIANTS)
+        if not has_flags and name not in defaults:
+            known = ", ".join(defaults)
             raise UserError(f'--way {name} is not one of {known}: give it flags, --way "{name}=--flag value"')
-        argv = [*flags, *split_flags(own if has_flags else VARIANTS[name])]
+        argv = [*flags, *split_flags(own if has_flags else defaults[name])]
         slug = re.sub(r"[^\w.]+", "-", name).strip("-")
         # A file system may not distinguish upper and lower case.
         if any(variant.args.des.casefold() == slug.casefold() for variant in variants):
@@ -109,6 +122,14 @@ def plan_variants(ways: Sequence[str], seeds: int, flags: Sequence[str], out: st
         check_paths(args)
         variants.append(Variant(name, argv, args))
     return variants
+
+
+def _default_variants(args: Namespace) -> dict[str, str]:
+    """Choose the default variants: where covariates or notes are named, those that differ in what is known."""
+    if not (args.covariates or args.past_covariates or args.notes):
+        return VARIANTS
+    no_llm = not has_llm(args) and not args.notes
+    return {name: flags for name, flags in KNOWN_AHEAD_VARIANTS.items() if not (no_llm and "random_llm" in flags)}
 
 
 def _fits_a_season(args: Namespace) -> bool:

@@ -69,6 +69,22 @@ def download(files: Sequence[RemoteFile], folder: Path) -> None:
         rename(part, folder / file.name)
 
 
+def download_missing(files: Sequence[RemoteFile], folder: Path) -> None:
+    """Download those files that the folder of an earlier, unfinished download lacks; remove what is no part of them.
+
+    Raises:
+        UserError: if the folder is a link, or the download fails.
+    """
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link, not the folder of an earlier download: remove it")
+    wanted = {file.name: file for file in files}
+    for path in list(folder.glob("*")):
+        file = wanted.get(path.name.removesuffix(PART))
+        if file is None or (path.name == file.name and not file.matches(path)):
+            path.unlink()  # the server's version has changed since
+    download([file for file in files if not (folder / file.name).exists()], folder)
+
+
 def _download_part(file: RemoteFile, part: Path) -> None:
     """Send requests until all bytes are on the disk; give up after repeated failures without a new byte."""
     if _size(part) > file.size:

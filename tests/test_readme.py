@@ -67,6 +67,11 @@ def house(tmp_path, tiny_llm, monkeypatch) -> Path:
     mine = demo_frame(2500).iloc[:, :4].set_axis(["date", "load", "wind", "temperature"], axis=1).assign(date=dates)
     mine.to_csv(tmp_path / "dataset" / "my.csv", index=False)
     mine.assign(load=mine["load"].where(mine.index < 2450)).to_csv(tmp_path / "dataset" / "my-weather.csv", index=False)
+    note = np.where(mine.index // 36 % 3 == 0, "", np.where(mine.index % 2, "Calm.", "Gusts from the west until noon."))
+    known = mine.assign(
+        load=mine["load"].where(mine.index < 2450), wind=mine["wind"].where(mine.index < 2450), note=note
+    )
+    known.to_csv(tmp_path / "dataset" / "my-notes.csv", index=False)
     mine.rename(columns={"load": "负荷"}).to_csv(tmp_path / "dataset" / "my-gbk.csv", index=False, encoding="gbk")
     shutil.copytree(tiny_llm("qwen2"), tmp_path / "base_models" / "Qwen2.5-3B")
     make_tiny_llm("llama", tmp_path / "base_models" / "SmolLM2-135M", layers=6)

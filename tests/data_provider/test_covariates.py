@@ -175,6 +175,7 @@ def test_a_penalty_is_chosen_in_the_order_of_time(tmp_path):
             ["7 cells of --covariates are empty in the rows to forecast, 'price' at"],
         ),
         (lambda f: f, ["--covariates", "price", "--past_covariates", "price"], ["and --past_covariates name price"]),
+        (lambda f: f, ["--past_covariates", "price", "--covariate_model", "linear"], ["linear needs --covariates"]),
         (lambda f: f, ["--past_covariates", "prize"], ["no column 'prize' for --past_covariates"]),
         (lambda f: f.assign(price=np.inf), ["--covariates", "price"], ["data row 1", "inf"]),
         (lambda f: f.assign(day=f.date.astype(str)), ["--covariates", "day"], ["'day' has", "different texts"]),

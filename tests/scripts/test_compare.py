@@ -67,6 +67,19 @@ def test_ways_are_compared_over_seeds_and_what_is_done_is_kept(started, flags, t
     assert "TimeLLM: done already" in capsys.readouterr().out
 
 
+def test_covariates_and_notes_have_ways_of_their_own(started, flags, csv_folder, tmp_path, capsys):
+    """The flags' own forecaster with and without what is known; a random LLM where an LLM reads something."""
+    plan = compare.plan_variants
+    own = [*flags, "--model", "DLinear", "--covariates", "HUFL"]
+    assert [one.name for one in plan([], 1, own, "")] == [
+        "with what is known", "without what is known", "PatchTST", "DLinear", "last season"
+    ]  # fmt: skip
+    names = [one.name for one in plan([], 1, [*flags, "--covariates", "HUFL"], "")]
+    assert names[:3] == ["with what is known", "the same, random LLM", "without what is known"]
+    without = plan(["without what is known"], 1, own, "")[0].args
+    assert (without.covariate_model, without.covariates, without.model) == ("none", "HUFL", "DLinear")
+
+
 def test_what_was_tested_at_the_end_alone_is_a_dot_at_its_time(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(pictures, "save_picture", lambda figure, path: drawn.append(figure))

@@ -15,9 +15,10 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import huggingface_hub
+import pandas as pd
 import pytest
 
-from scripts import download, fetch
+from scripts import download, fetch, known_ahead
 from tests.conftest import SHARED, needs_shared
 
 DATA = random.Random(0).randbytes(100_000)
@@ -327,7 +328,7 @@ def test_a_redirection_is_followed_but_not_to_files(ett, csv):
 @pytest.mark.parametrize(
     "mirror", ["ftp://host/x", "file:///etc", "host/x", "", "http://", "http://host:x/", "http://[::1", "http://a b/"]
 )
-@pytest.mark.parametrize("what", ["ett", "smollm2"])
+@pytest.mark.parametrize("what", ["ett", "vic", "weather", "smollm2"])
 def test_only_addresses_of_the_web_are_fetched_from(what, mirror, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "urlopen", None)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", None)
@@ -385,6 +386,154 @@ def test_ctrl_c_keeps_what_is_there(ett, csv, monkeypatch):
     assert fetched.code == 130
     assert fetched.err == "interrupted: run the same command again to resume\n"
     assert part_of(csv).read_bytes() == DATA[:CUT]
+
+
+HALF_HOURS = """Time,Demand,Temperature,Date,Holiday
+2011-12-31T13:00:00Z,9999,99,2012-01-01,TRUE
+2011-12-31T13:30:00Z,9999,99,2012-01-01,TRUE
+2011-12-31T14:00:00Z,4048.1,20.7,2012-01-01,TRUE
+2011-12-31T14:30:00Z,3877.56,20.6,2012-01-01,TRUE
+2011-12-31T15:00:00Z,3000,19.5,2012-01-02,FALSE
+2011-12-31T15:30:00Z,3100.01,19.25,2012-01-02,FALSE
+2011-12-31T16:00:00Z,3200.5,18,2012-01-02,FALSE
+"""
+VIC = """date,demand,temperature,holiday
+2012-01-01 00:00:00,3962.83,20.65,1
+2012-01-01 01:00:00,3050.0,19.38,0
+2012-01-01 02:00:00,3200.5,18.0,0
+"""
+
+REPORTS = {  # of three years; in 2015 the fourth hour is missing, and humidity and wind have no number once
+    2014: """time,temp,wind_dir,wind_speed,weather_text,barometer,humidity
+201412312220,-1°C,,9 km/h,Clear.,1013 mbar,86%
+201412312250,-2°C,,6 km/h,Clear.,1012 mbar,87%
+201412312320,-3°C,,No wind,Clear.,1012 mbar,
+201412312350,-3°C,,5 km/h,Clear.,1012 mbar,93%
+""",
+    2015: """time,temp,wind_dir,wind_speed,weather_text,barometer,humidity
+201501010020,,,4 km/h,Clear.,,
+201501010050,4°C,,No wind,Clear.,,90%
+201501010120,2°C,,No wind,Clear.,1012 mbar,90%
+201501010320,10°C,,12 km/h,"Rain, fog.",1012 mbar,100%
+""",
+    2016: """time,temp,wind_dir,wind_speed,weather_text,barometer,humidity
+201501010450,11°C,,13 km/h,Clear.,1012 mbar,100%
+""",
+}
+HASHES = {"It is night. ": "aa", "Cold, to -7 °C.": "bb", " A gentle breeze.": "cc", "Not said.": "dd"}
+NOTES = {"201412311800": ["aa", "bb"], "201501010000": ["bb", "cc", "not in the table"], "201501010600": ["dd"]}
+WEATHER = """date,temperature,humidity,wind,note
+2014-12-31 22:00:00,-1.5,86.5,7.5,"It is night. Cold, to -7 °C."
+2014-12-31 23:00:00,-3.0,93.0,5.0,"It is night. Cold, to -7 °C."
+2015-01-01 00:00:00,4.0,90.0,4.0,"Cold, to -7 °C. A gentle breeze. "
+2015-01-01 01:00:00,2.0,90.0,6.67,"Cold, to -7 °C. A gentle breeze. "
+2015-01-01 02:00:00,6.0,95.0,9.33,"Cold, to -7 °C. A gentle breeze. "
+2015-01-01 03:00:00,10.0,100.0,12.0,"Cold, to -7 °C. A gentle breeze. "
+2015-01-01 04:00:00,11.0,100.0,13.0,"Cold, to -7 °C. A gentle breeze. "
+"""
+
+SOURCES = {
+    "vic": {"data/vic_electricity.csv": HALF_HOURS.encode()},
+    "weather": {
+        **{f"raw_data/weather_report/hourly_weather_raw_{year}.csv": text.encode() for year, text in REPORTS.items()},
+        "date2hash/wm_messages_v1.json": json.dumps(NOTES).encode(),
+        "hash2text/hashtable.json": json.dumps(HASHES, ensure_ascii=False).encode(),
+    },
+}
+MADE = {"vic": VIC, "weather": WEATHER}
+
+
+def files_of(name, **changes):
+    """Answer as a server that has the files of a repository, some of them changed."""
+
+    def answer(handler):
+        path = handler.path.removeprefix("/repository/")
+        changed = changes.get(Path(path).stem)
+        (changed or (whole(SOURCES[name][path]) if path in SOURCES[name] else status(404)))(handler)
+
+    return answer
+
+
+@pytest.fixture
+def data_set(serve, monkeypatch, tmp_path, capsys):
+    """Return a function that fetches vic or weather, which are small here, from a server with this answer."""
+    for name, files in SOURCES.items():
+        assert files.keys() == known_ahead.DATA_SETS[name].files.keys()
+        known = {path: (len(body), hashlib.sha256(body).hexdigest()) for path, body in files.items()}
+        monkeypatch.setitem(known_ahead.DATA_SETS, name, known_ahead.DATA_SETS[name]._replace(files=known))
+
+    def fetch_data_set(name, answer):
+        server = serve(answer)
+        code = fetch.main([name, "--folder", str(tmp_path / "dataset"), "--mirror", f"{server.url}/repository/"])
+        printed = capsys.readouterr()
+        return SimpleNamespace(code=code, server=server, out=printed.out, err=printed.err)
+
+    return fetch_data_set
+
+
+def assert_made(fetched, name, folder):
+    assert (fetched.code, fetched.err) == (0, "")
+    assert (folder / f"{name}.csv").read_bytes().decode() == MADE[name]
+    assert [path.name for path in folder.iterdir()] == [f"{name}.csv"]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_data_set_is_made_from_the_files_of_a_repository(data_set, tmp_path, name):
+    fetched = data_set(name, files_of(name))
+    assert_made(fetched, name, tmp_path / "dataset")
+    assert [path for path, _ in fetched.server.requests] == [f"/repository/{path}" for path in SOURCES[name]]
+    flags = "--covariates temperature,holiday" if name == "vic" else "--notes note"
+    assert f"--root_path {tmp_path / 'dataset'} --data_path {name}.csv" in fetched.out
+    assert fetched.out.endswith(f"{flags}\n")
+
+
+@pytest.mark.parametrize("name", MADE)
+@needs_shared("known-ahead")
+def test_the_columns_are_those_of_the_csv_that_the_published_errors_are_of(name):
+    published = SHARED / "known-ahead" / f"{name}.csv"
+    assert known_ahead.DATA_SETS[name].has_header_of(published)
+    assert list(pd.read_csv(published, nrows=1)) == MADE[name].split("\n")[0].split(",")
+
+
+def test_a_later_run_fetches_only_the_rest_of_a_data_sets_files(data_set, tmp_path):
+    stopped = data_set("weather", files_of("weather", wm_messages_v1=status(404)))
+    assert_refused(stopped, "wm_messages_v1.json", "HTTP 404", "--mirror")
+    assert not (tmp_path / "dataset" / "weather.csv").exists()
+    part = tmp_path / "dataset" / "weather.csv.part"
+    (part / "hourly_weather_raw_2015.csv").write_text("damaged", encoding="utf-8")
+    (part / "hourly_weather_raw_2017.csv").write_text(REPORTS[2016], encoding="utf-8")
+    fetched = data_set("weather", files_of("weather"))
+    assert_made(fetched, "weather", tmp_path / "dataset")
+    asked = [Path(path).stem for path, _ in fetched.server.requests]
+    assert asked == ["hourly_weather_raw_2015", "wm_messages_v1", "hashtable"]
+
+
+def test_wrong_bytes_do_not_get_into_a_data_set(data_set, tmp_path):
+    wrong = HALF_HOURS.replace("3000", "3001").encode()
+    assert_refused(data_set("vic", files_of("vic", vic_electricity=whole(wrong))), "wrong bytes", "--mirror")
+    assert [path for path in (tmp_path / "dataset").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_data_set_that_is_there_is_left_alone(data_set, tmp_path, name):
+    path = tmp_path / "dataset" / f"{name}.csv"
+    path.parent.mkdir()
+    path.write_text(MADE[name], encoding="utf-8")
+    fetched = data_set(name, files_of(name))
+    assert_made(fetched, name, path.parent)
+    assert f"{path} already exists" in fetched.out
+    assert not fetched.server.requests
+
+
+@pytest.mark.parametrize("first_line", ["date,mine", "", VIC.split("\n")[0] + "s"])
+def test_another_csv_of_a_data_sets_name_is_not_replaced(data_set, tmp_path, first_line):
+    path = tmp_path / "dataset" / "vic.csv"
+    path.parent.mkdir()
+    path.write_text(f"{first_line}\n2012-01-01,1\n", encoding="utf-8")
+    fetched = data_set("vic", files_of("vic"))
+    assert_refused(fetched, str(path), "move it away")
+    assert path.read_text(encoding="utf-8").startswith(first_line)
+    assert not fetched.server.requests
 
 
 CONFIG = b'{"model_type": "qwen2"}'

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils.cli.options import DEFAULTS, FLAGS, can_learn, has_llm
+from utils.cli.options import DEFAULTS, FLAGS, can_learn, has_llm, reads_notes
 from utils.cli.places import csv_path, is_demo_default, looks_like_a_path, run_folder, trained_folder
 from utils.errors import UserError
 
@@ -53,14 +53,16 @@ def _contradictions(args: argparse.Namespace) -> Iterator[str]:
     if args.checkpoint and args.is_training:
         yield "--checkpoint names a run to test: add --is_training 0"
     for name, value in (("ablation", args.ablation), ("residual", args.residual)):
-        if value != "none" and not has_llm(args) and not (args.notes and value == "random_llm"):
+        if value != "none" and not has_llm(args) and not (reads_notes(args) and value == "random_llm"):
             yield f"--{name} {value} applies only to TimeLLM: leave it out with --model {args.model}"
-    if args.notes and args.covariate_model in ("none", "linear"):
-        yield f"--covariate_model {args.covariate_model} reads no notes: leave out --notes, or give auto or boosted"
-    if not can_learn(args) and (args.notes or args.covariate_model == "boosted"):
+    if args.notes and args.covariate_model == "linear":
+        yield "--covariate_model linear reads no notes: leave out --notes, or give auto or boosted"
+    if args.covariate_model == "linear" and args.past_covariates and not args.covariates:
+        yield "--covariate_model linear needs --covariates: past ones are read by trees alone"
+    if not can_learn(args) and (reads_notes(args) or args.covariate_model == "boosted"):
         what = "--notes" if args.notes else "--covariate_model boosted"
         yield f"{what} needs a forecaster that is trained: leave it out with --model {args.model}"
-    if args.notes and not has_llm(args) and not args.llm_model_path and args.llm_model == DEFAULTS["llm_model"]:
+    if reads_notes(args) and not has_llm(args) and not args.llm_model_path and args.llm_model == DEFAULTS["llm_model"]:
         yield "--notes needs an LLM to read them: name it with --llm_model_path or --llm_model"
     for name in ("model_id", "model_comment", "des"):
         if bad := sorted(set(getattr(args, name)) & set('<>:"/\\|?*\n\r\t')):
@@ -76,7 +78,7 @@ def check_paths(args: argparse.Namespace) -> None:
     if args.prompt_file and not Path(args.prompt_file).is_file():
         raise UserError(f"no prompt file {args.prompt_file}: check --prompt_file")
     llm_exists = (Path(args.llm_model_path) / "config.json").is_file() or is_demo_default(args, "llm_model_path")
-    if (has_llm(args) or args.notes) and looks_like_a_path(args.llm_model_path) and not llm_exists:
+    if (has_llm(args) or reads_notes(args)) and looks_like_a_path(args.llm_model_path) and not llm_exists:
         raise UserError(
             f"no LLM in {args.llm_model_path}: --llm_model_path needs a folder with a config.json"
             " (python scripts/fetch.py smollm2 downloads one)"

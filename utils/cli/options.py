@@ -340,6 +340,11 @@ def has_llm(args: argparse.Namespace) -> bool:
     return args.model == "TimeLLM"
 
 
+def reads_notes(args: argparse.Namespace) -> bool:
+    """Return whether an LLM reads notes."""
+    return bool(args.notes) and args.covariate_model != "none"
+
+
 def flags_of_repetition(args: argparse.Namespace, repetition: int) -> argparse.Namespace:
     """Copy the flags, with the seed of a repetition; repetitions count from 0."""
     return argparse.Namespace(**{**vars(args), "seed": args.seed + repetition})

@@ -77,7 +77,7 @@ def _check_boosted(boosted: dict, channels: list[str], flags: dict) -> None:
     _check(_is_number(boosted["step_in_days"]), "its step is not a number")
     for trees in boosted["trees"]:
         for tensor in _tensors_in(trees):
-            _check_tensor("a tree", tensor)
+            _check_dense("a tree", tensor)  # a split between missing and known values has an infinite threshold
         Trees.from_dict(trees)
     _check_notes(boosted, flags["pred_len"])
 
@@ -168,12 +168,16 @@ def _tensors_in(value: object) -> list[torch.Tensor]:
 
 
 def _check_tensor(name: str, tensor: object) -> None:
+    _check_dense(name, tensor)
+    _check(bool(torch.isfinite(tensor).all()), f"{name} is not finite")
+
+
+def _check_dense(name: str, tensor: object) -> None:
     is_plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
     _check(is_plain, f"{name} is not a dense CPU tensor")
     _check(not tensor.is_complex(), f"{name} is complex")
     # With strides of 0, a foreign tensor can claim more elements than its storage holds.
     _check(tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes(), f"{name} is larger than its storage")
-    _check(bool(torch.isfinite(tensor).all()), f"{name} is not finite")
 
 
 def _is_count(value: object) -> bool:

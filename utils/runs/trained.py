@@ -18,7 +18,7 @@ from data_provider.tables import Table
 from models import build, weight_shapes
 from models.forecaster import Forecaster
 from utils.cli.checks import check_environment, check_options
-from utils.cli.options import has_llm
+from utils.cli.options import has_llm, reads_notes
 from utils.cli.places import csv_path
 from utils.errors import UserError
 from utils.llm.choice import LLMFlags
@@ -119,7 +119,7 @@ class TrainedRun:
         facts = self._saved.data
         check_channels(facts, table.channels, table.is_long, table.source)
         check_columns(table.channels, table.is_long, levels)
-        if self.args.notes and not table.covariates.states:
+        if reads_notes(self.args) and not table.covariates.states:
             table = with_read_notes(table, self.args, self._saved.path.parent.parent)
         window = last_window(table, self.seq_len, self.pred_len)
         window.covariate_effect(facts)  # finds missing covariates before the LLM is loaded

@@ -21,7 +21,7 @@ from data_provider.tables import Table
 from dataset.demo import write_demo_csv
 from models import build
 from utils.cli.command import is_first_process
-from utils.cli.options import can_learn, flags_of_final_test, flags_of_repetition, has_llm, headline_target
+from utils.cli.options import can_learn, flags_of_final_test, flags_of_repetition, has_llm, headline_target, reads_notes
 from utils.cli.places import csv_path, is_demo_default, run_folder, trained_folder
 from utils.cli.signals import Interrupts
 from utils.errors import UserError
@@ -159,7 +159,7 @@ class Repetition:
         self.initial = self._read_initial(folder, trained_folder(args, number))
         check_columns(series.channels, series.table.is_long, args.level)
         _warn(self.accelerator, series.notes)
-        if args.notes and not series.table.covariates.states:
+        if reads_notes(args) and not series.table.covariates.states:
             with self.accelerator.main_process_first():  # the others find what it read
                 series = replace(series, table=with_read_notes(series.table, args, Path(args.checkpoints)))
         self.series = self._subtract_known_ahead(series) if series.table.covariates else series

@@ -1,0 +1,128 @@
+"""--notes: free text that is known in advance, which an LLM reads."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from data_provider.notes import NoteColumn, NoteStates, fit_note_effect
+from utils.runs import load_run
+
+FLAGS = [
+    *("--data", "custom", "--seq_len", "48", "--label_len", "8", "--pred_len", "12", "--learning_rate", "0.003"),
+    *("--max_steps", "40", "--lradj", "constant", "--eval_windows", "300", "--skip_epoch_test", "--patch_len", "8"),
+]
+SALES = ["A big sale starts.", "Everything is reduced today.", "Sale! Half price on all shoes.", "The sale goes on."]
+QUIET = ["The shop is open as usual.", "Nothing special.", "An ordinary day.", "Regular opening hours."]
+
+
+def shop(rows=1500, future=12):
+    """A shop that sells 8 more in hours with a note about a sale; some hours have no note."""
+    drawn, count = np.random.default_rng(11), rows + future
+    wave, blocks = np.sin(2 * np.pi * np.arange(count) / 24), np.repeat(drawn.random(-(-count // 6)) < 0.3, 6)[:count]
+    blocks[rows:] = np.arange(future) < 6
+    frame = pd.DataFrame({"date": pd.date_range("2024-01-01", periods=count, freq="h")})
+    frame["sold"] = 20 + 3 * wave + 8 * blocks + drawn.normal(size=count)
+    frame.loc[rows:, "sold"] = np.nan
+    texts = [drawn.choice(SALES if sale else QUIET) for sale in blocks]
+    silent = (drawn.random(count) < 0.1) & ~blocks
+    return frame.assign(note=np.where(silent, None, np.array(texts, object)))
+
+
+@pytest.fixture
+def trained(run, tmp_path, tiny_llm):
+    """Return a function that trains on a frame and returns the run."""
+
+    def train(name, frame, *more):
+        frame.to_csv(tmp_path / f"{name}.csv", index=False)
+        here = ["--root_path", tmp_path, "--data_path", f"{name}.csv", "--model_id", name]
+        llm = ["--llm_model_path", tiny_llm("qwen2")]
+        done = run(*FLAGS, *here, *llm, *(() if "--model" in more else ("--model", "DLinear")), *more)
+        assert done.code == 0, done.err
+        return done._replace(folders=[folder for folder in done.folders if f"forecast_{name}_" in folder.name])
+
+    return train
+
+
+def test_notes_say_what_digits_cannot(trained):
+    plain = trained("plain", shop()[["date", "sold"]].head(1500)).metrics()["mse"]
+    done = trained("noted", shop(), "--notes", "note", "--predict")
+    assert "Notes: 8 texts, 8 of them read" in done.out
+    assert "Known in advance | sold: boosted | validation MSE 0." in done.out and "| note " in done.out
+    assert done.metrics()["mse"] < 0.4 * plain
+    forecast, is_sale = pd.read_csv(done.folder / "forecast.csv"), shop()["note"].tail(12).isin(SALES).to_numpy()
+    assert 0 < is_sale.sum() < 12
+    wave = 20 + 3 * np.sin(2 * np.pi * np.arange(1500, 1512) / 24)
+    assert forecast["sold"][is_sale].sub(wave[is_sale]).mean() == pytest.approx(8, abs=1.5)
+    from_python = load_run(done.folder, device="cpu").predict(shop())
+    np.testing.assert_array_equal(from_python["sold"], forecast["sold"])
+    again = trained("again", shop(), "--notes", "note")
+    assert "Notes: 8 texts, 0 of them read" in again.out
+    assert again.metrics()["mse"] == done.metrics()["mse"]
+
+
+def test_the_llm_of_the_patches_reads_the_notes_with_its_own_depth(trained):
+    """--llm_layers is for the patches; and what the LLM reads does not change the weights that are drawn."""
+    frame = shop(1000)
+    flags = ["--model", "TimeLLM", "--d_model", "8", "--n_heads", "2", "--d_ff", "4", "--content", "A shop.",
+             "--residual", "linear", "--max_steps", "4", "--eval_windows", "60"]  # fmt: skip
+    plain = trained("plain", frame[["date", "sold"]].head(1000), *flags).metrics()["mse"]
+    one, two = (trained(f"layers{n}", frame, "--notes", "note", *flags, "--llm_layers", n) for n in (1, 2))
+    assert one.metrics()["mse"] < 0.5 * plain
+    assert "0 of them read" in two.out
+
+
+def test_another_llm_and_a_damaged_store_get_one_line(trained, run, tmp_path, tiny_llm):
+    folder = trained("store", shop(), "--notes", "note").folder
+    here = ["--root_path", tmp_path, "--data_path", "store.csv", "--model", "DLinear", "--notes", "note"]
+    test = [*FLAGS, *here, "--is_training", "0", "--checkpoint", folder, "--model_id", "other", "--predict"]
+    other = run(*test, "--llm_model_path", tiny_llm("gpt2"))
+    assert other.code == 2 and "notes were read by another LLM in training" in other.err
+    store = min((tmp_path / "checkpoints").glob("notes-*"), key=lambda path: path.stat().st_mtime_ns)  # the first LLM's
+    store.write_bytes(store.read_bytes()[:-40])
+    damaged = run(*test, "--llm_model_path", tiny_llm("qwen2"))
+    assert damaged.code == 2 and "is damaged" in damaged.err and damaged.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "words"),
+    [
+        (lambda f: f.assign(note=range(len(f))), [], ["notes 'note' are numbers", "--covariates"]),
+        (lambda f: f.assign(note=" "), [], ["notes 'note' has no value"]),
+        (lambda f: f, ["--covariates", "note"], ["--covariates and --notes name note twice"]),
+        (lambda f: f, ["--covariate_model", "linear"], ["reads no notes"]),
+        (lambda f: f, ["--model", "LastValue"], ["--notes needs a forecaster that is trained"]),
+        (lambda f: f, ["--llm_model_path", ""], ["--notes needs an LLM"]),
+        (lambda f: f, ["--llm_model_path", "./nowhere"], ["no LLM in ./nowhere"]),
+        (lambda f: f.rename(columns={"note": "text"}), [], ["no column 'note' for --notes"]),
+    ],
+)
+def test_wrong_notes_get_one_line(assert_refused, tmp_path_factory, tiny_llm, change, more, words):
+    folder = tmp_path_factory.mktemp("wrong")
+    change(shop(400, future=0)).to_csv(folder / "x.csv", index=False)
+    here = ["--root_path", folder, "--data_path", "x.csv", "--notes", "note", "--model", "DLinear"]
+    assert_refused([*FLAGS, *here, "--llm_model_path", tiny_llm("qwen2"), *more], *words)
+
+
+def test_many_texts_in_covariates_point_to_notes(assert_refused, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("many")
+    shop(400, future=0).assign(note=lambda f: "text " + f.index.astype(str)).to_csv(folder / "x.csv", index=False)
+    here = ["--root_path", folder, "--data_path", "x.csv", "--covariates", "note", "--model", "DLinear"]
+    assert_refused([*FLAGS, *here], "'note' has", "different texts", "--notes")
+
+
+def test_an_empty_note_counts_as_the_mean_note():
+    """Its components are missing to the trees, and 0 to the linear effect, whatever an empty text would read as."""
+    drawn = np.random.default_rng(0)
+    texts = [f"text {number}" for number in range(50)]
+    states = NoteStates({text: drawn.normal(size=16).astype(np.float32) for text in texts}, "llm")
+    column = NoteColumn.fit(pd.Series(texts, name="note"), states)
+    values = pd.Series([texts[3], "", None, texts[4]], name="note")
+    encoded = NoteColumn.from_dict(column.as_dict()).encode(values, states)
+    assert np.isnan(encoded[1:3]).all() and not np.isnan(encoded[[0, 3]]).any()
+    notes = column.encode(pd.Series(drawn.choice(texts, 400), name="note"), states)
+    horizon = np.arange(300)[:, None] + np.arange(12)
+    effect, estimates = fit_note_effect(notes, horizon, notes[horizon] @ np.arange(notes.shape[1]) / 10)
+    truth = notes[horizon] @ np.arange(notes.shape[1]) / 10
+    assert np.square(truth - estimates).mean() < 0.1 * np.square(truth).mean()
+    empty = np.full_like(notes, np.nan)
+    np.testing.assert_allclose(effect.estimate(empty, horizon[:1]), effect.weights[None, :, -1])
