@@ -100,8 +100,10 @@ class Table:
         for longest_step, length, period in ((0.5, 1, "D"), (3.5, 7, "W"), (183, 365.25, "Y")):
             if days <= longest_step:  # NaN for a single row: no comparison holds
                 counts = pd.Series(dates.tz_localize(None).to_period(period)).value_counts(sort=False)
-                # The first and the last period may be incomplete.
-                found.append(int(counts.iloc[1:-1].median()) if len(counts) > 3 else max(round(length / days), 1))
+                if len(counts) > 3:  # the first and the last period may be incomplete
+                    found.append(int(counts.iloc[1:-1].median()))
+                else:  # with several rows a date, the median step is 0
+                    found.append(max(round(length / days), 1) if days else int(counts.max()))
         return found or [1]
 
     def step_in_days(self) -> float:
