@@ -85,6 +85,9 @@ class BoostedEffect:
             if states.llm != self.llm:
                 raise UserError("the notes were read by another LLM in training: give the flags of that LLM")
             notes = np.hstack([column.encode(frame[column.name], states) for column in self.notes])
+            # The first components of all columns come first: trees see only some.
+            ranks = np.concatenate([np.arange(column.projection.shape[1]) for column in self.notes])
+            notes = notes[:, np.argsort(ranks, kind="stable")]
         calendar = calendar_of(dates, self.step_in_days)
         return KnownRows(encode(self.known, frame), encode(self.past, frame), calendar, notes)
 

@@ -72,12 +72,17 @@ def house(tmp_path, tiny_llm, monkeypatch) -> Path:
         load=mine["load"].where(mine.index < 2450), wind=mine["wind"].where(mine.index < 2450), note=note
     )
     known.to_csv(tmp_path / "dataset" / "my-notes.csv", index=False)
+    hourly = known.head(900).assign(date=pd.date_range("2024-01-01", periods=900, freq="h"))
+    vic = hourly.rename(columns={"load": "demand"})[["date", "demand", "temperature"]].assign(
+        holiday=hourly.index % 7 > 4
+    )
+    vic.to_csv(tmp_path / "dataset" / "vic.csv", index=False)
+    hourly.rename(columns={"load": "humidity"}).to_csv(tmp_path / "dataset" / "weather.csv", index=False)
     mine.rename(columns={"load": "负荷"}).to_csv(tmp_path / "dataset" / "my-gbk.csv", index=False, encoding="gbk")
     shutil.copytree(tiny_llm("qwen2"), tmp_path / "base_models" / "Qwen2.5-3B")
     make_tiny_llm("llama", tmp_path / "base_models" / "SmolLM2-135M", layers=6)
-    monkeypatch.setattr(
-        "data_provider.windows._FITTED_WINDOWS", 500
-    )  # of a residual: it takes a second for all of ETTm1
+    # A linear forecast of all of ETTm1 takes a second.
+    monkeypatch.setattr("data_provider.windows._FITTED_WINDOWS", 500)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
