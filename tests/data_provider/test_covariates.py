@@ -8,14 +8,10 @@ from data_provider.covariates import fit_explainer
 from data_provider.data_factory import data_provider, load_series
 from data_provider.tables import Covariates, Table
 from data_provider.windows import Spans
+from tests.data_provider.conftest import FLAGS
 from utils.cli.options import get_parser
 from utils.runs import load_run
 from utils.runs.checkpoint import read_checkpoint
-
-FLAGS = [
-    *("--data", "custom", "--seq_len", "48", "--label_len", "8", "--pred_len", "12", "--learning_rate", "0.003"),
-    *("--max_steps", "60", "--lradj", "constant", "--eval_windows", "300"),
-]
 
 
 def sales(rows=900, to_come=12):
@@ -35,23 +31,9 @@ def as_long(frame, names):
     return long.rename(columns={"date": "ds"})
 
 
-@pytest.fixture
-def score(run, tmp_path):
-    """Return a function that trains on a frame and returns the run."""
-
-    def trained(name, frame, *more):
-        frame.to_csv(tmp_path / f"{name}.csv", index=False)
-        here = ["--root_path", tmp_path, "--data_path", f"{name}.csv", "--model_id", name]
-        done = run(*FLAGS, *here, *(() if "--model" in more else ("--model", "DLinear")), *more)
-        assert done.code == 0, done.err
-        return done._replace(folders=[folder for folder in done.folders if f"forecast_{name}_" in folder.name])
-
-    return trained
-
-
-def test_what_a_holiday_does_is_known_in_advance(score, flags):
-    plain = score("plain", sales(to_come=0)[["date", "a", "b"]]).metrics()["mse"]
-    done = score("known", sales().drop(columns="noise"), "--covariates", "price, holiday", "--predict")
+def test_what_a_holiday_does_is_known_in_advance(trained, flags):
+    plain = trained("plain", sales(to_come=0)[["date", "a", "b"]]).metrics()["mse"]
+    done = trained("known", sales().drop(columns="noise"), "--covariates", "price, holiday", "--predict")
     assert done.metrics()["mse"] < plain / 2
     assert done.metrics()["seasonal_naive"]["mse"] < plain
     (a, b) = [line for line in done.out.splitlines() if line.startswith("Covariates | ")]
@@ -64,15 +46,15 @@ def test_what_a_holiday_does_is_known_in_advance(score, flags):
     wave = np.sin(2 * np.pi * np.arange(900, 912) / 24)
     np.testing.assert_allclose(forecast["b"], 50 + 4 * wave + 6 * holiday, atol=1.5)
     np.testing.assert_allclose(forecast["a"], 10 + wave + 3 * holiday - 0.5 * frame["price"], atol=0.8)
-    with_llm = score("llm", sales().drop(columns="noise"), *flags[12:], "--model", "TimeLLM", "--residual", "linear",
+    with_llm = trained("llm", sales().drop(columns="noise"), *flags[12:], "--model", "TimeLLM", "--residual", "linear",
                      "--covariates", "price,holiday")  # fmt: skip
     assert with_llm.metrics()["mse"] < plain / 2
 
 
-def test_a_long_csv_has_covariates_too(score):
+def test_a_long_csv_has_covariates_too(trained):
     frame = as_long(sales(), ["price", "holiday"])
-    done = score("long", frame, "--covariates", "price,holiday", "--predict", "--level", "80")
-    wide = score("wide", sales().drop(columns="noise"), "--covariates", "price,holiday", "--predict")
+    done = trained("long", frame, "--covariates", "price,holiday", "--predict", "--level", "80")
+    wide = trained("wide", sales().drop(columns="noise"), "--covariates", "price,holiday", "--predict")
     assert done.metrics()["mse"] == pytest.approx(wide.metrics()["mse"], rel=0.2)
     long, forecast = (pd.read_csv(one.folder / "forecast.csv") for one in (done, wide))
     np.testing.assert_allclose(long.loc[long["unique_id"] == "b", "y"], forecast["b"], atol=0.5)
@@ -80,15 +62,15 @@ def test_a_long_csv_has_covariates_too(score):
     np.testing.assert_allclose(python["y-hi-80"], long["y-hi-80"], rtol=1e-5)
 
 
-def test_a_useless_covariate_costs_little(score):
+def test_a_useless_covariate_costs_little(trained):
     frame = sales()[["date", "a", "b", "noise"]]
-    plain = score("plain", frame.drop(columns="noise").head(900)).metrics()["mse"]
-    assert score("noise", frame, "--covariates", "noise").metrics()["mse"] < 1.02 * plain
+    plain = trained("plain", frame.drop(columns="noise").head(900)).metrics()["mse"]
+    assert trained("noise", frame, "--covariates", "noise").metrics()["mse"] < 1.02 * plain
 
 
-def test_the_checkpoint_forecasts_alone_what_the_run_did(score, run, tmp_path):
+def test_the_checkpoint_forecasts_alone_what_the_run_did(trained, run, tmp_path):
     frame = sales().drop(columns="noise")
-    done = score("all", frame, "--covariates", "price,holiday", "--predict")
+    done = trained("all", frame, "--covariates", "price,holiday", "--predict")
     first = (done.folder / "forecast.csv").read_bytes()
     kept = read_checkpoint(done.folder / "checkpoint").contents["explainer"]
     assert [column["name"] for column in kept["columns"]] == ["price", "holiday"]
@@ -134,9 +116,9 @@ def test_a_gap_is_filled_with_what_is_left_before_it(tmp_path):
     np.testing.assert_allclose(sum_of_both, frame["b"][16:19], rtol=1e-5)
 
 
-def test_a_covariate_that_is_the_target_is_warned_of(score):
+def test_a_covariate_that_is_the_target_is_warned_of(trained):
     frame = sales(to_come=0)[["date", "a", "b"]]
-    done = score("leak", frame.assign(same=2 * frame["b"] + 1), "--covariates", "same")
+    done = trained("leak", frame.assign(same=2 * frame["b"] + 1), "--covariates", "same")
     assert "the covariates explain b almost completely" in done.out
 
 
@@ -194,9 +176,9 @@ def test_wrong_covariates_get_one_line(assert_refused, tmp_path_factory, make, m
     assert_refused([*FLAGS, "--model", "DLinear", "--root_path", folder, "--data_path", "x.csv", *more], *words)
 
 
-def test_a_forecast_that_lacks_something_writes_nothing(score, run, tmp_path):
+def test_a_forecast_that_lacks_something_writes_nothing(trained, run, tmp_path):
     frame = sales().drop(columns="noise")
-    folder = score("all", frame, "--covariates", "price,holiday").folder
+    folder = trained("all", frame, "--covariates", "price,holiday").folder
     here = ["--root_path", tmp_path, "--data_path", "few.csv", "--model_id", "few", "--model", "DLinear"]
     here += ["--covariates", "price,holiday", "--is_training", "0", "--predict", "--checkpoint", folder]
     for name, changed, words in (
@@ -210,9 +192,9 @@ def test_a_forecast_that_lacks_something_writes_nothing(score, run, tmp_path):
         assert len(refused.folders) == 1
 
 
-def test_what_never_changes_is_no_leak(score):
+def test_what_never_changes_is_no_leak(trained):
     frame = sales(to_come=0)[["date", "a", "price"]].assign(still=3.0)
-    done = score("still", frame, "--covariates", "price")
+    done = trained("still", frame, "--covariates", "price")
     assert "almost completely" not in done.out
     assert "Known in advance | still: none | validation MSE 0.0000" in done.out
 

@@ -10,14 +10,10 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 
 from data_provider.boosting import Trees, fit_trees
 from data_provider.data_factory import load_series
+from tests.data_provider.conftest import FLAGS
 from utils.cli.options import get_parser
 from utils.runs import load_run
 from utils.runs.checkpoint import read_checkpoint
-
-FLAGS = [
-    *("--data", "custom", "--seq_len", "48", "--label_len", "8", "--pred_len", "12", "--learning_rate", "0.003"),
-    *("--max_steps", "60", "--lradj", "constant", "--eval_windows", "300", "--skip_epoch_test"),
-]
 
 
 def demand(rows=1500, future=12):
@@ -29,20 +25,6 @@ def demand(rows=1500, future=12):
     frame["load"] = 100 + 5 * np.sin(2 * np.pi * hour / 24) + 0.3 * (temperature - 20) ** 2 + drawn.normal(size=count)
     frame.loc[rows:, "load"] = np.nan
     return frame.assign(temperature=temperature, noise=drawn.normal(size=count))
-
-
-@pytest.fixture
-def trained(run, tmp_path):
-    """Return a function that trains on a frame and returns the run."""
-
-    def train(name, frame, *more):
-        frame.to_csv(tmp_path / f"{name}.csv", index=False)
-        here = ["--root_path", tmp_path, "--data_path", f"{name}.csv", "--model_id", name]
-        done = run(*FLAGS, *here, *(() if "--model" in more else ("--model", "DLinear")), *more)
-        assert done.code == 0, done.err
-        return done._replace(folders=[folder for folder in done.folders if f"forecast_{name}_" in folder.name])
-
-    return train
 
 
 def test_trees_forecast_what_no_line_can(trained):

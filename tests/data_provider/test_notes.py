@@ -5,12 +5,9 @@ import pandas as pd
 import pytest
 
 from data_provider.notes import NoteColumn, NoteStates, fit_note_effect
+from tests.data_provider.conftest import FLAGS
 from utils.runs import load_run
 
-FLAGS = [
-    *("--data", "custom", "--seq_len", "48", "--label_len", "8", "--pred_len", "12", "--learning_rate", "0.003"),
-    *("--max_steps", "40", "--lradj", "constant", "--eval_windows", "300", "--skip_epoch_test", "--patch_len", "8"),
-]
 SALES = ["A big sale starts.", "Everything is reduced today.", "Sale! Half price on all shoes.", "The sale goes on."]
 QUIET = ["The shop is open as usual.", "Nothing special.", "An ordinary day.", "Regular opening hours."]
 
@@ -29,23 +26,14 @@ def shop(rows=1500, future=12):
 
 
 @pytest.fixture
-def trained(run, tmp_path, tiny_llm):
-    """Return a function that trains on a frame and returns the run."""
-
-    def train(name, frame, *more):
-        frame.to_csv(tmp_path / f"{name}.csv", index=False)
-        here = ["--root_path", tmp_path, "--data_path", f"{name}.csv", "--model_id", name]
-        llm = ["--llm_model_path", tiny_llm("qwen2")]
-        done = run(*FLAGS, *here, *llm, *(() if "--model" in more else ("--model", "DLinear")), *more)
-        assert done.code == 0, done.err
-        return done._replace(folders=[folder for folder in done.folders if f"forecast_{name}_" in folder.name])
-
-    return train
+def noted(trained, tiny_llm):
+    """Return a function that trains on a frame with notes, and an LLM that can read them."""
+    return lambda name, frame, *more: trained(name, frame, "--llm_model_path", tiny_llm("qwen2"), *more)
 
 
-def test_notes_say_what_digits_cannot(trained):
-    plain = trained("plain", shop()[["date", "sold"]].head(1500)).metrics()["mse"]
-    done = trained("noted", shop(), "--notes", "note", "--predict")
+def test_notes_say_what_digits_cannot(noted):
+    plain = noted("plain", shop()[["date", "sold"]].head(1500)).metrics()["mse"]
+    done = noted("noted", shop(), "--notes", "note", "--predict")
     assert "Notes: 8 texts, 8 of them read" in done.out
     assert "Known in advance | sold: boosted | validation MSE 0." in done.out and "| note " in done.out
     assert done.metrics()["mse"] < 0.4 * plain
@@ -55,24 +43,24 @@ def test_notes_say_what_digits_cannot(trained):
     assert forecast["sold"][is_sale].sub(wave[is_sale]).mean() == pytest.approx(8, abs=1.5)
     from_python = load_run(done.folder, device="cpu").predict(shop())
     np.testing.assert_array_equal(from_python["sold"], forecast["sold"])
-    again = trained("again", shop(), "--notes", "note")
+    again = noted("again", shop(), "--notes", "note")
     assert "Notes: 8 texts, 0 of them read" in again.out
     assert again.metrics()["mse"] == done.metrics()["mse"]
 
 
-def test_the_llm_of_the_patches_reads_the_notes_with_its_own_depth(trained):
+def test_the_llm_of_the_patches_reads_the_notes_with_its_own_depth(noted):
     """--llm_layers is for the patches; and what the LLM reads does not change the weights that are drawn."""
     frame = shop(1000)
     flags = ["--model", "TimeLLM", "--d_model", "8", "--n_heads", "2", "--d_ff", "4", "--content", "A shop.",
              "--residual", "linear", "--max_steps", "4", "--eval_windows", "60"]  # fmt: skip
-    plain = trained("plain", frame[["date", "sold"]].head(1000), *flags).metrics()["mse"]
-    one, two = (trained(f"layers{n}", frame, "--notes", "note", *flags, "--llm_layers", n) for n in (1, 2))
+    plain = noted("plain", frame[["date", "sold"]].head(1000), *flags).metrics()["mse"]
+    one, two = (noted(f"layers{n}", frame, "--notes", "note", *flags, "--llm_layers", n) for n in (1, 2))
     assert one.metrics()["mse"] < 0.5 * plain
     assert "0 of them read" in two.out
 
 
-def test_another_llm_and_a_damaged_store_get_one_line(trained, run, tmp_path, tiny_llm):
-    folder = trained("store", shop(), "--notes", "note").folder
+def test_another_llm_and_a_damaged_store_get_one_line(noted, run, tmp_path, tiny_llm):
+    folder = noted("store", shop(), "--notes", "note").folder
     here = ["--root_path", tmp_path, "--data_path", "store.csv", "--model", "DLinear", "--notes", "note"]
     test = [*FLAGS, *here, "--is_training", "0", "--checkpoint", folder, "--model_id", "other", "--predict"]
     other = run(*test, "--llm_model_path", tiny_llm("gpt2"))

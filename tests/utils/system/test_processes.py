@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -132,3 +134,24 @@ def test_a_launcher_that_starts_one_process_of_several_is_told(assert_refused, f
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert_refused(flags, "accelerate launch --cpu starts one process", "torchrun")
+
+
+@pytest.mark.slow
+def test_one_process_reads_notes_and_fits_trees_for_all(run, flags, tmp_path):
+    drawn, rows = np.random.default_rng(0), 600
+    sale, heat = np.repeat(drawn.random(rows // 6) < 0.3, 6), drawn.normal(size=rows)
+    frame = pd.DataFrame({"date": pd.date_range("2024-01-01", periods=rows, freq="h"), "heat": heat})
+    frame["sold"] = 20 + 8 * sale + np.abs(2 * heat) + drawn.normal(size=rows)
+    frame.assign(note=np.where(sale, "A big sale.", "An ordinary day.")).to_csv(tmp_path / "shop.csv", index=False)
+    shared = [*flags, "--dropout", "0", "--root_path", tmp_path, "--data_path", "shop.csv", "--enc_in", "1"]
+    shared += ["--covariates", "heat", "--notes", "note", "--covariate_model", "boosted", "--model", "DLinear"]
+    done = launch([*shared, "--batch_size", "4"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Known in advance | sold: boosted") == 1
+    (two,) = (tmp_path / "checkpoints").glob("long_*")
+    run(*shared, "--batch_size", "8", "--des", "one")
+    (one,) = (tmp_path / "checkpoints").glob("*_one_*")
+    ours, theirs = (json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in (two, one))
+    assert ours["mse"] == pytest.approx(theirs["mse"], rel=1e-5)
+    for name in ("covariates.csv", "notes.csv"):
+        assert (two / name).read_bytes() == (one / name).read_bytes()
