@@ -204,7 +204,7 @@ def _mean_effects(series: Series, codes: Sequence[np.ndarray], texts: int, is_me
         with_notes = effect.effect(contexts, names, rows, first)
         end = 0
         for column, own_codes in zip(effect.notes, codes, strict=True):
-            begin, end = end, end + column.projection.shape[1]
+            begin, end = end, end + column.width
             notes = rows.notes.copy()
             notes[:, begin:end] = np.nan
             change = with_notes - effect.effect(contexts, names, replace(rows, notes=notes), first)

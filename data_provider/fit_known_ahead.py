@@ -11,7 +11,8 @@ from data_provider.boosting import ROUNDS, fit_trees
 from data_provider.covariates import Explainer, fit_encodings, fit_explainer, training_rows
 from data_provider.forecast_features import KnownRows, row_features
 from data_provider.known_ahead import BOOSTED, LINEAR, NONE, BoostedEffect, KnownAhead, forecast_line
-from data_provider.notes import NoteColumn, fit_note_effect
+from data_provider.note_effect import fit_note_effect
+from data_provider.notes import NoteColumn
 from data_provider.scaling import scale
 from data_provider.series import Series
 from data_provider.windows import WindowDataset, evenly_spaced
@@ -117,8 +118,20 @@ def fit_known_ahead(
         errors[BOOSTED] = _channel_errors(line, effect)
     ways = _choose(errors, validation) if way == "auto" else [tried[-1]] * len(series.channels)
     known = KnownAhead(_keep_linear(explainer, ways), _keep_boosted(boosted, ways))
-    warnings = [f"{series.table.source}: {warning}" for warning in explainer.warnings()] if explainer else []
+    warnings = [*_constant_columns(series), *(explainer.warnings() if explainer else ())]
+    warnings = [f"{series.table.source}: {warning}" for warning in warnings]
     return known, Choice(series.channels, ways, errors, _rises(series, known, ways, line), warnings)
+
+
+def _constant_columns(series: Series) -> list[str]:
+    """Warn of columns from which nothing can be learned."""
+    covariates = series.table.covariates
+    names = [*covariates.known, *covariates.past, *covariates.notes]
+    return [
+        f"column {name!r} has a single value in all training rows: it has no effect"
+        for name in names
+        if len(pd.unique(training_rows(series.table, series.ends[:, 0], name))) == 1
+    ]
 
 
 def tree_rounds(series: Series) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from data_provider.notes import tree_components
+from data_provider.note_effect import tree_components
 
 # Rows whose known columns are features of a row: itself and its neighbors.
 _NEIGHBORS = (-1, 0, 1)

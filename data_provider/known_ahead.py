@@ -16,7 +16,8 @@ import torch
 from data_provider.boosting import Trees
 from data_provider.covariates import Column, Explainer, encode
 from data_provider.forecast_features import KnownRows, calendar_of, row_features
-from data_provider.notes import NoteColumn, NoteEffect, NoteStates
+from data_provider.note_effect import NoteEffect
+from data_provider.notes import NoteColumn, NoteStates
 from data_provider.tables import Table
 from layers.StandardNorm import Normalize
 from utils.errors import UserError
@@ -86,7 +87,7 @@ class BoostedEffect:
                 raise UserError("the notes were read by another LLM in training: give the flags of that LLM")
             notes = np.hstack([column.encode(frame[column.name], states) for column in self.notes])
             # The first components of all columns come first: trees see only some.
-            ranks = np.concatenate([np.arange(column.projection.shape[1]) for column in self.notes])
+            ranks = np.concatenate([np.arange(column.width) for column in self.notes])
             notes = notes[:, np.argsort(ranks, kind="stable")]
         calendar = calendar_of(dates, self.step_in_days)
         return KnownRows(encode(self.known, frame), encode(self.past, frame), calendar, notes)

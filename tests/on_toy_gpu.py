@@ -244,6 +244,28 @@ def test_train_test_and_predict_give_what_they_give_on_the_cpu(run_on, same_kern
     assert largest_difference(in_python.drop(columns="date"), forecasts[1]) < 1e-6
 
 
+def test_notes_are_read_and_covariates_help_as_on_the_cpu(run_on, same_kernels, flags, tmp_path):
+    drawn, rows = np.random.default_rng(0), 500
+    sale, heat = np.repeat(drawn.random(rows // 10) < 0.3, 10), drawn.normal(size=rows)
+    frame = pd.DataFrame({"date": pd.date_range("2024-01-01", periods=rows, freq="h"), "heat": heat})
+    frame["sold"] = 20 + 8 * sale + np.abs(2 * heat)
+    frame.loc[rows - 8 :, "sold"] = np.nan
+    frame["note"] = np.where(sale, "A big sale begins.", "An ordinary day.")
+    frame.to_csv(tmp_path / "shop.csv", index=False)
+    words = [*flags, *ALIKE, "--root_path", str(tmp_path), "--data_path", "shop.csv", "--max_steps", "2"]
+    words += ["--covariates", "heat", "--notes", "note", "--covariate_model", "boosted", "--predict"]
+    metrics, forecasts = [], []
+    for device in (ON_CPU, ON_GPU):
+        folder = run_on(device, device.partition(":")[0], *words)
+        assert "2 of them read" in run_on.out
+        (store,) = folder.parent.glob("notes-*.safetensors")
+        store.unlink()  # so that each device reads
+        metrics.append(written(folder, "metrics.json"))
+        forecasts.append(pd.read_csv(folder / "forecast.csv").drop(columns="date"))
+    assert same_metrics(*metrics)
+    assert largest_difference(*forecasts) < 1e-5
+
+
 def test_a_run_goes_on_with_the_random_numbers_of_the_gpu(run_on, flags):
     GPU.draws_its_own_numbers()
     words = [*flags, "--ablation", "no_llm"]

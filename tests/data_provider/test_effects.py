@@ -126,7 +126,9 @@ def noted(rows=1500):
     frame["rows"] = 900 + 20 * wave - 30 * (number == 1) + 2 * drawn.normal(size=rows)
     frame["note"] = [TEXTS[own] if own >= 0 else None for own in number]
     drawn = np.random.default_rng(6)
-    states = NoteStates({text: drawn.normal(size=16).astype(np.float32) for text in TEXTS}, "llm")
+    states = NoteStates(
+        {text: drawn.normal(size=16).astype(np.float32) for text in TEXTS}, {text: [text] for text in TEXTS}, "llm"
+    )
     return frame, states
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_provider.notes import NoteColumn, NoteStates, fit_note_effect
+from data_provider.note_effect import fit_note_effect
+from data_provider.notes import NoteColumn, NoteStates, split_sentences
 from tests.data_provider.conftest import FLAGS
 from utils.runs import load_run
 
@@ -34,7 +35,7 @@ def noted(trained, tiny_llm):
 def test_notes_say_what_digits_cannot(noted):
     plain = noted("plain", shop()[["date", "sold"]].head(1500)).metrics()["mse"]
     done = noted("noted", shop(), "--notes", "note", "--predict")
-    assert "Notes: 8 texts, 8 of them read" in done.out
+    assert "Notes: 8 texts of 9 sentences, 9 of them read" in done.out
     assert "Known in advance | sold: boosted | validation MSE 0." in done.out and "| note " in done.out
     assert done.metrics()["mse"] < 0.4 * plain
     forecast, is_sale = pd.read_csv(done.folder / "forecast.csv"), shop()["note"].tail(12).isin(SALES).to_numpy()
@@ -44,7 +45,7 @@ def test_notes_say_what_digits_cannot(noted):
     from_python = load_run(done.folder, device="cpu").predict(shop())
     np.testing.assert_array_equal(from_python["sold"], forecast["sold"])
     again = noted("again", shop(), "--notes", "note")
-    assert "Notes: 8 texts, 0 of them read" in again.out
+    assert "Notes: 8 texts of 9 sentences, 0 of them read" in again.out
     assert again.metrics()["mse"] == done.metrics()["mse"]
 
 
@@ -102,7 +103,9 @@ def test_an_empty_note_counts_as_the_mean_note():
     """Its components are missing to the trees, and 0 to the linear effect, whatever an empty text would read as."""
     drawn = np.random.default_rng(0)
     texts = [f"text {number}" for number in range(50)]
-    states = NoteStates({text: drawn.normal(size=16).astype(np.float32) for text in texts}, "llm")
+    states = NoteStates(
+        {text: drawn.normal(size=16).astype(np.float32) for text in texts}, {text: [text] for text in texts}, "llm"
+    )
     column = NoteColumn.fit(pd.Series(texts, name="note"), states)
     values = pd.Series([texts[3], "", None, texts[4]], name="note")
     encoded = NoteColumn.from_dict(column.as_dict()).encode(values, states)
@@ -114,3 +117,45 @@ def test_an_empty_note_counts_as_the_mean_note():
     assert np.square(truth - estimates).mean() < 0.1 * np.square(truth).mean()
     empty = np.full_like(notes, np.nan)
     np.testing.assert_allclose(effect.estimate(empty, horizon[:1]), effect.weights[None, :, -1])
+
+
+def test_sentences_are_read_one_by_one():
+    text = " Sale: 3.5 percent off. Come in! Heute geschlossen?  Ja.\n\nPlease ring 今日は休み。明日も。"
+    assert split_sentences(text) == [
+        *("Sale: 3.5 percent off.", "Come in!", "Heute geschlossen?", "Ja.", "Please ring 今日は休み。", "明日も。"),
+    ]
+    drawn = np.random.default_rng(1)
+    sentences = [f"sentence {number}" for number in range(40)]
+    states = {sentence: drawn.normal(size=24).astype(np.float32) for sentence in sentences}
+    near = {"near": states["sentence 3"] + 0.1 * drawn.normal(size=24), "odd": 100 * drawn.normal(size=24)}
+    pairs = [drawn.choice(sentences, 2, replace=False).tolist() for _ in range(60)]
+    parts = {" ".join(pair): pair for pair in pairs} | {one: [one] for one in (*near, *sentences)}
+    parts["turned"] = pairs[0][::-1]
+    read = NoteStates(states | near, parts, "llm")
+    column = NoteColumn.fit(pd.Series([" ".join(pair) for pair in pairs], name="note"), read)
+    first, turned, third, new, odd = column.encode(pd.Series([" ".join(pairs[0]), "turned", "sentence 3", *near]), read)
+    np.testing.assert_allclose(first, turned, atol=1e-9)  # another order says the same
+    assert np.abs(new - third).max() < 0.2 * np.abs(third).max()
+    known = column.encode(pd.Series(sentences), read)
+    assert np.abs(odd).max() <= np.abs(known).max()  # whatever its words, it says what training has heard
+
+
+def test_that_there_is_a_note_says_something_by_itself(noted):
+    """A single text, and no note in the other hours."""
+    frame = shop(1000).assign(note=lambda f: f["note"].isin(SALES).map({True: "Sale!", False: None}))
+    frame["fixed"] = 1.0
+    plain = noted("plain", frame[["date", "sold"]].head(1000)).metrics()["mse"]
+    done = noted("sale", frame, "--notes", "note", "--covariates", "fixed")
+    assert done.metrics()["mse"] < 0.4 * plain
+    assert "column 'fixed' has a single value in all training rows" in done.out
+    assert "'note' has a single value" not in done.out
+
+
+def test_long_notes_are_cut(noted):
+    frame = shop(400)
+    frame.loc[::7, "note"] = "One two three four. " * 300 + "Never read."
+    frame.loc[3, "note"] = "word " * 600
+    done = noted("long", frame, "--notes", "note", "--max_steps", "1")
+    assert "2 of 10 notes are longer than 512 tokens: they are cut" in done.out
+    again = noted("again", frame, "--notes", "note", "--max_steps", "1")
+    assert "2 of 10 notes are longer than 512 tokens" in again.out and " 0 of them read" in again.out

@@ -1,9 +1,13 @@
-"""Read notes with the frozen LLM: the mean hidden state of a text's tokens at four fifths of the depth."""
+"""Read notes with the frozen LLM: the mean hidden state of each sentence's tokens at four fifths of the depth.
+
+Sentence by sentence, since most sentences of a column occur often and are read once, and their order does not matter.
+"""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,14 +17,14 @@ from safetensors.numpy import load_file, save
 from tqdm import tqdm
 from transformers.utils import cached_file
 
-from data_provider.notes import NoteStates
+from data_provider.notes import NoteStates, split_sentences
 from utils.errors import UserError
 from utils.llm.choice import LLMFlags, choose_llm, quiet_transformers
 from utils.llm.loading import LoadedLLM, load_llm
 from utils.system.files import atomic_write
 from utils.system.gpu import is_gpu
 
-# The share of the layers that read: on weather reports layers hardly differ, deep ones carry over to other words best.
+# The share of the layers that read, see docs/results.md.
 _DEPTH = 0.8
 
 # Longer notes are cut.
@@ -30,6 +34,13 @@ _BATCH = 32
 
 # Bytes at the beginning and the end of each file of weights that tell LLMs apart.
 _SAMPLED_BYTES = 2**20
+
+
+class ReadSentence(NamedTuple):
+    """The state of a sentence, (d_llm,) float32, and its number of tokens, more than _MAX_TOKENS if it was cut."""
+
+    state: np.ndarray
+    tokens: int
 
 
 def read_notes(texts: Sequence[str], flags: LLMFlags, store: Path) -> NoteStates:
@@ -48,16 +59,29 @@ def read_notes(texts: Sequence[str], flags: LLMFlags, store: Path) -> NoteStates
     depth = choose_llm(replace(flags, llm_layers=1)).total_layers
     flags = replace(flags, llm_layers=max(round(_DEPTH * depth), 1))
     llm = fingerprint(flags)
-    path = store / f"notes-{hashlib.sha256(f'{llm} {flags.llm_dtype}'.encode()).hexdigest()[:16]}.safetensors"
+    path = store / f"notes-{hashlib.sha256(f'sentences {llm} {flags.llm_dtype}'.encode()).hexdigest()[:16]}.safetensors"
     known = _load(path)
-    unread = [text for text in texts if _key(text) not in known]
+    parts = {text: split_sentences(text) for text in texts}
+    sentences = list(dict.fromkeys(sentence for part in parts.values() for sentence in part))
+    unread = [sentence for sentence in sentences if _key(sentence) not in known]
     if unread:
-        states = _read(unread, load_llm(flags))
-        known |= dict(zip(map(_key, unread), states, strict=True))
+        known |= dict(zip(map(_key, unread), _read(unread, load_llm(flags)), strict=True))
         if PartialState().is_main_process:
             _keep(path, known)
-    PartialState().print(f"Notes: {len(texts)} texts, {len(unread)} of them read, the others from {path}")
-    return NoteStates({text: known[_key(text)] for text in texts}, llm)
+    PartialState().print(
+        f"Notes: {len(texts)} texts of {len(sentences)} sentences, {len(unread)} of them read, the others from {path}"
+    )
+    read = {sentence: known[_key(sentence)] for sentence in sentences}
+    kept = {text: _first_sentences(part, read) for text, part in parts.items()}
+    if cut := sum(sum(read[one].tokens for one in part) > _MAX_TOKENS for part in parts.values()):
+        PartialState().print(f"Warning: {cut} of {len(texts)} notes are longer than {_MAX_TOKENS} tokens: they are cut")
+    return NoteStates({sentence: own.state for sentence, own in read.items()}, kept, llm)
+
+
+def _first_sentences(sentences: Sequence[str], read: Mapping[str, ReadSentence]) -> list[str]:
+    """Select the sentences of a note up to its limit of tokens, one at least."""
+    ends = np.cumsum([read[sentence].tokens for sentence in sentences])
+    return list(sentences[: max(int((ends <= _MAX_TOKENS).sum()), 1)])
 
 
 def fingerprint(flags: LLMFlags) -> str:
@@ -92,48 +116,50 @@ def _key(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _load(path: Path) -> dict[bytes, np.ndarray]:
+def _load(path: Path) -> dict[bytes, ReadSentence]:
     """Load what was read before; nothing if the file does not exist."""
     if not path.is_file():
         return {}
     try:
         kept = load_file(path)
-        keys, states = kept["keys"], kept["states"]
+        keys, states, tokens = kept["keys"], kept["states"], kept["tokens"]
         if keys.shape != (len(states), 32) or states.dtype != np.float32 or not np.isfinite(states).all():
             raise ValueError("its states are not finite or have another shape")
+        if tokens.shape != (len(states),) or tokens.dtype != np.int64 or (tokens < 0).any():
+            raise ValueError("its numbers of tokens are wrong")
     except (SafetensorError, OSError, KeyError, ValueError) as problem:
         raise UserError(f"{path} is damaged ({problem}): delete it, and the notes are read again") from problem
-    return dict(zip(map(bytes, keys.astype(np.uint8)), states, strict=True))
+    return dict(zip(map(bytes, keys.astype(np.uint8)), map(ReadSentence, states, tokens.tolist()), strict=True))
 
 
-def _keep(path: Path, known: dict[bytes, np.ndarray]) -> None:
+def _keep(path: Path, known: dict[bytes, ReadSentence]) -> None:
     keys = np.frombuffer(b"".join(known), np.uint8).reshape(-1, 32)
-    content = save({"keys": keys, "states": np.stack(list(known.values()))})
+    states, tokens = zip(*known.values(), strict=True)
+    content = save({"keys": keys, "states": np.stack(states), "tokens": np.array(tokens, np.int64)})
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda file: file.write(content))
 
 
 @torch.inference_mode()
-def _read(texts: Sequence[str], llm: LoadedLLM) -> list[np.ndarray]:
-    """Run the LLM over texts, shortest first, and take the mean of each one's hidden states, (d_llm,) float32.
+def _read(sentences: Sequence[str], llm: LoadedLLM) -> list[ReadSentence]:
+    """Run the LLM over sentences, shortest first, and take the mean of each one's hidden states.
 
     The first token is left out: many LLMs attend to it whatever it is, so its state is an outlier.
     """
     most = min(_MAX_TOKENS, llm.context or _MAX_TOKENS)
-    ids = [llm.tokenizer(text, verbose=False).input_ids for text in texts]
-    if cut := sum(len(own) > most for own in ids):
-        PartialState().print(f"Warning: {cut} of {len(texts)} notes are longer than {most} tokens: they are cut")
-    states: list[np.ndarray] = [np.empty(0)] * len(texts)
-    order = sorted(range(len(texts)), key=lambda number: len(ids[number]))
+    ids = [llm.tokenizer(sentence, verbose=False).input_ids for sentence in sentences]
+    read: list[ReadSentence | None] = [None] * len(sentences)
+    order = sorted(range(len(sentences)), key=lambda number: len(ids[number]))
     is_hidden = None if PartialState().is_main_process else True
-    with tqdm(total=len(texts), desc="Notes", unit=" texts", leave=False, disable=is_hidden) as bar:
+    with tqdm(total=len(sentences), desc="Notes", unit=" sentences", leave=False, disable=is_hidden) as bar:
         for start in range(0, len(order), _BATCH):
             batch = order[start : start + _BATCH]
-            found = _mean_states([ids[number][:most] or [llm.pad_id] for number in batch], llm)
-            for number, state in zip(batch, found, strict=True):
-                states[number] = state
+            states = _mean_states([ids[number][:most] or [llm.pad_id] for number in batch], llm)
+            for number, state in zip(batch, states, strict=True):
+                is_cut = len(ids[number]) > most
+                read[number] = ReadSentence(state, _MAX_TOKENS + 1 if is_cut else len(ids[number]))
             bar.update(len(batch))
-    return states
+    return read
 
 
 def _mean_states(ids: Sequence[Sequence[int]], llm: LoadedLLM) -> np.ndarray:

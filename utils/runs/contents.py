@@ -4,12 +4,14 @@ Each check raises an exception of any type if they could not.
 """
 
 import math
+from dataclasses import fields
 from numbers import Real
 
 import torch
 
 from data_provider.boosting import Trees
-from data_provider.notes import GROUPS
+from data_provider.note_effect import GROUPS
+from data_provider.notes import NoteColumn
 from utils.cli.options import check_types
 from utils.errors import listed
 
@@ -86,17 +88,27 @@ def _check_notes(boosted: dict, pred_len: int) -> None:
     _check(isinstance(boosted["llm"], str), "the LLM that read its notes has no name")
     width = 1
     for column in boosted["notes"]:
-        _check(column.keys() == {"name", "mean", "projection"}, "the description of its notes is incomplete")
-        _check(isinstance(column["name"], str), "the name of its notes is not a string")
-        for name in ("mean", "projection"):
-            _check_tensor("the encoding of its notes", column[name])
-        _check(column["projection"].shape[:1] == column["mean"].shape, "the encoding of its notes has a wrong shape")
-        width += 3 * column["projection"].shape[1]
+        _check_note_column(column)
+        width += 3 * (column["has_empty"] + column["projection"].shape[1])
     _check(len(boosted["note_effects"]) == (len(boosted["trees"]) if boosted["notes"] else 0), "it lacks note effects")
     for weights in boosted["note_effects"]:
         _check_tensor("the effect of its notes", weights)
         _check(weights.dim() == 2 and weights.shape[1] == width, "the effect of its notes has a wrong shape")
         _check(len(weights) == min(pred_len, GROUPS), "the effect of its notes has a wrong shape")
+
+
+def _check_note_column(column: dict) -> None:
+    names = [field.name for field in fields(NoteColumn)]
+    _check(list(column) == names, "the description of its notes is incomplete")
+    is_described = isinstance(column["name"], str) and isinstance(column["has_empty"], bool)
+    _check(is_described, "the name of its notes is not a string")
+    tensors = [column[name] for name in names[2:]]
+    for tensor in tensors:
+        _check_tensor("the encoding of its notes", tensor)
+    sentence_mean, sentence_projection, seen, mean, projection = (tuple(tensor.shape) for tensor in tensors)
+    fits = len(sentence_projection) == len(seen) == len(projection) == 2 and seen[0] > 0
+    fits = fits and (sentence_mean, mean) == (sentence_projection[:1], projection[:1])
+    _check(fits and seen[1:] == sentence_projection[1:] == mean, "the encoding of its notes has a wrong shape")
 
 
 def _check_explainer(explainer: dict, channels: list[str]) -> None:
