@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-# The most principal components of sentences, and of the notes that they form.
-_SENTENCE_COMPONENTS, COMPONENTS = 128, 96
+# The most principal components of notes, and the most coordinates in which sentences are compared.
+COMPONENTS, _COORDINATES = 96, 128
 
 # A sentence that training did not see is a mixture of the most similar ones that it saw: so words that are new to a
 # run, whose states may lie anywhere, have an effect that it has learned. The temperature is that of cosines.
@@ -54,24 +54,25 @@ def is_empty(values: pd.Series) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class NoteColumn:
-    """The encoding of a column of notes: the mean of a note's sentences, by principal components.
+    """The encoding of a column of notes: principal components of the mean state of a note's sentences.
 
     Attributes:
         has_empty: whether training rows have no note; if so, the first component tells that there is one.
-        sentence_mean, sentence_projection: of the states to the components of sentences, (d_llm,) and
-            (d_llm, sentence components).
-        seen: the components of training's sentences, (sentences, sentence components) float32.
-        mean, projection: of the means of a note's sentences to components of unit variance, (sentence components,) and
-            (sentence components, components).
+        mean, projection: of states to components, which have unit variance over the notes, (d_llm,) and
+            (d_llm, components).
+        center, axes: of states to coordinates in which sentences are compared, (d_llm,) and (d_llm, coordinates).
+        seen, seen_components: the coordinates and the components of training's sentences, (sentences, coordinates)
+            and (sentences, components), float32.
     """
 
     name: str
     has_empty: bool
-    sentence_mean: np.ndarray
-    sentence_projection: np.ndarray
-    seen: np.ndarray
     mean: np.ndarray
     projection: np.ndarray
+    center: np.ndarray
+    axes: np.ndarray
+    seen: np.ndarray
+    seen_components: np.ndarray
 
     @property
     def width(self) -> int:
@@ -82,48 +83,42 @@ class NoteColumn:
     def fit(cls, values: pd.Series, states: NoteStates) -> Self:
         """Fit the components to a column's training rows."""
         empty = is_empty(values)
-        texts = values[~empty].astype(str).unique()
-        sentences = sorted({sentence for text in texts for sentence in states.sentences[text]})
+        parts = [states.sentences[text] for text in values[~empty].astype(str).unique()]
+        codes, sentences = pd.factorize(np.array([one for part in parts for one in part], object), sort=True)
         rows = states.of(sentences)
-        mean, scale, _, directions = _principal_components(rows, _SENTENCE_COMPONENTS)
-        projection = directions.T / scale[:, None]
-        kept = np.linspace(0, len(rows) - 1, min(len(rows), _KEPT_SENTENCES)).astype(int)
-        seen = ((rows[kept] - mean) @ projection).astype(np.float32)
-        unfitted = np.zeros(len(directions)), np.eye(len(directions))
-        column = cls(str(values.name), bool(empty.any()), mean, projection, seen, *unfitted)
-        notes = column._means_of_sentences(texts, states)
+        notes = _means(rows[codes], parts)
         mean, scale, singular, directions = _principal_components(notes, COMPONENTS)
-        unit = directions.T / singular * np.sqrt(len(notes)) / scale[:, None]
-        return cls(**{**vars(column), "mean": mean, "projection": unit})
+        projection = directions.T / singular * np.sqrt(len(notes)) / scale[:, None]
+        center, scale, _, directions = _principal_components(rows, _COORDINATES)
+        axes = directions.T / scale[:, None]
+        kept = rows[np.linspace(0, len(rows) - 1, min(len(rows), _KEPT_SENTENCES)).astype(int)]
+        seen, components = (kept - center) @ axes, (kept - mean) @ projection
+        described = str(values.name), bool(empty.any()), mean, projection, center, axes
+        return cls(*described, seen.astype(np.float32), components.astype(np.float32))
 
     def encode(self, values: pd.Series, states: NoteStates) -> np.ndarray:
         """Encode notes, (rows, components); NaN for an empty cell."""
         codes, texts = pd.factorize(values.astype(str).where(~is_empty(values)))
         encoded = np.full((len(texts) + 1, self.width), np.nan)  # the last row is that of empty cells
         if len(texts):
+            parts = [states.sentences[text] for text in texts]
+            sentence_of, sentences = pd.factorize(np.array([one for part in parts for one in part], object))
             encoded[:-1, : self.has_empty] = 1
-            notes = self._means_of_sentences(texts, states)
-            encoded[:-1, self.has_empty :] = (notes - self.mean) @ self.projection
+            encoded[:-1, self.has_empty :] = _means(self._encode_sentences(states.of(sentences))[sentence_of], parts)
         return encoded[codes]
 
-    def _means_of_sentences(self, texts: Sequence[str], states: NoteStates) -> np.ndarray:
-        """Compute the mean components of each text's sentences, (texts, sentence components)."""
-        parts = [states.sentences[text] for text in texts]
-        codes, sentences = pd.factorize(np.array([one for part in parts for one in part], object))
-        components = self._mix((states.of(sentences) - self.sentence_mean) @ self.sentence_projection)
-        counts = np.array([len(part) for part in parts])
-        return np.add.reduceat(components[codes], np.cumsum(counts) - counts, axis=0) / counts[:, None]
-
-    def _mix(self, components: np.ndarray) -> np.ndarray:
-        """Replace the components of sentences that training did not see by those of similar sentences."""
-        seen, result, count = _unit(self.seen), components.copy(), min(_NEIGHBORS, len(self.seen))
-        for own in np.array_split(np.arange(len(components)), len(components) * len(seen) // _CHUNK + 1):
-            cosines = _unit(components[own]).astype(np.float32) @ seen.T
+    def _encode_sentences(self, states: np.ndarray) -> np.ndarray:
+        """Compute the components of sentences; for one that training did not see, mix those of similar ones."""
+        result, coordinates = (states - self.mean) @ self.projection, _unit((states - self.center) @ self.axes)
+        seen, count = _unit(self.seen), min(_NEIGHBORS, len(self.seen))
+        for own in np.array_split(np.arange(len(states)), len(states) * len(seen) // _CHUNK + 1):
+            cosines = coordinates[own].astype(np.float32) @ seen.T
             nearest = np.argpartition(-cosines, count - 1, axis=1)[:, :count]
             cosines = np.take_along_axis(cosines, nearest, axis=1)
             largest = cosines.max(axis=1, keepdims=True)
             weights = np.exp((cosines - largest) / _TEMPERATURE)
-            mixtures = np.einsum("bk,bkc->bc", weights / weights.sum(axis=1, keepdims=True), self.seen[nearest])
+            weights /= weights.sum(axis=1, keepdims=True)
+            mixtures = np.einsum("bk,bkc->bc", weights, self.seen_components[nearest])
             is_new = largest[:, 0] < _SAME
             result[own[is_new]] = mixtures[is_new]
         return result
@@ -154,6 +149,12 @@ def _principal_components(rows: np.ndarray, at_most: int) -> tuple[np.ndarray, n
     _, singular, directions = np.linalg.svd((rows - mean) / scale, full_matrices=False)
     kept = min(at_most, int((singular > 1e-6 * singular.max(initial=1e-12)).sum()))
     return mean, scale, singular[:kept], directions[:kept]
+
+
+def _means(rows: np.ndarray, parts: Sequence[Sequence[str]]) -> np.ndarray:
+    """Average the rows of each text's sentences, (texts, columns); the rows are those of all parts, in order."""
+    counts = np.array([len(part) for part in parts])
+    return np.add.reduceat(rows, np.cumsum(counts) - counts, axis=0) / counts[:, None]
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

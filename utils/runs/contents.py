@@ -105,10 +105,11 @@ def _check_note_column(column: dict) -> None:
     tensors = [column[name] for name in names[2:]]
     for tensor in tensors:
         _check_tensor("the encoding of its notes", tensor)
-    sentence_mean, sentence_projection, seen, mean, projection = (tuple(tensor.shape) for tensor in tensors)
-    fits = len(sentence_projection) == len(seen) == len(projection) == 2 and seen[0] > 0
-    fits = fits and (sentence_mean, mean) == (sentence_projection[:1], projection[:1])
-    _check(fits and seen[1:] == sentence_projection[1:] == mean, "the encoding of its notes has a wrong shape")
+    mean, projection, center, axes, seen, components = (tuple(tensor.shape) for tensor in tensors)
+    fits = len(projection) == len(axes) == len(seen) == len(components) == 2 and seen[0] > 0
+    fits = fits and mean == center == projection[:1] == axes[:1] and seen[:1] == components[:1]
+    fits = fits and (seen[1], components[1]) == (axes[1], projection[1])
+    _check(fits, "the encoding of its notes has a wrong shape")
 
 
 def _check_explainer(explainer: dict, channels: list[str]) -> None:
