@@ -159,12 +159,12 @@ def note_effects(series: Series) -> pd.DataFrame:
     """
     covariates = series.table.covariates
     texts, rows = _count_texts(covariates.rows, covariates.future, covariates.notes)
-    codes = [_codes(covariates.rows[name], texts) for name in covariates.notes]
     boosted = series.known_ahead.boosted
+    codes = [_codes(covariates.rows[column.name], texts) for column in (boosted.notes if boosted else ())]
     is_boosted = np.array(boosted.tree_of) >= 0 if boosted else np.zeros(len(series.channels), bool)
     channels = np.sort(np.argsort(~is_boosted, kind="stable")[:_NOTE_CHANNELS])
     means = np.zeros((len(texts), len(series.channels)))
-    if is_boosted.any():
+    if is_boosted.any() and codes:
         is_measured = is_boosted & np.isin(np.arange(len(is_boosted)), channels)
         means[:, is_measured] = _mean_effects(series, codes, len(texts), is_measured)[:, is_measured]
     means = means[:, channels]
@@ -202,16 +202,14 @@ def _mean_effects(series: Series, codes: Sequence[np.ndarray], texts: int, is_me
         names = [series.channels[channel] for channel in channel_of]
         horizon = first[:, None] + windows.seq_len + np.arange(windows.pred_len)
         with_notes = effect.effect(contexts, names, rows, first)
-        end = 0
-        for column, own_codes in zip(effect.notes, codes, strict=True):
-            begin, end = end, end + column.width
+        for places, own_codes in zip(effect.places_of_notes(), codes, strict=True):
             notes = rows.notes.copy()
-            notes[:, begin:end] = np.nan
+            notes[:, places] = np.nan
             change = with_notes - effect.effect(contexts, names, replace(rows, notes=notes), first)
             found = own_codes[horizon]
-            places = found[found >= 0], np.broadcast_to(channel_of[:, None], found.shape)[found >= 0]
-            np.add.at(sums, places, change[found >= 0])
-            np.add.at(counts, places, 1)
+            cells = found[found >= 0], np.broadcast_to(channel_of[:, None], found.shape)[found >= 0]
+            np.add.at(sums, cells, change[found >= 0])
+            np.add.at(counts, cells, 1)
     with np.errstate(invalid="ignore"):
         return sums / counts
 

@@ -27,6 +27,9 @@ _ROWS_OF_OWN_TREES = 20_000
 # Another way than `none` must reduce the validation error by this share, so that noise is not chosen.
 _NEEDED_GAIN = 0.01
 
+# A column matters if the error rises by at least this share when its values are shuffled.
+_USELESS = 0.002
+
 # Validation rows that a column's importance is measured on.
 _IMPORTANCE_ROWS = 40_000
 
@@ -113,9 +116,7 @@ def fit_known_ahead(
         linear_validation = linear.windows("val")
         errors[LINEAR] = _channel_errors(_fit_line(linear.windows("train"), linear_validation), linear_validation)
     if BOOSTED in tried:
-        boosted = _fit_boosted(series, training, validation, line, after_round)
-        effect = series.with_known_ahead(KnownAhead(None, boosted)).windows("val")
-        errors[BOOSTED] = _channel_errors(line, effect)
+        boosted, errors[BOOSTED] = _fit_useful_columns(series, line, after_round)
     ways = _choose(errors, validation) if way == "auto" else [tried[-1]] * len(series.channels)
     known = KnownAhead(_keep_linear(explainer, ways), _keep_boosted(boosted, ways))
     warnings = [*_constant_columns(series), *(explainer.warnings() if explainer else ())]
@@ -163,6 +164,33 @@ def _channels_with_own_trees(training: WindowDataset) -> tuple[np.ndarray, np.nd
     counts = training.counts * training.pred_len
     is_own = np.minimum(counts, _FITTED_ROWS // len(counts)) >= _ROWS_OF_OWN_TREES
     return np.flatnonzero(is_own), np.flatnonzero(~is_own if counts[~is_own].any() else [])
+
+
+def _fit_useful_columns(
+    series: Series, line: torch.Tensor, after_round: Callable[[], None]
+) -> tuple[BoostedEffect, np.ndarray]:
+    """Fit the boosted effect, without columns that do not matter if it is better without; return it and its errors."""
+
+    def fit(own: Series) -> tuple[BoostedEffect, np.ndarray]:
+        training, validation = own.windows("train"), own.windows("val")
+        effect = _fit_boosted(own, training, validation, line, after_round)
+        return effect, _channel_errors(line, own.with_known_ahead(KnownAhead(None, effect)).windows("val"))
+
+    counts, (effect, errors) = series.windows("val").counts, fit(series)
+    rises = _rises(series, KnownAhead(None, effect), [BOOSTED] * len(counts), line)
+    least = _USELESS * np.nansum(errors * counts)
+    useless = {name for name, own in rises.items() if np.nansum(own * counts) < least}
+    if not 0 < len(useless) < len(rises):
+        return effect, errors
+    covariates = series.table.covariates
+    parts = {
+        part: tuple(name for name in getattr(covariates, part) if name not in useless)
+        for part in ("known", "past", "notes")
+    }
+    without, fewer_errors = fit(replace(series, table=replace(series.table, covariates=replace(covariates, **parts))))
+    return (
+        (without, fewer_errors) if np.nansum(fewer_errors * counts) < np.nansum(errors * counts) else (effect, errors)
+    )
 
 
 def _fit_boosted(

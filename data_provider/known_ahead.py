@@ -75,6 +75,15 @@ class BoostedEffect:
         effects = [NoteEffect(weights.numpy()) for weights in kept["note_effects"]]
         return cls(**{**kept, **columns, "trees": [*trees], "notes": [*notes], "note_effects": effects})
 
+    def _note_order(self) -> np.ndarray:
+        """Order the components of all columns: the first ones of each come first, since trees see only some."""
+        return np.argsort(np.concatenate([np.arange(column.width) for column in self.notes]), kind="stable")
+
+    def places_of_notes(self) -> list[np.ndarray]:
+        """List the places of each column's components among those of `KnownRows.notes`."""
+        owner = np.repeat(np.arange(len(self.notes)), [column.width for column in self.notes])[self._note_order()]
+        return [np.flatnonzero(owner == number) for number in range(len(self.notes))]
+
     def rows_of(self, frame: pd.DataFrame, dates: pd.DatetimeIndex, states: NoteStates | None) -> KnownRows:
         """Encode what is known of rows.
 
@@ -86,9 +95,7 @@ class BoostedEffect:
             if states.llm != self.llm:
                 raise UserError("the notes were read by another LLM in training: give the flags of that LLM")
             notes = np.hstack([column.encode(frame[column.name], states) for column in self.notes])
-            # The first components of all columns come first: trees see only some.
-            ranks = np.concatenate([np.arange(column.width) for column in self.notes])
-            notes = notes[:, np.argsort(ranks, kind="stable")]
+            notes = notes[:, self._note_order()]
         calendar = calendar_of(dates, self.step_in_days)
         return KnownRows(encode(self.known, frame), encode(self.past, frame), calendar, notes)
 

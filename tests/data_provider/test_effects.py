@@ -171,6 +171,7 @@ def test_a_run_writes_both_and_keeps_those_of_an_earlier_one(run, tmp_path, tiny
     frame = noted()[0].merge(demand().drop(columns=["a", "b"]), on="date")
     long = "sale, \u201chalf price\u201d\n" + 300 * "x"
     frame["note"] = frame["note"].replace("text 0", long)
+    frame["a"] += 0.01 * (frame["heat"] - 15) ** 2
     frame.to_csv(tmp_path / "x.csv", index=False)
     train = [*SIZES, "--root_path", tmp_path, "--data_path", "x.csv", "--model", "DLinear", "--max_steps", "2",
              "--eval_windows", "30", "--covariates", "heat,door", "--notes", "note", "--llm_model_path",
@@ -186,3 +187,16 @@ def test_a_run_writes_both_and_keeps_those_of_an_earlier_one(run, tmp_path, tiny
     assert again.code == 0, again.err
     assert (folder / "covariates.png.old").exists() and (folder / "notes.csv.old").exists()
     assert not (folder / "covariates.png").exists()  # nothing has an effect now
+
+
+def test_two_columns_of_notes_are_told_apart(tmp_path):
+    frame, states = noted()
+    drawn = np.random.default_rng(9)
+    number = drawn.integers(2, 5, len(frame))
+    frame["a"] -= 3.0 * (number == 3)
+    frame["more"] = [TEXTS[own] for own in number]
+    flags = ["--notes", "note,more"]
+    series, _ = fitted(tmp_path, frame[["date", "a", "note", "more"]], "boosted", *flags, states=states)
+    found = note_effects(series).set_index("text")["a"]
+    assert found["text 0"] == pytest.approx(2, abs=0.5)  # of `note` alone
+    assert -3 < found["text 3"] < -1  # in `more`; in `note` it says nothing

@@ -8,6 +8,7 @@ import pytest
 import torch
 from sklearn.ensemble import HistGradientBoostingRegressor
 
+from data_provider import fit_known_ahead
 from data_provider.boosting import Trees, fit_trees
 from data_provider.data_factory import load_series
 from tests.data_provider.conftest import FLAGS
@@ -38,6 +39,8 @@ def test_trees_forecast_what_no_line_can(trained):
     assert ", without 1." in line and ", linear " in line and "| temperature " in line
     rises = pd.read_csv(done.folder / "covariates.csv").set_index("column")["rise"]
     assert rises["temperature"] > 100 * abs(rises["noise"])
+    known = read_checkpoint(done.folder / "checkpoint").data.boosted["known"]
+    assert [column["name"] for column in known] == ["temperature"], "noise is not left out"
 
 
 def test_noise_changes_nothing(trained):
@@ -83,7 +86,8 @@ def test_no_forecast_looks_ahead(trained):
     pd.testing.assert_frame_equal(forecast, forecaster.predict(past), check_exact=True)
 
 
-def test_windows_do_not_read_past_covariates_of_their_horizon(trained, tmp_path):
+def test_windows_do_not_read_past_covariates_of_their_horizon(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit_known_ahead, "_USELESS", -1.0)  # a reading that follows the load says nothing more
     frame = demand(future=0)[["date", "load", "temperature"]].assign(reading=lambda f: f["load"].round())
     trained("w", frame, "--covariates", "temperature", "--past_covariates", "reading")
     here = ["--root_path", str(tmp_path), "--data_path", "w.csv", "--model", "DLinear"]
