@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from data_provider.calendars import Calendar
 from data_provider.covariates import Explainer
 from data_provider.facts import DataFacts
 from data_provider.forecast_features import KnownRows
@@ -141,49 +141,46 @@ def _dates_of_covariates(table: Table, dates: Sequence[pd.DatetimeIndex], count:
             f"{table.source}: {missing} cells of --covariates are empty in the rows to forecast, {name!r} at"
             f" {horizons.index[horizons[name].isna().argmax()]} first: fill them"
         )
+    calendars = {}
     for own, first in zip(dates, spans.first, strict=True):
         future = known[first : first + count]
         if not future.is_monotonic_increasing or future[0] < own[-1]:
             raise UserError(f"{table.source}: the rows after {own[-1]} are not in order: sort them by date")
         if table.is_long and (future[0] == own[-1] or not future.is_unique):
             raise UserError(f"{table.source}: a date from {own[-1]} on occurs twice: give each row its own date")
+        _check_step(table, own, future, calendars)
         yield future
 
 
+def _check_step(
+    table: Table, dates: pd.DatetimeIndex, future: pd.DatetimeIndex, known: dict[pd.Timestamp, Calendar]
+) -> None:
+    """Refuse rows to forecast whose dates do not go on at the step of the data."""
+    calendar = _calendar_of(table, dates, known)
+    if (wrong := calendar.first_deviation(dates[-1], future)) is None:
+        return
+    before = future[wrong - 1] if wrong else dates[-1]
+    raise UserError(
+        f"{table.source}: the rows to forecast do not go on at the step of the data: {future[wrong]} comes after"
+        f" {before}, expected was {calendar.next_dates(before, 1)[0]}: add the missing rows, or correct the dates"
+    )
+
+
 def _extrapolated_dates(table: Table, dates: Sequence[pd.DatetimeIndex], count: int) -> Iterator[pd.DatetimeIndex]:
-    """Yield the next dates of each channel, at the step of the data."""
-    step = step_of(table.dates_of(table.spans.rows.argmax()), table.source)
-    futures = {}  # most series end with the same date
+    """Yield the next dates of each channel, by the calendar of the data."""
+    calendars, futures = {}, {}
     for own in dates:
-        if own[-1] not in futures:
-            # A weekly series may end on another weekday than the longest series.
-            fits = isinstance(step, pd.Timedelta) or step.is_on_offset(own[-1])
-            futures[own[-1]] = continue_dates(own[-1], step if fits else step_of(own, table.source), count)
+        if own[-1] not in futures:  # most series end with the same date
+            futures[own[-1]] = _calendar_of(table, own, calendars).next_dates(own[-1], count)
         yield futures[own[-1]]
 
 
-def step_of(dates: pd.DatetimeIndex, source: Path) -> pd.offsets.BaseOffset | pd.Timedelta:
-    """Infer the step between dates: a calendar step such as a month, or else the most frequent difference.
+def _calendar_of(table: Table, dates: pd.DatetimeIndex, known: dict[pd.Timestamp, Calendar]) -> Calendar:
+    """Choose the calendar of a channel: that of the longest channel, unless its last date is not on it.
 
-    Raises:
-        UserError: if the dates have no step.
+    A weekly series may end on another weekday than the longest one. `known` holds the calendars by last date.
     """
-    recent = dates[-1000:]
-    # Calendar steps such as months differ in length.
-    with pd.option_context("future.infer_freq_returns_offset", True):
-        offset = pd.infer_freq(recent) if len(recent) > 2 else None
-    if offset is not None:
-        return offset
-    steps = pd.Series(recent).diff().dropna()
-    step = steps[steps > pd.Timedelta(0)].mode()
-    if step.empty:
-        raise UserError(f"{source}: the dates have no step with which to continue them")
-    return step[0]
-
-
-def continue_dates(last: pd.Timestamp, step: pd.offsets.BaseOffset | pd.Timedelta, count: int) -> pd.DatetimeIndex:
-    """Extrapolate `count` dates after the last one."""
-    if isinstance(step, pd.Timedelta):
-        return pd.DatetimeIndex([last + step * number for number in range(1, count + 1)])
-    dates = pd.date_range(last, periods=count + 1, freq=step)
-    return dates[dates > last][:count]
+    if dates[-1] not in known:
+        calendar = table.calendar
+        known[dates[-1]] = calendar if calendar and calendar.fits(dates[-1]) else Calendar.of(dates, table.source)
+    return known[dates[-1]]

@@ -1,17 +1,54 @@
 """Build tables from long CSVs, which have one row for each series and date."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from data_provider.covariates import check_covariates
-from data_provider.csv_cells import DATE, ID, LONG, VALUE, parse_dates, parse_numbers
+from data_provider.csv_cells import find_sentinels, parse_numbers
+from data_provider.dates import DateStyle, find_date_column, parse_dates
 from data_provider.tables import Covariates, Table, TableOptions
 from data_provider.windows import Spans
 from utils.errors import UserError, listed
+
+# The columns of a long CSV, named as in Nixtla's libraries.
+ID, DATE, VALUE = LONG = ("unique_id", "ds", "y")
+
+
+class LongColumns(NamedTuple):
+    """The names of the columns of a long CSV."""
+
+    series: str
+    date: str
+    value: str
+
+
+def is_long(frame: pd.DataFrame, options: TableOptions) -> bool:
+    """Return whether the data are in long format: one row for each series and date."""
+    return bool(options.id_column) or set(LONG) <= set(frame.columns)
+
+
+class LongRows(NamedTuple):
+    """The rows of a long CSV, in order of date within each series.
+
+    Attributes:
+        codes: the number of each row's series, (rows,).
+        names: of the series.
+        style: how the dates are written.
+        notes: how the CSV was read, a line each.
+    """
+
+    columns: LongColumns
+    frame: pd.DataFrame
+    codes: np.ndarray
+    names: pd.Index
+    dates: pd.DatetimeIndex
+    style: DateStyle
+    notes: tuple[str, ...]
 
 
 def long_table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table:
@@ -20,56 +57,101 @@ def long_table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table:
     Raises:
         UserError: names the row, column, series or flag that is wrong.
     """
-    check_covariates(path, frame, options, LONG)
-    ids = frame[ID]
-    if ids.isna().any():
-        raise UserError(f"{path} data row {ids.isna().argmax() + 1}, column {ID!r} is empty: name its series")
-    codes, names = pd.factorize(ids.astype(str))
-    is_chosen = _choose_series(path, names, options.series)
-    is_known = frame[VALUE].notna().to_numpy()
-    is_future = _follows_last_known(is_known, codes) if options.has_future else np.zeros(len(frame), bool)
-    rows = np.bincount(codes[~is_future], minlength=len(names))
-    is_kept = is_chosen & (rows >= options.seq_len)
-    if not is_kept.any():
-        if not len(names):
-            raise UserError(f"{path} has no rows")
-        raise UserError(
-            f"{path}: none of {is_chosen.sum()} series has as many rows as --seq_len {options.seq_len}, the longest has"
-            f" {int(rows[is_chosen].max(initial=0))}"
-        )
-    kept = np.flatnonzero(is_kept)
-    known, spans = _sort_by_series(frame[~is_future], codes[~is_future], kept)
-    channels = tuple(names[kept])
-    dates = parse_dates(path, known[DATE])
+    rows = _read_rows(frame, path, options)
+    is_chosen = _choose_series(path, rows.names, options.series)
+    is_known = rows.frame[rows.columns.value].notna().to_numpy()
+    is_future = _follows_last_known(is_known, rows.codes)
+    if not options.has_future:  # of a series without a value nothing can be said
+        is_future &= np.bincount(rows.codes[is_known], minlength=len(rows.names))[rows.codes] > 0
+    kept = _long_series(path, rows, is_future, is_chosen, options.seq_len)
+    places, spans = _places_by_series(~is_future, rows.codes, kept)
+    dates, known, channels = rows.dates[places], rows.frame.iloc[places], tuple(rows.names[kept])
     _check_steps(path, dates, spans, channels)
-    raw = parse_numbers(path, known, [VALUE])[:, 0]
+    raw = parse_numbers(path, known, [rows.columns.value], rows.columns.series)[:, 0]
     if (is_empty := np.logical_and.reduceat(np.isnan(raw), spans.first)).any():
         raise UserError(f"{path}, series {channels[is_empty.argmax()]!r} holds no number: drop it")
-    covariates = None
-    if columns := options.all_names:
-        future, future_spans = _sort_by_series(frame[is_future], codes[is_future], kept)
-        future_dates = parse_dates(path, future[DATE]) if len(future) else pd.DatetimeIndex([])
-        future = future[columns].set_axis(future_dates)
-        rows = known[columns].reset_index(drop=True)
-        covariates = Covariates(rows, future, future_spans, *options.column_names)
-    left_out = _left_out((is_chosen & ~is_kept).sum(), is_chosen.sum(), frame.columns, options)
-    return Table(path, dates, raw, channels, spans, is_long=True, covariates=covariates, left_out=left_out)
+    covariates, notes = None, rows.notes
+    if names := options.all_names:
+        future_places, future_spans = _places_by_series(is_future, rows.codes, kept)
+        future = rows.frame.iloc[future_places][names].set_axis(rows.dates[future_places])
+        covariates = Covariates(known[names].reset_index(drop=True), future, future_spans, *options.column_names)
+    elif is_future.any():
+        notes = (*notes, "the last rows of some series have no value: their forecast begins at the first of them")
+    unused = rows.frame.columns.drop([*rows.columns])
+    warnings = _left_out(int(is_chosen.sum()) - len(kept), int(is_chosen.sum()), unused, options)
+    warnings += find_sentinels([rows.columns.value], raw[:, None])
+    read = {"date_style": rows.style, "reading": notes, "warnings": tuple(warnings)}
+    return Table(path, dates, raw, channels, spans, is_long=True, covariates=covariates, **read)
 
 
-def _sort_by_series(frame: pd.DataFrame, codes: np.ndarray, kept: np.ndarray) -> tuple[pd.DataFrame, Spans]:
-    """Select the rows of the kept series and sort them by series, without changing the order within a series."""
-    order = np.argsort(codes, kind="stable")
-    order = order[np.isin(codes[order], kept)]
-    return frame.iloc[order], Spans.of_series(np.bincount(codes, minlength=kept.max() + 1)[kept])
+def _read_rows(frame: pd.DataFrame, path: Path, options: TableOptions) -> LongRows:
+    """Find the columns, number the series, parse the dates, and sort the rows within each series."""
+    columns, note = _find_columns(path, frame, options)
+    check_covariates(path, frame, options, columns)
+    ids = frame[columns.series]
+    if ids.isna().any():
+        raise UserError(f"{path} data row {ids.isna().argmax() + 1}, column {ids.name!r} is empty: name its series")
+    codes, names = pd.factorize(ids.astype(str))
+    dates, style, notes = parse_dates(path, frame[columns.date], options.date_format, codes)
+    notes = (note, *notes) if note else notes
+    if _is_unsorted(dates, codes):
+        order = np.lexsort((dates.asi8, codes))
+        frame, codes, dates = frame.iloc[order], codes[order], dates[order]
+        notes = (*notes, "the rows of some series are not in order: they are sorted by date")
+    return LongRows(columns, frame, codes, names, dates, style, notes)
 
 
-def _left_out(short: int, series: int, columns: Sequence[str], options: TableOptions) -> str:
+def _long_series(path: Path, rows: LongRows, is_future: np.ndarray, is_chosen: np.ndarray, seq_len: int) -> np.ndarray:
+    """Find the chosen series with at least seq_len known rows."""
+    counts = np.bincount(rows.codes[~is_future], minlength=len(rows.names))
+    is_kept = is_chosen & (counts >= seq_len)
+    if not len(rows.names):
+        raise UserError(f"{path} has no rows")
+    if not is_kept.any():
+        raise UserError(
+            f"{path}: none of {is_chosen.sum()} series has as many rows as --seq_len {seq_len}, the longest has"
+            f" {int(counts[is_chosen].max(initial=0))}"
+        )
+    return np.flatnonzero(is_kept)
+
+
+def _find_columns(path: Path, frame: pd.DataFrame, options: TableOptions) -> tuple[LongColumns, str]:
+    """Find the columns of series, dates and values, and describe how the dates were found."""
+    series = options.id_column or ID
+    if series not in frame.columns:
+        raise UserError(f"{path} has no column {series!r} for --id_column: it has {list(frame.columns)}")
+    date, note = DATE, ""
+    if options.date_column or DATE not in frame.columns:
+        others = frame.drop(columns=[series, *(name for name in options.all_names if name in frame.columns)])
+        date, note = find_date_column(path, others, options.date_column)
+    value = options.target if options.target in frame.columns else VALUE
+    if value not in frame.columns:
+        raise UserError(f"{path} has no column {options.target!r} for --target: it has {list(frame.columns)}")
+    return LongColumns(series, date, value), note
+
+
+def _is_unsorted(dates: pd.DatetimeIndex, codes: np.ndarray) -> bool:
+    """Return whether a row of some series is before the row of the series above it."""
+    by_series = np.argsort(codes, kind="stable")
+    steps, is_within = np.diff(dates.asi8[by_series]), np.diff(codes[by_series]) == 0
+    return bool((is_within & (steps < 0)).any())
+
+
+def _places_by_series(is_chosen: np.ndarray, codes: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, Spans]:
+    """Find the chosen rows of the kept series, sorted by series, without changing the order within a series."""
+    places = np.flatnonzero(is_chosen)
+    order = places[np.argsort(codes[places], kind="stable")]
+    counts = np.bincount(codes[places], minlength=kept.max() + 1)[kept]
+    return order[np.isin(codes[order], kept)], Spans.of_series(counts)
+
+
+def _left_out(short: int, series: int, columns: Collection[str], options: TableOptions) -> list[str]:
     """Describe the series and columns that are not used."""
     parts = [f"{short} of {series} series have fewer rows than --seq_len {options.seq_len}: left out"] if short else []
-    if unused := [name for name in columns if name not in (*LONG, *options.all_names)]:
+    if unused := [name for name in columns if name not in options.all_names]:
         names = ",".join(unused)
         parts.append(f"columns {names} are not used (--covariates {names} uses those that are known in advance)")
-    return "; ".join(parts)
+    return ["; ".join(parts)] if parts else []
 
 
 def _follows_last_known(is_known: np.ndarray, codes: np.ndarray) -> np.ndarray:

@@ -1,12 +1,14 @@
 """A CSV as arrays, the flags that select its series and columns, and its gaps."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from data_provider.calendars import Calendar
+from data_provider.dates import DateStyle
 from data_provider.notes import NoteStates, is_empty
 from data_provider.windows import Spans
 from utils.cli.options import FlagGroup
@@ -49,8 +51,10 @@ class Table:
         dates: the dates of all channels, see `spans`; they never decrease within a channel.
         raw: (all rows,) float64, in the CSV's units; NaN where a cell is empty.
         is_long: whether the CSV is long; its channels may differ in length.
-        left_out: a note on series and columns that are not used; empty if all are used.
         sha256: the hash of the CSV as it was read; empty for a DataFrame.
+        date_style: how the CSV writes dates.
+        reading: how the CSV was read where it is not plain, a line each.
+        warnings: what is wrong with the CSV or not used, a line each.
     """
 
     source: Path
@@ -60,8 +64,16 @@ class Table:
     spans: Spans
     is_long: bool = False
     covariates: Covariates | None = None
-    left_out: str = ""
     sha256: str = ""
+    date_style: DateStyle = field(default_factory=DateStyle)
+    reading: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def calendar(self) -> Calendar | None:
+        """The calendar of the longest channel; None if it has fewer than two dates."""
+        dates = self.dates_of(self.spans.rows.argmax())
+        return Calendar.of(dates, self.source) if len(dates) and dates[0] != dates[-1] else None
 
     @cached_property
     def filled(self) -> np.ndarray:
@@ -112,7 +124,7 @@ class Table:
 
     def notes(self, seq_len: int) -> list[str]:
         """Describe gaps, irregular dates and unused series or columns, one line each."""
-        lines = [self.left_out, *self._notes_on_dates(), _note_on_gaps(self, seq_len)]
+        lines = [*self.warnings, *self._notes_on_dates(), _note_on_gaps(self, seq_len)]
         return [f"{self.source}: {line}" for line in lines if line]
 
     def _notes_on_dates(self) -> list[str]:
@@ -124,13 +136,15 @@ class Table:
         notes = []
         if (equal := np.flatnonzero(steps == 0)).size:
             notes.append(f"{len(equal)} rows have the date of the row above them, {self._row(equal[0] + 1)} first")
-        usual = np.median(steps[~is_border]) if not is_border.all() else 0
-        # With a tolerance of one half, because months and years differ in length.
-        jumps = np.flatnonzero(steps > 1.5 * usual) if usual else np.zeros(0, np.int64)
-        if 0 < len(jumps) < (~is_border).sum() / 2:
-            row = self._row(jumps[0] + 1)
-            notes.append(f"{len(jumps)} gaps in the dates, before {row} first: windows run across them")
+        gaps = self._gaps(firsts)
+        if 0 < len(gaps) < (~is_border).sum() / 2:
+            notes.append(f"{len(gaps)} gaps in the dates, before {self._row(gaps[0])} first: windows run across them")
         return notes
+
+    def _gaps(self, firsts: np.ndarray) -> np.ndarray:
+        """Find the dates before which dates are missing; `firsts` are the first dates of the channels."""
+        found = firsts[:0] if self.calendar is None else self.calendar.missing(self.dates)
+        return found[~np.isin(found, firsts)]
 
     def _row(self, date: int) -> str:
         """Name the row of a date, counted from 1."""
@@ -152,6 +166,15 @@ class TableOptions(FlagGroup):
     past_covariates: str
     notes: str
     seq_len: int
+    date_column: str
+    id_column: str
+    date_format: str
+    na_values: str
+
+    @property
+    def marks_of_missing(self) -> list[str]:
+        """The cells of --na_values."""
+        return [cell.strip() for cell in self.na_values.split(",") if cell.strip()]
 
     @property
     def column_names(self) -> tuple[tuple[str, ...], ...]:

@@ -243,7 +243,7 @@ def test_a_csv_that_changes_meanwhile_does_not_reach_the_run(run, own_csv, chang
 def test_the_csv_is_read_once(run, own_csv, monkeypatch):
     _, argv = own_csv
     reads, read = [], data_provider.reading.read_csv
-    monkeypatch.setattr(data_provider.reading, "read_csv", lambda path: reads.append(path) or read(path))
+    monkeypatch.setattr(data_provider.reading, "read_csv", lambda path, *more: reads.append(path) or read(path, *more))
     assert run(*argv, "--level", "50", "--predict", "--itr", "2").code == 0
     assert len(reads) == 1
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import sys
 
@@ -31,9 +32,7 @@ WRONG_CSVS = [
     ("empty", b"", "not a CSV"),
     ("header only", b"date,a,b\n", "data rows"),
     ("date alone", "".join(line.split(",")[0] + "\n" for line in GOOD.splitlines()), "nothing to forecast"),
-    ("no date column", edited("date", "time"), "no column 'date'"),
-    ("semicolons", GOOD.replace(",", ";"), "semicolons"),
-    ("tabs", GOOD.replace(",", "\t"), "tabs"),
+    ("no date column", re.sub("^[^,]*", "x", GOOD, flags=re.MULTILINE), "no column 'date'"),
     ("UTF-16", GOOD.encode("utf-16"), "UTF-16"),
     ("GBK", edited("a,b", "温度,油温").encode("gbk"), "GBK"),
     ("binary", bytes(range(256)) * 50, "is not"),
@@ -49,7 +48,6 @@ WRONG_CSVS = [
     ("a date that is none", edited("2024-01-01 05", "2024-13-01 05"), "is not a date"),
     ("numbers as dates", "date,a\n" + "".join(f"{row},{row % 9}\n" for row in range(400)), "are not dates"),
     ("unsorted", edited("2024-01-02 05", "2024-01-01 05"), "is before the row above it"),
-    ("newest first", "\n".join(["date,a,b", *reversed(GOOD.splitlines()[1:])]) + "\n", "sort the rows by date"),
     ("offsets from UTC that change", edited("05:00:00", "05:00:00+02:00"), "column 'date'"),
     ("too short", "\n".join(GOOD.splitlines()[:60]) + "\n", "too short"),
     ("one row", "\n".join(GOOD.splitlines()[:2]) + "\n", "data rows"),
@@ -57,7 +55,7 @@ WRONG_CSVS = [
     ("a huge number in the training rows", edited(",3,", ",1e200,"), "too large to be a reading"),
     ("beyond float64", edited(",3,", ",1e999,"), "not a finite number"),
     ("long: a date twice", LONG.replace("01-02 05", "01-02 04", 1), "series 'p': 2024-01-02 04:00:00 occurs twice"),
-    ("long: unsorted", LONG.replace("01-02 05", "01-01 05", 1), "series 'p': 2024-01-01 05:00:00 is before"),
+    ("long: a date twice, apart", LONG.replace("01-02 05", "01-01 05", 1), "series 'p': 2024-01-01 05:00:00 occurs"),
     ("long: a series of text", LONG.replace(",3\n", ",three\n"), "'three' is not a finite number"),
     ("long: no name", LONG.replace("q,", ",", 1), "'unique_id' is empty"),
     ("long: a row a series", LONG.splitlines()[0] + "\na,2024-01-01,1\nb,2024-01-01,1\n", "none of 2 series"),

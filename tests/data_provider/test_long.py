@@ -152,7 +152,6 @@ def test_gaps_in_dates_are_counted_within_series(tmp_path):
     ("frame", "more", "words"),
     [
         (pd.concat([one("a", 40), one("a", 40).tail(1)]), [], ["series 'a'", "2024-01-02 15:00:00 occurs twice"]),
-        (one("a", 40).iloc[::-1], [], ["series 'a'", "before the row above it", "sort"]),
         (pd.concat([one("a", 40), one("b", 40, freq="D")]), [], ["different steps", "'a' 0 days 01:00", "'b' 1 days"]),
         (pd.concat([one("a", 40), one("b", 40).assign(y="much")]), [], ["data row 41", "series 'b'", "'much'"]),
         (pd.concat([one("a", 40), one("b", 40).assign(y=np.nan)]), [], ["series 'b' holds no number"]),

@@ -79,10 +79,10 @@ def test_what_is_wrong_is_said(run, flags, whole, tmp_path):
     trained = load_run(run(*flags, "--model", "DLinear").folder)
     for frame, words in (
         (whole.drop(columns="HULL"), "the DataFrame has the channels"),
-        (whole.drop(columns="date"), "no column 'date' and no dates for its index"),
+        (whole.drop(columns="date"), "no column 'date' and no other column of dates"),
         (whole.tail(47), "the DataFrame has 47 rows: a forecast needs --seq_len 48"),
-        (whole.iloc[::-1], "is before the row above it"),
-        (whole.assign(OT="x"), "'x' is not a finite number"),
+        (whole.sample(frac=1, random_state=0), "is before the row above it"),
+        (whole.assign(OT="x"), "column 'OT' is text, such as 'x'"),
     ):
         with pytest.raises(UserError, match=words):
             trained.predict(frame)

@@ -33,13 +33,13 @@ def farewell(argv: Sequence[str]) -> str:
     words = [word for word in argv if word != "--predict" and not word.startswith("--is_training=")]
     words = [word for before, word in zip(["", *words], words, strict=False) if "--is_training" not in (before, word)]
     test = command_line(["python", "run_main.py", *words, "--is_training", "0"])
-    own = "python run_main.py --data custom --data_path my.csv --seq_len 96 --pred_len 24 --predict"
+    own = "python run_main.py --csv my.csv --seq_len 96 --pred_len 24 --predict"
     return f"""What to type next, to test the trained layers again, or to forecast again once the CSV has grown:
     {test}
     {test} --predict
 For a real LLM, of 0.3 GB or of 6 GB:
     python scripts/fetch.py smollm2
     python scripts/fetch.py qwen2.5-3b
-For your own CSV in dataset/, with a column 'date' and numeric columns:
+For your own CSV, with a column of dates and columns of numbers:
     {own} --llm_model_path base_models/SmolLM2-135M
     {own} --llm_model QWEN --load_in_4bit"""

@@ -5,6 +5,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import NamedTuple, Self
 
 from utils.cli.command import OneLineParser
@@ -136,11 +137,16 @@ TABLE: dict[str, tuple[str | None, tuple[Flag, ...]]] = {
     )),
     "data": (None, (
         Flag("data", None, "data set, which also sets the train/val/test borders; required", (), DATA_NAMES, kind=str),
+        Flag("csv", "", "path of a CSV: stands for --data custom --root_path FOLDER --data_path FILE", _FREE),
         Flag("root_path", "./dataset", "folder of the CSV", _RESUME),
         Flag("data_path", "", "file name of the CSV; empty: {data}.csv", _RESUME),
         Flag("features", "M", "M: all channels; S: the target; MS: all, scored on the target", (), ("M", "S", "MS")),
         Flag("target", "OT", "target channel of --features S and MS"),
         Flag("series", "", "series of a long CSV (unique_id, ds, y): comma-separated names or patterns (shop-*)"),
+        Flag("date_column", "", "column of the timestamps; empty: found by its name or its cells", _RESUME),
+        Flag("id_column", "", "column that names the series of a long CSV; empty: unique_id", _RESUME),
+        Flag("date_format", "", "how dates are written: dayfirst, monthfirst, or as strptime has it", _RESUME),
+        Flag("na_values", "", "comma-separated cells that mean that a value is missing, such as -,-999", _RESUME),
         Flag("covariates", "", "comma-separated columns known in advance, which explain the channels", _MATCH),
         Flag("past_covariates", "", "comma-separated columns known up to the origin, which explain them", _MATCH),
         Flag("notes", "", "comma-separated columns of text known in advance, which the LLM reads", _MATCH),
@@ -295,12 +301,25 @@ class OptionParser(OneLineParser):
             presets = argparse.Namespace(**self._demo_presets(parsed, args))
             with_presets, rest = super().parse_known_args(args, presets)
             vars(parsed).update(vars(with_presets))  # in the order of the table
-        if parsed.data is None and not rest:
-            self.error(f"--data is required (one of {', '.join(DATA_NAMES)}); --demo needs no data")
+        if parsed.data is None and not parsed.csv and not rest:
+            self.error(f"--data is required (one of {', '.join(DATA_NAMES)}), or --csv; --demo needs neither")
+        given = super().parse_known_args(args, argparse.Namespace(label_len=None, root_path=None, data_path=None))[0]
+        if parsed.csv:
+            self._take_csv(parsed, given)
+        if given.label_len is None:  # the default is no longer than the context
+            parsed.label_len = min(parsed.label_len, max(parsed.seq_len, 0))
         parsed.level = sorted(parsed.level)
         parsed.data_path = parsed.data_path or f"{parsed.data}.csv"
         parsed.model_id = parsed.model_id or f"{parsed.data}_{parsed.seq_len}_{parsed.pred_len}"
         return parsed, rest
+
+    def _take_csv(self, parsed: argparse.Namespace, given: argparse.Namespace) -> None:
+        """Set the three flags that --csv stands for."""
+        if given.data not in (None, "custom") or given.root_path is not None or given.data_path is not None:
+            self.error("--csv stands for --data custom, --root_path and --data_path: leave them out")
+        path = Path(parsed.csv)
+        parsed.data, parsed.root_path, parsed.data_path = "custom", str(path.parent), path.name
+        parsed.csv = ""
 
     def _demo_presets(self, parsed: argparse.Namespace, args=None) -> dict:
         """Select the presets of --demo that do not contradict a given flag."""

@@ -22,6 +22,8 @@ from utils.system.files import write_text
 # The most channels, and series of a long CSV, that a plot shows legibly.
 MOST_CHANNELS, MOST_SERIES = 12, 6
 
+_DIGITS = 7
+
 # A value this many standard deviations from the mean of the training rows is hardly a true reading.
 FAR = 1000
 
@@ -43,7 +45,7 @@ class Forecast:
     warnings: tuple[str, ...] = ()
 
     def as_frame(self) -> pd.DataFrame:
-        """Lay the forecast out like the CSV, wide or long, with the bounds of each column after it."""
+        """Lay the forecast out like the CSV, wide or long, with the bounds of each column after it, in 7 digits."""
         names, dates = self.window.channels, self.window.future_dates
         if not self.window.is_long:
             columns = {"date": dates[0]}
@@ -69,7 +71,13 @@ def check_columns(channels: Sequence[str], is_long: bool, levels: Sequence[int])
 def _with_bounds(name: str, values: np.ndarray, half_widths: dict[int, np.ndarray]) -> dict[str, np.ndarray]:
     """Build a column and the columns of its bounds, from the lowest bound to the highest."""
     lower = {f"{name}-lo-{level}": values - half for level, half in reversed(half_widths.items())}
-    return {name: values, **lower, **{f"{name}-hi-{level}": values + half for level, half in half_widths.items()}}
+    upper = {f"{name}-hi-{level}": values + half for level, half in half_widths.items()}
+    return {column: _round(numbers) for column, numbers in ({name: values} | lower | upper).items()}
+
+
+def _round(values: np.ndarray) -> np.ndarray:
+    """Round to the digits that a forecast in float32 has."""
+    return np.array([float(f"{value:.{_DIGITS}g}") for value in np.atleast_1d(values)])
 
 
 @torch.inference_mode()
@@ -149,18 +157,11 @@ def _farthest_from_others(values: np.ndarray) -> tuple[int, float]:
     return row, abs(values[row] - others.mean()) / spread
 
 
-def _format_dates(dates: pd.DatetimeIndex) -> list[str]:
-    """Format dates with the fewest fractional digits that keep all of them exact, and with their UTC offset if any."""
-    precisions = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
-    precision = next(name for unit, name in precisions.items() if (dates == dates.floor(unit)).all())
-    return [date.isoformat(sep=" ", timespec=precision) for date in dates]
-
-
 def write_forecast(folder: Path, forecast: Forecast) -> None:
     """Write forecast.csv, and forecast.png with the forecast after its context."""
     frame = forecast.as_frame()
     dates = "ds" if forecast.window.is_long else "date"
-    frame[dates] = _format_dates(pd.DatetimeIndex(frame[dates]))
+    frame[dates] = forecast.window.table.date_style.write(pd.DatetimeIndex(frame[dates]))
     write_text(folder / "forecast.csv", frame.to_csv(index=False, lineterminator="\n"))
     window, (steps, count) = forecast.window, forecast.values.shape
     if window.is_long:

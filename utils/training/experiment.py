@@ -97,7 +97,7 @@ class Experiment:
                     if is_first_process():
                         print(f"Seed {flags.seed} is done: {run_folder(args, number)}", flush=True)
                     continue
-                table = table or read_table(args)  # once: later changes of the file do not reach the run
+                table = table or self._read_table()  # once: later changes of the file do not reach the run
                 if args.predict and not args.is_training:
                     forecast_only(flags, number, table)
                 else:
@@ -109,6 +109,14 @@ class Experiment:
             if not should_reduce_batch_size(problem):
                 raise
             raise memory_error(args) from problem
+
+    def _read_table(self) -> Table:
+        """Read the CSV, and print how it was read where it is not plain."""
+        table = read_table(self.args)
+        if is_first_process():
+            for line in table.reading:
+                print(f"Data | {table.source.name}: {line}", flush=True)
+        return table
 
     def _can_skip(self, flags: argparse.Namespace, number: int) -> bool:
         """Return whether --resume auto skips a repetition, since it has all that is asked for, its scores."""

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_provider.horizon import continue_dates, step_of
+from data_provider.calendars import Calendar
 from data_provider.reading import read_table
 from dataset.demo import demo_frame
 from utils.cli.options import get_parser
@@ -14,8 +14,8 @@ def forecast_of(folder):
 
 
 def to_come(args, count):
-    dates = read_table(args).dates
-    return list(continue_dates(dates[-1], step_of(dates, "x.csv"), count))
+    table = read_table(args)
+    return list(Calendar.of(table.dates, table.source).next_dates(table.dates[-1], count))
 
 
 def is_png(path):
@@ -59,7 +59,7 @@ def test_under_mixed_precision_too(run, flags):
     [
         (pd.date_range("2024-01-01", periods=400, freq="100ms"), "2024-01-01 00:00:40.000"),
         (pd.date_range("2024-01-01", periods=400, freq="h", tz="+05:30"), "2024-01-17 16:00:00+05:30"),
-        (pd.date_range("2024-01-01", periods=400, freq="D"), "2025-02-04 00:00:00"),
+        (pd.date_range("2024-01-01", periods=400, freq="D"), "2025-02-04"),
     ],
 )
 def test_dates_are_written_with_fractions_and_offsets(run, flags, tmp_path, dates, first):

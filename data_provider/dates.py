@@ -1,0 +1,386 @@
+"""Find and parse the dates of a CSV, and write dates as it does."""
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import numpy as np
+import pandas as pd
+
+from utils.errors import UserError, first_line, listed
+
+# Usual names of the column of dates, in lower case, the best first.
+_NAMES = ("date", "ds", "time", "timestamp", "datetime", "date_time", "date time", "day", "month", "quarter", "year")
+
+# Cells that show how dates are written.
+_SAMPLE = 50
+
+_ISO = re.compile(r"\d{4}-\d{2}-\d{2}(?:([ T])\d{2}:\d{2}(:\d{2}(?:[.,]\d+)?)?)?\s*(Z|[+-]\d{2}:?\d{2})?")
+_DAY_OR_MONTH = re.compile(r"\d{1,2}([/.-])\d{1,2}\1(\d{4}|\d{2})(?!\d)(.*)")
+_TIMES = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", "T%H:%M", "T%H:%M:%S", " %I:%M %p", " %I:%M:%S %p")
+_DIGITS = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
+_EPOCHS = {"s": ("seconds", 1e8, 5e9), "ms": ("milliseconds", 1e11, 5e12)}
+
+# Zones whose summer time is looked for, most of those that data come from.
+_ZONES = (
+    *("Europe/Berlin", "Europe/London", "Europe/Athens", "Europe/Lisbon", "America/New_York", "America/Chicago"),
+    *("America/Denver", "America/Los_Angeles", "America/Halifax", "America/Sao_Paulo", "America/Santiago"),
+    *("Australia/Sydney", "Australia/Adelaide", "Pacific/Auckland", "Asia/Jerusalem", "Africa/Cairo"),
+)
+
+
+@dataclass(frozen=True)
+class DateStyle:
+    """How a CSV writes its dates.
+
+    Attributes:
+        format: of `strptime`; empty for ISO 8601.
+        unit: s or ms for numbers since 1970, else empty.
+        precision: the digits of ISO dates at least: auto (days), minutes or seconds.
+        separator: between an ISO date and its time.
+        suffix: after an ISO time without offset, such as Z.
+        unpadded: which zeros are left out: "", "date" or "all" (of hours, too).
+        zone: the time zone of dates whose offset changes; empty for UTC.
+    """
+
+    format: str = ""
+    unit: str = ""
+    precision: str = "seconds"
+    separator: str = " "
+    suffix: str = ""
+    unpadded: str = ""
+    zone: str = ""
+
+    def write(self, dates: pd.DatetimeIndex) -> list[str]:
+        """Write dates in this style, with more digits where it cannot express them."""
+        if self.zone:
+            dates = dates.tz_convert(self.zone)
+        if self.unit:
+            return [f"{number:.15g}" for number in dates.as_unit("ns").asi8 / pd.Timedelta(1, self.unit).value]
+        if self.format:
+            texts = [_UNPAD[self.unpadded](date.strftime(self.format)) for date in dates]
+            with_year = pd.to_datetime(pd.Series(texts), format=self.format, errors="coerce")
+            if (pd.DatetimeIndex(with_year).tz_localize(None) == dates.tz_localize(None)).all():
+                return texts
+        return self._write_iso(dates)
+
+    def _write_iso(self, dates: pd.DatetimeIndex) -> list[str]:
+        naive = dates.tz_localize(None)
+        if self.precision == "auto" and dates.tz is None and (naive == naive.normalize()).all():
+            return [date.strftime("%Y-%m-%d") for date in dates]
+        steps = {"min": "minutes", "s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
+        if self.precision == "seconds":
+            del steps["min"]
+        precision = next(name for unit, name in steps.items() if (naive == naive.floor(unit)).all())
+        texts = [date.isoformat(sep=self.separator, timespec=precision) for date in dates]
+        return [text.removesuffix("+00:00") + self.suffix for text in texts] if self.suffix else texts
+
+
+_UNPAD: dict[str, Callable[[str], str]] = {
+    "": lambda text: text,
+    "date": lambda text: re.sub(r"(?<![\d:])0(?=\d)(?!\d:)", "", text),
+    "all": lambda text: re.sub(r"(?<![\d:])0(?=\d)", "", text),
+}
+
+
+class ParsedDates(NamedTuple):
+    """Dates, how the CSV writes them, and how they were read, a line each where it is not plain."""
+
+    dates: pd.DatetimeIndex
+    style: DateStyle
+    notes: tuple[str, ...]
+
+
+def find_date_column(path: Path, frame: pd.DataFrame, wanted: str = "") -> tuple[str, str]:
+    """Find the column of dates.
+
+    Args:
+        wanted: its name, if the user gave one.
+
+    Returns:
+        the name, and a line that says how it was found; empty for `date` and for a given name.
+
+    Raises:
+        UserError: if there is none, or several are possible.
+    """
+    names = [str(name) for name in frame.columns]
+    if wanted:
+        if wanted not in names:
+            raise UserError(f"{path} has no column {wanted!r} for --date_column: it has {names}")
+        return wanted, ""
+    if "date" in names:
+        return "date", ""
+    usual = {name.strip().lower(): name for name in reversed(names)}
+    found = [usual[name] for name in _NAMES if name in usual]
+    # Of a time and a day, the time tells the rows apart; of equals, the first is the more usual name.
+    found = sorted(found, key=lambda name: -frame[name].head(_SAMPLE).nunique())[:1]
+    found = found or [name for name in names if are_dates(frame[name])]
+    if not found:
+        raise UserError(
+            f"{path} has no column 'date' and no other column of dates, but {names}: name it with --date_column"
+        )
+    if len(found) > 1:
+        raise UserError(f"{path} has several columns of dates, {listed(found)}: name one with --date_column")
+    return found[0], f"the dates are read from column {found[0]!r} (--date_column names another)"
+
+
+def are_dates(values: pd.Series) -> bool:
+    """Return whether the first cells are texts that are dates."""
+    cells = values.dropna().head(_SAMPLE)
+    if not len(cells) or pd.api.types.is_numeric_dtype(cells):
+        return False
+    if pd.api.types.is_datetime64_any_dtype(cells):
+        return True
+    texts = cells.astype(str).str.strip()
+    is_date = texts.map(lambda text: bool(_ISO.fullmatch(text) or _DAY_OR_MONTH.fullmatch(text)))
+    return bool(is_date.all())
+
+
+def parse_dates(path: Path, column: pd.Series, date_format: str = "", groups: np.ndarray | None = None) -> ParsedDates:
+    """Parse a column of dates.
+
+    Args:
+        date_format: as `strptime` has it, or dayfirst or monthfirst; empty to find it.
+        groups: the number of each row's series, within which steps are regular; None for one series.
+
+    Raises:
+        UserError: names the first cell that is not a date, or asks for the format.
+    """
+    cells = _Cells(path, column, groups)
+    if not len(column) or pd.api.types.is_datetime64_any_dtype(column):
+        return ParsedDates(_index(cells, pd.to_datetime(column)), DateStyle(), ())
+    if date_format not in ("", "dayfirst", "monthfirst"):
+        return _parse_format(cells, date_format)
+    if (numbers := cells.numbers()) is not None:
+        return _parse_numbers(cells, numbers)
+    first = cells.first()
+    if (match := _DAY_OR_MONTH.fullmatch(first)) and not _ISO.fullmatch(first):
+        return _parse_day_and_month(cells, match, date_format)
+    return _parse_text(cells)
+
+
+class _Cells(NamedTuple):
+    """The cells of a column of dates, and where they stand."""
+
+    path: Path
+    column: pd.Series
+    groups: np.ndarray | None
+
+    def first(self) -> str:
+        """Return the first cell that is not empty."""
+        for cells in (self.column.head(_SAMPLE), self.column):
+            if len(known := cells.dropna()):
+                return str(known.iloc[0]).strip()
+        return ""
+
+    def sample(self) -> list[str]:
+        """List the first cells as texts."""
+        return self.column.head(_SAMPLE).astype(str).str.strip().tolist()
+
+    def numbers(self) -> pd.Series | None:
+        """Convert cells that are whole numbers; None if some are not."""
+        if pd.api.types.is_numeric_dtype(self.column):
+            return self.column
+        return pd.to_numeric(self.column) if re.fullmatch(r"\d+(\.0*)?", self.first()) and self._all_digits() else None
+
+    def _all_digits(self) -> bool:
+        return bool(self.column.astype(str).str.fullmatch(r"\s*\d+(\.0*)?\s*").all())
+
+    def refuse(self, row: int, problem: str) -> NoReturn:
+        """Raise a UserError about the cell of a row."""
+        cell = str(self.column.iloc[row])
+        raise UserError(
+            f"{self.path} data row {self.column.index[row] + 1}, column {self.column.name!r}: {cell!r} {problem}"
+        )
+
+    def steps(self, dates: pd.Series) -> Iterator[pd.Series]:
+        """Yield the dates of each series."""
+        groups = np.zeros(len(dates), int) if self.groups is None else self.groups
+        for _, own in dates.groupby(groups):
+            yield own
+
+
+def _index(cells: _Cells, dates: pd.Series) -> pd.DatetimeIndex:
+    """Convert parsed dates to an index; refuse the first that is none."""
+    if (empty := dates.isna().to_numpy()).any():
+        cells.refuse(int(empty.argmax()), "is not a date")
+    return pd.DatetimeIndex(dates)
+
+
+def _parse_format(cells: _Cells, date_format: str) -> ParsedDates:
+    texts = cells.column
+    if pd.api.types.is_numeric_dtype(texts):
+        texts = texts.map(lambda number: f"{number:.15g}", na_action="ignore")
+    try:
+        dates = pd.to_datetime(texts, format=date_format, errors="coerce")
+    except ValueError as problem:
+        raise UserError(f"--date_format {date_format}: {first_line(problem)}") from problem
+    if (empty := dates.isna().to_numpy()).any():
+        cells.refuse(int(empty.argmax()), f"does not match --date_format {date_format}")
+    dates = pd.DatetimeIndex(dates)
+    return ParsedDates(dates, _with_padding(DateStyle(date_format), cells, dates), ())
+
+
+def _parse_numbers(cells: _Cells, numbers: pd.Series) -> ParsedDates:
+    """Parse numbers: dates without separators, years, or seconds or milliseconds since 1970."""
+    if (empty := numbers.isna().to_numpy()).any():
+        cells.refuse(int(empty.argmax()), "is not a date")
+    if (numbers == numbers.round()).all():
+        texts = numbers.astype(np.int64).astype(str)
+        date_format = _DIGITS.get(len(texts.iloc[0]), "")
+        dates = pd.to_datetime(texts, format=date_format, errors="coerce") if date_format else pd.Series([pd.NaT])
+        if not dates.isna().any() and dates.dt.year.between(1500, 2200).all():
+            written = "years" if date_format == "%Y" else f"numbers such as {texts.iloc[0]}"
+            return ParsedDates(pd.DatetimeIndex(dates), DateStyle(date_format), (f"the dates are {written}",))
+    for unit, (name, low, high) in _EPOCHS.items():
+        if numbers.between(low, high).all():
+            dates = pd.DatetimeIndex(pd.to_datetime(numbers, unit=unit))
+            return ParsedDates(dates, DateStyle(unit=unit), (f"the dates are {name} since 1970",))
+    raise UserError(
+        f"{cells.path}, column {cells.column.name!r}: numbers such as {numbers.iloc[0]} are not dates: write dates like"
+        " 2024-01-31 09:00, or give --date_format"
+    )
+
+
+def _parse_day_and_month(cells: _Cells, match: re.Match, wanted: str) -> ParsedDates:
+    """Parse dates whose day and month are numbers: as wanted, or so that all are dates and their step is regular."""
+    separator, year, _ = match.groups()
+    order = {"dayfirst": ("%d", "%m"), "monthfirst": ("%m", "%d")}
+    year_format = "%Y" if len(year) == 4 else "%y"
+    formats = {name: separator.join((*parts, year_format)) for name, parts in order.items()}
+    time = _find_time(match.group(0), formats.values())
+    if time is None:
+        return _parse_text(cells)
+    readings = {
+        name: pd.to_datetime(cells.column.astype(str).str.strip(), format=one + time, errors="coerce")
+        for name, one in formats.items()
+        if wanted in ("", name)
+    }
+    valid = {name: dates for name, dates in readings.items() if not dates.isna().any()}
+    if not valid:
+        fewest = min(readings.values(), key=lambda dates: dates.isna().sum())
+        cells.refuse(int(fewest.isna().to_numpy().argmax()), "is not a date")
+    scores = {name: _regularity(cells, dates) for name, dates in valid.items()}
+    if len(scores) == 2 and len(set(scores.values())) == 1 and not valid["dayfirst"].equals(valid["monthfirst"]):
+        raise UserError(
+            f"{cells.path}, column {cells.column.name!r}: dates such as {match.group(0)!r} may have the day or the"
+            f" month first: give --date_format dayfirst or --date_format {formats['monthfirst'] + time}"
+        )
+    name = max(scores, key=scores.__getitem__)
+    dates = pd.DatetimeIndex(valid[name])
+    style = _with_padding(DateStyle(formats[name] + time), cells, dates)
+    which = "day" if name == "dayfirst" else "month"
+    note = f"dates such as {match.group(0)!r} are read with the {which} first (--date_format decides)"
+    return ParsedDates(dates, style, () if wanted else (note,))
+
+
+def _find_time(cell: str, dates: Iterator[str]) -> str | None:
+    """Find the format of the time after a date."""
+    for time in _TIMES:
+        for date in dates:
+            try:
+                datetime.strptime(cell, date + time)
+            except ValueError:  # of another format
+                continue
+            return time
+    return None
+
+
+def _regularity(cells: _Cells, dates: pd.Series) -> tuple[bool, float]:
+    """Score a reading: whether dates are in order, and the share of the most common step, in time or in months."""
+    in_order, regular, total = True, 0, 0
+    for own in cells.steps(dates):
+        steps = np.diff(own.to_numpy())
+        if not len(steps):
+            continue
+        in_order &= bool((steps >= np.timedelta64(0)).all() or (steps <= np.timedelta64(0)).all())
+        months = np.diff(own.dt.year * 12 + own.dt.month)
+        same_day = own.dt.day.nunique() == 1 or (own.dt.is_month_end.all() and own.dt.day.min() > 27)
+        parts = [steps, months[months != 0]] if same_day else [steps]
+        regular += max(pd.Series(part).value_counts().iloc[0] if len(part) else 0 for part in parts)
+        total += len(steps)
+    return in_order, round(regular / total, 9) if total else 1.0
+
+
+def _parse_text(cells: _Cells) -> ParsedDates:
+    """Parse ISO 8601, or what pandas recognizes."""
+    # ISO 8601 first: pandas then accepts midnight without a time.
+    for options in ({"format": "ISO8601"}, {}):
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "Could not infer format")
+                dates = pd.to_datetime(cells.column, errors="coerce", **options)
+        except UserWarning:  # pandas would guess the order of day and month for each cell separately
+            first = int(cells.column.notna().to_numpy().argmax())
+            cells.refuse(
+                first, "is not a date in a common format: write dates like 2024-01-31 09:00, or give --date_format"
+            )
+        except ValueError:  # offsets that differ
+            return _parse_offsets(cells)
+        if not dates.isna().any():
+            dates = pd.DatetimeIndex(dates)
+            return ParsedDates(dates, _style_of_text(cells, dates), ())
+    return ParsedDates(_index(cells, dates), DateStyle(), ())
+
+
+def _parse_offsets(cells: _Cells) -> ParsedDates:
+    """Parse dates whose UTC offset changes, as with summer time."""
+    dates = _index(cells, pd.to_datetime(cells.column, format="ISO8601", utc=True, errors="coerce"))
+    offsets = cells.column.astype(str).str.extract(r"([+-]\d{2}:?\d{2}|Z)\s*$", expand=False).fillna("")
+    seen = [offset or "none" for offset in dict.fromkeys(offsets)]
+    if "none" in seen:
+        cells.refuse(
+            int((offsets == "").to_numpy().argmax()), "has no UTC offset, and others have one: give all or none"
+        )
+    minutes = offsets.replace("Z", "+00:00").str.replace(":", "")
+    minutes = (minutes.str[:1] + "1").astype(int) * (minutes.str[1:3].astype(int) * 60 + minutes.str[3:].astype(int))
+    zone = _find_zone(dates, minutes.to_numpy())
+    where = f"as in {zone}" if zone else "as in no zone that is known here"
+    note = f"UTC offsets change between {' and '.join(seen[:2])}, {where}: the dates are one time line in UTC"
+    style = _style_of_text(cells, dates)
+    return ParsedDates(dates, DateStyle(precision=style.precision, separator=style.separator, zone=zone), (note,))
+
+
+def _find_zone(dates: pd.DatetimeIndex, minutes: np.ndarray) -> str:
+    """Find a time zone with these offsets at these dates; empty if none has."""
+    for name in _ZONES:
+        try:
+            ZoneInfo(name)
+        except ZoneInfoNotFoundError:  # Windows has none without the package tzdata
+            continue
+        local = dates.tz_convert(name).tz_localize(None)
+        if np.array_equal((local - dates.tz_localize(None)) / pd.Timedelta("1min"), minutes):
+            return name
+    return ""
+
+
+def _style_of_text(cells: _Cells, dates: pd.DatetimeIndex) -> DateStyle:
+    """Find how texts that pandas recognized are written."""
+    sample = cells.sample()
+    matches = [_ISO.fullmatch(text) for text in sample]
+    if all(matches):
+        separators = {match.group(1) for match in matches} - {None}
+        is_precise = any(match.group(2) for match in matches)
+        has_time = any(match.group(1) for match in matches)
+        precision = "seconds" if is_precise else "minutes" if has_time else "auto"
+        suffix = "Z" if all(match.group(3) == "Z" for match in matches) else ""
+        return DateStyle(precision=precision, separator=separators.pop() if separators else " ", suffix=suffix)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        guessed = pd.tseries.api.guess_datetime_format(sample[0])
+    return _with_padding(DateStyle(guessed), cells, dates) if guessed else DateStyle()
+
+
+def _with_padding(style: DateStyle, cells: _Cells, dates: pd.DatetimeIndex) -> DateStyle:
+    """Choose the padding that writes the first cells as they are; ISO if none does."""
+    for unpadded in _UNPAD:
+        found = DateStyle(style.format, unpadded=unpadded)
+        sample = cells.sample()
+        if found.write(dates[: len(sample)]) == sample:
+            return found
+    return DateStyle(precision="auto")
