@@ -15,7 +15,10 @@ import pandas as pd
 from utils.errors import UserError, first_line, listed
 
 # Usual names of the column of dates, in lower case, the best first.
-_NAMES = ("date", "ds", "time", "timestamp", "datetime", "date_time", "date time", "day", "month", "quarter", "year")
+_NAMES = ("date", "ds", "time", "timestamp", "datetime", "date_time", "date time")
+
+# Names of columns that may hold dates if no other does.
+_POSSIBLE_NAMES = ("day", "month", "quarter", "year")
 
 # Cells that show how dates are written.
 _SAMPLE = 50
@@ -120,6 +123,7 @@ def find_date_column(path: Path, frame: pd.DataFrame, wanted: str = "") -> tuple
     # Of a time and a day, the time tells the rows apart; of equals, the first is the more usual name.
     found = sorted(found, key=lambda name: -frame[name].head(_SAMPLE).nunique())[:1]
     found = found or [name for name in names if are_dates(frame[name])]
+    found = found or [usual[name] for name in _POSSIBLE_NAMES if name in usual][:1]
     if not found:
         raise UserError(
             f"{path} has no column 'date' and no other column of dates, but {names}: name it with --date_column"

@@ -137,6 +137,8 @@ def test_summer_time_is_one_time_line(zone, start):
         ({"day": 1, "timestamp": 1}, "timestamp"),
         ({"Date": "2024-01-01", "Time": ["2024-01-01 00:00", "2024-01-01 01:00", "2024-01-01 02:00"]}, "Time"),
         ({"sales": 1, "when": "2024-01-01"}, "when"),
+        ({"day": 1, "when": "2024-01-01"}, "when"),
+        ({"sales": 1, "Year": 1990}, "Year"),
         ({"sales": 1, "when": "31.12.2024 10:00", "note": "on 2024-01-01"}, "when"),
     ],
 )
