@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,8 +17,8 @@ from utils.errors import UserError, first_line, listed
 # Usual names of the column of dates, in lower case, the best first.
 _NAMES = ("date", "ds", "time", "timestamp", "datetime", "date_time", "date time")
 
-# Names of columns that may hold dates if no other does.
-_POSSIBLE_NAMES = ("day", "month", "quarter", "year")
+# Names of parts of dates as often as of dates.
+_PARTS = ("day", "month", "quarter", "year")
 
 # Cells that show how dates are written.
 _SAMPLE = 50
@@ -27,7 +27,10 @@ _ISO = re.compile(r"\d{4}-\d{2}-\d{2}(?:([ T])\d{2}:\d{2}(:\d{2}(?:[.,]\d+)?)?)?
 _DAY_OR_MONTH = re.compile(r"\d{1,2}([/.-])\d{1,2}\1(\d{4}|\d{2})(?!\d)(.*)")
 _TIMES = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", "T%H:%M", "T%H:%M:%S", " %I:%M %p", " %I:%M:%S %p")
 _DIGITS = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
+_WIDTHS = {"%Y": 4, "%j": 3} | dict.fromkeys(("%y", "%m", "%d", "%H", "%M", "%S"), 2)
 _EPOCHS = {"s": ("seconds", 1e8, 5e9), "ms": ("milliseconds", 1e11, 5e12)}
+
+_UNCOMMON = "is not a date in a common format: write dates like 2024-01-31 09:00, or give --date_format"
 
 # Zones whose summer time is looked for, most of those that data come from.
 _ZONES = (
@@ -119,11 +122,11 @@ def find_date_column(path: Path, frame: pd.DataFrame, wanted: str = "") -> tuple
     if "date" in names:
         return "date", ""
     usual = {name.strip().lower(): name for name in reversed(names)}
-    found = [usual[name] for name in _NAMES if name in usual]
+    found = [usual[name] for name in _NAMES if name in usual and not _are_times(frame[usual[name]])]
     # Of a time and a day, the time tells the rows apart; of equals, the first is the more usual name.
     found = sorted(found, key=lambda name: -frame[name].head(_SAMPLE).nunique())[:1]
     found = found or [name for name in names if are_dates(frame[name])]
-    found = found or [usual[name] for name in _POSSIBLE_NAMES if name in usual][:1]
+    found = found or [usual[name] for name in _PARTS if name in usual and _are_full_numbers(frame[usual[name]])][:1]
     if not found:
         raise UserError(
             f"{path} has no column 'date' and no other column of dates, but {names}: name it with --date_column"
@@ -131,6 +134,18 @@ def find_date_column(path: Path, frame: pd.DataFrame, wanted: str = "") -> tuple
     if len(found) > 1:
         raise UserError(f"{path} has several columns of dates, {listed(found)}: name one with --date_column")
     return found[0], f"the dates are read from column {found[0]!r} (--date_column names another)"
+
+
+def _are_times(values: pd.Series) -> bool:
+    """Return whether the first cells are times of day, whose day is in another column."""
+    cells = values.dropna().head(_SAMPLE).astype(str).str.strip()
+    return bool(len(cells) and cells.str.fullmatch(r"\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?").all())
+
+
+def _are_full_numbers(values: pd.Series) -> bool:
+    """Return whether the first cells are years, or years with months and days, as numbers such as 20240131."""
+    cells = values.dropna().head(_SAMPLE).astype(str).str.strip()
+    return bool(len(cells) and cells.str.fullmatch(r"(1[5-9]|2[01])\d{2}(\d{2}){0,2}(\.0)?").all())
 
 
 def are_dates(values: pd.Series) -> bool:
@@ -219,7 +234,10 @@ def _index(cells: _Cells, dates: pd.Series) -> pd.DatetimeIndex:
 def _parse_format(cells: _Cells, date_format: str) -> ParsedDates:
     texts = cells.column
     if pd.api.types.is_numeric_dtype(texts):
-        texts = texts.map(lambda number: f"{number:.15g}", na_action="ignore")
+        # Numbers have lost the zeros that they began with: 10124 is 010124.
+        widths = [_WIDTHS.get(part, 0) for part in re.findall("%.", date_format)]
+        width = sum(widths) if all(widths) and len(date_format) == 2 * len(widths) else 0
+        texts = texts.map(lambda number: f"{number:.15g}".zfill(width), na_action="ignore")
     try:
         dates = pd.to_datetime(texts, format=date_format, errors="coerce")
     except ValueError as problem:
@@ -227,18 +245,20 @@ def _parse_format(cells: _Cells, date_format: str) -> ParsedDates:
     if (empty := dates.isna().to_numpy()).any():
         cells.refuse(int(empty.argmax()), f"does not match --date_format {date_format}")
     dates = pd.DatetimeIndex(dates)
-    return ParsedDates(dates, _with_padding(DateStyle(date_format), cells, dates), ())
+    return ParsedDates(dates, _with_padding(DateStyle(date_format), cells._replace(column=texts), dates), ())
 
 
 def _parse_numbers(cells: _Cells, numbers: pd.Series) -> ParsedDates:
     """Parse numbers: dates without separators, years, or seconds or milliseconds since 1970."""
-    if (empty := numbers.isna().to_numpy()).any():
-        cells.refuse(int(empty.argmax()), "is not a date")
+    if not (is_finite := np.isfinite(numbers.to_numpy(dtype=np.float64))).all():
+        cells.refuse(int(is_finite.argmin()), "is not a date")
     if (numbers == numbers.round()).all():
         texts = numbers.astype(np.int64).astype(str)
         date_format = _DIGITS.get(len(texts.iloc[0]), "")
         dates = pd.to_datetime(texts, format=date_format, errors="coerce") if date_format else pd.Series([pd.NaT])
-        if not dates.isna().any() and dates.dt.year.between(1500, 2200).all():
+        # Seconds since 1970 could be hours of the year 1601.
+        first_year = 1500 if len(date_format) <= len("%Y%m%d") else 1900
+        if not dates.isna().any() and dates.dt.year.between(first_year, 2200).all():
             written = "years" if date_format == "%Y" else f"numbers such as {texts.iloc[0]}"
             return ParsedDates(pd.DatetimeIndex(dates), DateStyle(date_format), (f"the dates are {written}",))
     for unit, (name, low, high) in _EPOCHS.items():
@@ -257,14 +277,11 @@ def _parse_day_and_month(cells: _Cells, match: re.Match, wanted: str) -> ParsedD
     order = {"dayfirst": ("%d", "%m"), "monthfirst": ("%m", "%d")}
     year_format = "%Y" if len(year) == 4 else "%y"
     formats = {name: separator.join((*parts, year_format)) for name, parts in order.items()}
-    time = _find_time(match.group(0), formats.values())
-    if time is None:
-        return _parse_text(cells)
-    readings = {
-        name: pd.to_datetime(cells.column.astype(str).str.strip(), format=one + time, errors="coerce")
-        for name, one in formats.items()
-        if wanted in ("", name)
-    }
+    time = _find_time(match.group(0), tuple(formats.values()))
+    if time is None:  # pandas would take the month first without a word
+        cells.refuse(int(cells.column.notna().to_numpy().argmax()), _UNCOMMON)
+    texts = cells.column.astype(str).str.strip()
+    readings = {name: _read(cells, texts, one + time) for name, one in formats.items() if wanted in ("", name)}
     valid = {name: dates for name, dates in readings.items() if not dates.isna().any()}
     if not valid:
         fewest = min(readings.values(), key=lambda dates: dates.isna().sum())
@@ -283,8 +300,21 @@ def _parse_day_and_month(cells: _Cells, match: re.Match, wanted: str) -> ParsedD
     return ParsedDates(dates, style, () if wanted else (note,))
 
 
-def _find_time(cell: str, dates: Iterator[str]) -> str | None:
-    """Find the format of the time after a date."""
+def _read(cells: _Cells, texts: pd.Series, date_format: str) -> pd.Series:
+    """Read texts in one format, NaT where it does not fit; refuse UTC offsets that change."""
+    try:
+        return pd.to_datetime(texts, format=date_format, errors="coerce")
+    except ValueError as problem:
+        if "timezones" not in str(problem):
+            raise
+        raise UserError(
+            f"{cells.path}, column {cells.column.name!r}: UTC offsets that change are read in dates like"
+            " 2024-01-31 09:00+01:00 only: write such dates"
+        ) from problem
+
+
+def _find_time(cell: str, dates: Sequence[str]) -> str | None:
+    """Find the format of the time after a date; None if it is not a common one."""
     for time in _TIMES:
         for date in dates:
             try:
@@ -292,13 +322,16 @@ def _find_time(cell: str, dates: Iterator[str]) -> str | None:
             except ValueError:  # of another format
                 continue
             return time
-    return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the order of day and month, which is decided elsewhere
+        guessed = pd.tseries.api.guess_datetime_format(cell) or ""
+    return next((guessed.removeprefix(date) for date in dates if guessed.startswith(date)), None)
 
 
 def _regularity(cells: _Cells, dates: pd.Series) -> tuple[bool, float]:
     """Score a reading: whether dates are in order, and the share of the most common step, in time or in months."""
     in_order, regular, total = True, 0, 0
-    for own in cells.steps(dates):
+    for own in cells.steps(dates.dt.tz_localize(None)):
         steps = np.diff(own.to_numpy())
         if not len(steps):
             continue
@@ -321,9 +354,7 @@ def _parse_text(cells: _Cells) -> ParsedDates:
                 dates = pd.to_datetime(cells.column, errors="coerce", **options)
         except UserWarning:  # pandas would guess the order of day and month for each cell separately
             first = int(cells.column.notna().to_numpy().argmax())
-            cells.refuse(
-                first, "is not a date in a common format: write dates like 2024-01-31 09:00, or give --date_format"
-            )
+            cells.refuse(first, _UNCOMMON)
         except ValueError:  # offsets that differ
             return _parse_offsets(cells)
         if not dates.isna().any():

@@ -95,6 +95,7 @@ def test_the_step_within_series_decides():
         (["2020-01-01", "x"], "", "data row 2, column 'date': 'x' is not a date"),
         (["2020-01-01", None], "", "data row 2, column 'date': 'nan' is not a date"),
         (["foo", "bar"], "", "not a date in a common format"),
+        ([2020.0, float("inf")], "", "data row 2, column 'date': 'inf' is not a date"),
         ([1, 2, 3], "", "numbers such as 1 are not dates"),
         (["2020-01-01", "2020|01|02"], "%Y-%m-%d", "row 2, column 'date': '2020|01|02' does not match --date_format"),
         (["2020-01-01"], "%", "--date_format %: stray %"),
@@ -106,6 +107,32 @@ def test_what_is_no_date_is_named(cells, date_format, words):
     with pytest.raises(UserError) as refused:
         parsed(cells, date_format)
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("time", [", %H:%M", " %H:%M+01:00", " %H:%M:%SZ", "T%H:%M:%S.000", " %Hh"])
+def test_day_and_month_are_told_apart_before_any_time(time):
+    dates = pd.date_range("2024-02-01", periods=72, freq="h")
+    found = parsed(written(dates, "%d/%m/%Y" + time))
+    assert found.dates.tz_localize(None).tolist() == dates.tolist() and "the day first" in found.notes[0]
+    assert (parsed(found.style.write(found.dates)).dates == found.dates).all()
+    chosen = parsed(written(dates[:2], "%d/%m/%Y" + time), "dayfirst")
+    assert chosen.dates.tz_localize(None).tolist() == dates[:2].tolist()
+
+
+def test_changing_offsets_need_iso_dates():
+    with pytest.raises(UserError, match=r"UTC offsets that change are read in dates like 2024-01-31 09:00\+01:00 only"):
+        parsed(["13/01/2024 00:00+01:00", "13/07/2024 00:00+02:00"])
+
+
+@pytest.mark.parametrize("style", ["%d%m%y", "%m%d%Y", "%d%m%Y%H"])
+def test_numbers_with_a_format_regain_the_zeros_they_began_with(style):
+    cells = written(DAYS, style)
+    found = parsed([int(cell) for cell in cells], style)
+    assert found.dates.tolist() == DAYS.tolist() and found.style.write(found.dates) == cells
+
+
+def test_seconds_since_1970_are_not_hours_of_1601():
+    assert parsed([1601010100, 1601010101]).dates[0] == pd.Timestamp("2020-09-25 05:01:40")
 
 
 def test_the_format_decides():
@@ -137,8 +164,9 @@ def test_summer_time_is_one_time_line(zone, start):
         ({"day": 1, "timestamp": 1}, "timestamp"),
         ({"Date": "2024-01-01", "Time": ["2024-01-01 00:00", "2024-01-01 01:00", "2024-01-01 02:00"]}, "Time"),
         ({"sales": 1, "when": "2024-01-01"}, "when"),
-        ({"day": 1, "when": "2024-01-01"}, "when"),
-        ({"sales": 1, "Year": 1990}, "Year"),
+        ({"Date": "2024-01-01", "Time": ["00:00", "01:00", "02:00"]}, "Date"),
+        ({"year": 2024, "month": [1, 2, 3], "day": [1, 2, 3], "when": "2024-01-01"}, "when"),
+        ({"sales": 1, "year": [1990, 1991, 1992]}, "year"),
         ({"sales": 1, "when": "31.12.2024 10:00", "note": "on 2024-01-01"}, "when"),
     ],
 )
@@ -150,6 +178,7 @@ def test_the_column_of_dates_is_found(columns, found):
 @pytest.mark.parametrize(
     ("columns", "wanted", "words"),
     [
+        ({"sales": 1, "month": [1, 2, 3]}, "", "no other column of dates"),
         ({"sales": 1, "text": "a"}, "", "no column 'date' and no other column of dates"),
         ({"when": "2024-01-01", "then": "2024-01-02"}, "", "several columns of dates, when, then"),
         ({"sales": 1}, "day", "no column 'day' for --date_column"),
