@@ -44,6 +44,12 @@ def test_notes_say_what_digits_cannot(noted):
     assert forecast["sold"][is_sale].sub(wave[is_sale]).mean() == pytest.approx(8, abs=1.5)
     from_python = load_run(done.folder, device="cpu").predict(shop())
     np.testing.assert_array_equal(from_python["sold"], forecast["sold"])
+    last = shop().tail(1)
+    behind = last.assign(date=last["date"] + pd.Timedelta("1h"), note=SALES[0])  # behind the horizon
+    further = load_run(done.folder, device="cpu").predict(pd.concat([shop(), behind], ignore_index=True))
+    np.testing.assert_array_equal(further["sold"], forecast["sold"])
+    changed = shop().assign(note=lambda f: f["note"].where(f.index != 1511, SALES[0]))
+    assert (load_run(done.folder, device="cpu").predict(changed)["sold"] != forecast["sold"]).any()
     again = noted("again", shop(), "--notes", "note")
     assert "Notes: 8 texts of 9 sentences, 0 of them read" in again.out
     assert again.metrics()["mse"] == done.metrics()["mse"]
