@@ -4,14 +4,14 @@ import csv
 import itertools
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import numpy as np
 import pandas as pd
 
-from utils.errors import UserError, first_line
+from utils.errors import UserError, first_line, listed
 from utils.system.files import hash_of
 
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -32,6 +32,12 @@ _THOUSANDS = re.compile(r"[+-]?([1-9]\d{0,2}(,\d{3})+|\d+)(\.\d+)?")
 # pandas reads archives that hold a CSV.
 _ARCHIVES = (".gz", ".bz2", ".zip", ".xz", ".zst", ".tar")
 
+# As pandas calls columns without a name; a name of spaces is empty once stripped.
+_NO_NAME = re.compile(r"(Unnamed: \d+(\.\d+)?)?")
+
+# pandas reads cells of any length, such as long notes; the csv module by default at most 131,072 characters.
+csv.field_size_limit(2**31 - 1)
+
 
 class CsvFile(NamedTuple):
     """The cells of a CSV, the hash of the file, and how it was read where it is not plain, a line each."""
@@ -51,37 +57,31 @@ def read_csv(path: Path, na_values: Sequence[str] = (), text_columns: Sequence[s
     Raises:
         UserError: if the file is not a CSV in UTF-8 with a valid header, with the line, or changes while it is read.
     """
-    before = _size_and_time(path)
+    before, separator = _size_and_time(path), ","
     try:
         sha256 = hash_of(path)
         lines = _first_lines(path)
         separator = _find_separator(lines)
         _check_header(path, lines, separator)
-        frame = pd.read_csv(
-            path, encoding="utf-8-sig", sep=separator, dtype=dict.fromkeys(text_columns, str), na_values=[*na_values]
-        )
+        texts = dict.fromkeys(_as_spelled(lines, separator, text_columns), str)
+        frame = pd.read_csv(path, encoding="utf-8-sig", sep=separator, dtype=texts, na_values=[*na_values])
     except UserError:
+        _refuse_change(path, before)
         raise
     except Exception as problem:  # of any type: an empty or ragged file, a broken archive, a missing permission
         _refuse_change(path, before)
-        _explain(path, problem)
+        _explain(path, separator, problem)
     _refuse_change(path, before)
-    if not isinstance(frame.index, pd.RangeIndex):
-        line = next(
-            (number for number, cells in enumerate(_split(lines, separator), 1) if len(cells) > frame.shape[1]), 2
-        )
-        text = lines[line - 1].strip() if lines else ""
-        raise UserError(
-            f"{path} has rows with more cells than its header, line {line} first, {text!r}: give every column a name,"
-            " or put cells that contain the separator in quotes"
-        )
-    frame = frame.set_axis([str(name).strip() for name in frame.columns], axis=1)
+    _refuse_wide_rows(path, frame, lines, separator)
     notes = [f"cells are separated by {_SEPARATORS[separator]}"] if separator != "," else []
+    frame, spaced = _strip_names(frame)
+    if frame.columns[0] not in text_columns:
+        _refuse_totals(path, frame, separator)  # before the rows of an index are checked, which totals do not have
     frame, unnamed = _drop_unnamed(path, frame)
-    if frame.shape[1] and frame.columns[0] not in text_columns:
-        _refuse_totals(path, frame)
-    frame, numbers = _convert_numbers(path, frame, separator, text_columns)
-    return CsvFile(frame, sha256, (*notes, *unnamed, *numbers))
+    if unnamed and frame.shape[1] and frame.columns[0] not in text_columns:
+        _refuse_totals(path, frame, separator)
+    frame, numbers = _convert_numbers(path, frame, separator, text_columns, na_values)
+    return CsvFile(frame, sha256, (*notes, *spaced, *unnamed, *numbers))
 
 
 def _first_lines(path: Path) -> list[str]:
@@ -95,6 +95,28 @@ def _first_lines(path: Path) -> list[str]:
 def _split(lines: Sequence[str], separator: str) -> list[list[str]]:
     """Split lines into cells without surrounding spaces."""
     return [[cell.strip() for cell in cells] for cells in csv.reader(lines, delimiter=separator)]
+
+
+def _as_spelled(lines: Sequence[str], separator: str, columns: Sequence[str]) -> list[str]:
+    """Return names of columns, also with the spaces around them in the header, by which pandas knows them."""
+    header = next((cells for cells in csv.reader(lines, delimiter=separator) if "".join(cells).strip()), [])
+    return [*columns, *(name for name in header if name.strip() in columns)]
+
+
+def _strip_names(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Strip the spaces around the names of columns."""
+    names = [str(name).strip() for name in frame.columns]
+    spaced = [repr(name) for name, given in zip(names, frame.columns, strict=True) if name not in ("", given)]
+    notes = [f"spaces around column names are left out: {listed(spaced)}"] if spaced else []
+    return frame.set_axis(names, axis=1), notes
+
+
+def _records(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the cells of each row, none of a blank line, with the number of the row's last line."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=separator)
+        for cells in reader:
+            yield reader.line_num, cells if len(cells) > 1 or "".join(cells).strip() else []
 
 
 def _find_separator(lines: Sequence[str]) -> str:
@@ -112,29 +134,53 @@ def _find_separator(lines: Sequence[str]) -> str:
 
 def _check_header(path: Path, lines: Sequence[str], separator: str) -> None:
     """Refuse a title above the header, and a name that occurs twice."""
-    rows = [(number, cells) for number, cells in enumerate(_split(lines, separator), 1) if any(cells)]
+    rows = [(number, cells) for number, cells in enumerate(_split(lines, separator), 1) if len(cells) > 1 or any(cells)]
     if not rows:
         return
     usual = statistics.mode(len(cells) for _, cells in rows)
     first, header = rows[0]
-    if usual > 1 and header[0] and not any(header[1:]):
-        line = next((number for number, cells in rows[1:] if len(cells) == usual and all(cells)), 0)
-        raise UserError(
-            f"{path}, line {first} is {header[0]!r}, and line {line} looks like the header: delete the lines above it"
-        )
+    filled = [cell for cell in header if cell]
+    # A title is shorter than the rows; so is a header without all names, but texts alone do not follow on it.
+    if len(filled) < usual and (len(filled) < 2 or len(header) != usual):
+        below = [(number, cells) for number, cells in rows[1:] if len(cells) == usual and all(cells)]
+        for number, cells in below:
+            if all(map(_is_word, cells if len(filled) > 1 else cells[:1])):
+                raise UserError(
+                    f"{path}, line {first} is {separator.join(filled) or separator.join(header)!r}, and line {number}"
+                    " looks like the header: delete the lines above it"
+                )
     names = [name for name in header if name]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise UserError(f"{path}: the name {twice[0]!r} occurs twice in the header: rename one of the columns")
 
 
-def _explain(path: Path, problem: Exception) -> NoReturn:
+def _refuse_wide_rows(path: Path, frame: pd.DataFrame, lines: Sequence[str], separator: str) -> None:
+    """Refuse rows of more cells than the header, whose first cells pandas takes as index."""
+    wide = (number for number, cells in enumerate(_split(lines, separator), 1) if len(cells) > frame.shape[1])
+    # First cells that count up by one make a RangeIndex, too.
+    if (line := next(wide, 0)) or not isinstance(frame.index, pd.RangeIndex):
+        text = lines[line - 1].strip() if line else ""
+        raise UserError(
+            f"{path} has rows with more cells than its header, line {line or 2} first, {text!r}: give every column a"
+            " name, or put cells that contain the separator in quotes"
+        )
+
+
+def _is_word(cell: str) -> bool:
+    """Return whether a cell begins neither as a number nor as a date of digits."""
+    return not re.match(r"[+-]?[\d.,]", cell)
+
+
+def _explain(path: Path, separator: str, problem: Exception) -> NoReturn:
     """Raise a UserError that says why a file cannot be read."""
     if isinstance(problem, UnicodeDecodeError):
         raise UserError(f"{path} is not UTF-8 but {_guess_encoding(path)}: save it as UTF-8") from problem
-    if match := re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(problem)):
-        expected, line, seen = map(int, match.groups())
-        with path.open(encoding="utf-8-sig") as file:
-            text = next(itertools.islice(file, line - 1, None), "").strip()
+    match = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(problem))
+    if match and path.suffix not in _ARCHIVES:
+        expected, row, seen = map(int, match.groups())
+        # pandas counts a row with line breaks in its cells as one line.
+        line, cells = next(itertools.islice(_records(path, separator), row - 1, None), (row, []))
+        text = separator.join(cells)
         raise UserError(
             f"{path} is not a CSV with a header line: line {line}, {text!r}, has {seen} cells, but the header"
             f" {expected}: correct it, or put cells that contain the separator in quotes"
@@ -158,15 +204,20 @@ def _size_and_time(path: Path) -> tuple[int, int] | None:
 
 def _guess_encoding(path: Path) -> str:
     """Guess the encoding of a text file that is not UTF-8."""
-    start = path.read_bytes()[:100_000]
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in start:
+    if path.suffix in _ARCHIVES:
+        return "another encoding"
+    content = path.read_bytes()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in content[:100_000]:
         return "UTF-16"
+    # The first letter that is not ASCII may stand far below, in a note.
+    first = re.search(rb"[\x80-\xff]", content)
+    start = content[first.start() if first else 0 :][:100_000]
     # Chinese characters are pairs of bytes of which the first is high; a letter with an accent is a single one.
     high = re.findall(rb"[\x80-\xff]+", start)
     if high and sum(len(run) == 1 for run in high) > len(high) / 2:
         return "Latin-1 (Windows-1252)"
     try:
-        start[: len(start) // 2 * 2].decode("gbk")
+        start.decode("gbk")
     except UnicodeDecodeError as problem:
         # The last character may be cut off.
         return "GBK" if problem.end >= len(start) - 1 else "another encoding"
@@ -175,22 +226,23 @@ def _guess_encoding(path: Path) -> str:
 
 def _drop_unnamed(path: Path, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Drop columns without a name that are empty or count the rows; refuse others."""
-    notes = []
+    notes, kept = [], []
     for number, name in enumerate(frame.columns, 1):
-        if not re.fullmatch(r"Unnamed: \d+", name):
+        if not _NO_NAME.fullmatch(name):
+            kept.append(number - 1)
             continue
-        values = frame[name]
+        values = frame.iloc[:, number - 1]
         counts_up = pd.api.types.is_integer_dtype(values) and len(values) and (np.diff(values) == 1).all()
         if not counts_up and values.notna().any():
             raise UserError(f"{path}: column {number} has no name: give it one, or delete it")
         notes += [f"column {number} has no name and counts the rows: it is left out"] if counts_up else []
-        frame = frame.drop(columns=name)
-    return frame, notes
+    return frame if len(kept) == frame.shape[1] else frame.iloc[:, kept], notes
 
 
-def _refuse_totals(path: Path, frame: pd.DataFrame) -> None:
+def _refuse_totals(path: Path, frame: pd.DataFrame, separator: str) -> None:
     """Refuse a line of totals below the data."""
-    if not len(frame) or not frame.shape[1] or pd.api.types.is_numeric_dtype(frame.iloc[:, 0]):
+    # Numbers with a name may be what is forecast, and the last rows without them those to forecast.
+    if not len(frame) or (pd.api.types.is_numeric_dtype(frame.iloc[:, 0]) and not _NO_NAME.fullmatch(frame.columns[0])):
         return
     first = frame.iloc[-_LAST_ROWS:, 0]
     is_total = first.astype(str).str.strip(" :").str.lower().isin(_TOTALS).to_numpy(copy=True)
@@ -199,15 +251,21 @@ def _refuse_totals(path: Path, frame: pd.DataFrame) -> None:
     is_total[-1] |= bool(looks_dated and pd.isna(first.iloc[-1]))
     if (wrong := is_total & is_filled).any():
         row = frame.index[-len(first) :][wrong.argmax()]
-        text = ",".join("" if pd.isna(cell) else str(cell) for cell in frame.loc[row])
-        raise UserError(f"{path}, line {row + 2}: {text!r} looks like a line of totals: delete it")
+        line = row + 2
+        if path.suffix not in _ARCHIVES:  # blank lines and line breaks in cells count
+            filled = (number for number, cells in _records(path, separator) if cells)
+            line = next(itertools.islice(filled, row + 1, None), line)
+        text = separator.join("" if pd.isna(cell) else str(cell) for cell in frame.loc[row])
+        raise UserError(f"{path}, line {line}: {text!r} looks like a line of totals: delete it")
 
 
 def _convert_numbers(
-    path: Path, frame: pd.DataFrame, separator: str, text_columns: Sequence[str]
+    path: Path, frame: pd.DataFrame, separator: str, text_columns: Sequence[str], na_values: Sequence[str]
 ) -> tuple[pd.DataFrame, list[str]]:
     """Convert columns of numbers with decimal commas or separated thousands."""
     changed, notes = {}, []
+    # pandas knows -999 in all columns of numbers, but these are texts to it, such as -999,00.
+    marks = pd.to_numeric(pd.Series(na_values, dtype=str), errors="coerce").dropna()
     for name in frame.columns:
         if pd.api.types.is_numeric_dtype(frame[name]) or name in text_columns:
             continue
@@ -231,7 +289,8 @@ def _convert_numbers(
             notes.append(f"decimal commas in column {name!r} are read as points")
         else:
             continue
-        changed[name] = pd.to_numeric(plain).reindex(frame.index)
+        numbers = pd.to_numeric(plain)
+        changed[name] = numbers.mask(numbers.isin(marks)).reindex(frame.index)
     return frame.assign(**changed) if changed else frame, notes
 
 

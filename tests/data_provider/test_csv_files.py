@@ -1,5 +1,7 @@
 """Files of cells as spreadsheets and pandas write them."""
 
+import gzip
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -59,13 +61,31 @@ def test_marks_of_missing_values(read):
     frame = read("date,a,b\n2024-01-01,-,-999\n2024-01-02,2,-999.0\n2024-01-03,3,7\n", ["-", "-999"]).frame
     np.testing.assert_array_equal(frame["a"], [np.nan, 2, 3])
     np.testing.assert_array_equal(frame["b"], [np.nan, np.nan, 7])
+    frame = read("date;a\n01.01.2024;1,5\n02.01.2024;-999,00\n", ["-999"]).frame
+    np.testing.assert_array_equal(frame["a"], [1.5, np.nan])
+
+
+@pytest.mark.parametrize("above", ["", "\n"])
+def test_spaces_around_names(read, above):
+    file = read(f"{above}unique_id ,ds, y\n007,2024-01-01,1\n", [], ["unique_id"])
+    assert file.frame.columns.tolist() == ["unique_id", "ds", "y"] and file.frame["unique_id"].tolist() == ["007"]
+    assert file.notes == ("spaces around column names are left out: 'unique_id', 'y'",)
+
+
+def test_long_cells(read):
+    assert read(f'date,note\n2024-01-01,"{"x" * 200_000}"\n').frame["note"].str.len().tolist() == [200_000]
 
 
 def test_columns_without_a_name(read):
     file = read(",date,a\n0,2024-01-01,1\n1,2024-01-02,2\n")
     assert file.frame.columns.tolist() == ["date", "a"] and "column 1 has no name and counts" in file.notes[0]
     file = read("date, a ,\n2024-01-01,1,\n2024-01-02,2,\n")
+    assert file.frame.columns.tolist() == ["date", "a"] and file.notes == (
+        "spaces around column names are left out: 'a'",
+    )
+    file = read("date, ,  ,a,\n2024-01-01,,,2,\n")
     assert file.frame.columns.tolist() == ["date", "a"] and file.notes == ()
+    assert read("date,,\n2024-01-01,,\n2024-01-02,,\n").frame.columns.tolist() == ["date"]
 
 
 @pytest.mark.parametrize(
@@ -75,6 +95,14 @@ def test_columns_without_a_name(read):
         ("date,a, a\n2024-01-01,1,5\n", "the name 'a' occurs twice"),
         ("Sales\n\ndate,a\n2024-01-01,1\n2024-01-02,1\n", "line 1 is 'Sales', and line 3 looks like the header"),
         ("Sales,\ndate,a\n2024-01-01,1\n2024-01-02,1\n", "line 1 is 'Sales', and line 2 looks like the header"),
+        ("Sales, 2024\nA\n\ndate,a,b\n2024-01-01,1,2\n2024-01-02,1,2\n", "line 1 is 'Sales,2024', and line 4 looks"),
+        (",,\ndate,a,b\n2024-01-01,1,2\n2024-01-02,1,2\n", "line 1 is ',,', and line 2 looks like the header"),
+        ("date;t;a\n2024-01-01;'';1\n\n2024-01-02;\"x\ny\";2\nTotal;;3\n", "line 6: 'Total;;3' looks like"),
+        (",date,a\n0,2024-01-01,1\n1,2024-01-02,2\n,Total,3\n", "line 4: ',Total,3' looks like a line of totals"),
+        (",date,a\n0,2024-01-01,1\n1,2024-01-02,2\n2,Total,3\n", "line 4: 'Total,3' looks like a line of totals"),
+        ('date,a\n2024-01-01,"x\ny"\n\n2024-01-02,1,7\n', "line 5, '2024-01-02,1,7', has 3 cells, but the header 2"),
+        ("a,b\n0,1,7\n1,1,7\n", "more cells than its header, line 2 first, '0,1,7'"),
+        ("sales\n1,5\n2,5\n", "more cells than its header, line 2 first, '1,5'"),
         ("date,a\n2024-01-01,1\nTotal:,1\n", "line 3: 'Total:,1' looks like a line of totals"),
         ("date,a\n2024-01-01,1\n2024-01-02,1\n,2\n", "line 4: ',2' looks like a line of totals"),
         ("date,a\n2024-01-01,1\n2024-01-02,1,7\n", "line 3, '2024-01-02,1,7', has 3 cells, but the header 2"),
@@ -92,6 +120,7 @@ def test_what_would_be_a_guess_is_named(read, text, words):
     ("text", "encoding", "name"),
     [
         ("date,größe,é\n2024-01-01,1,ä\n", "latin-1", "Latin-1"),
+        ("date,a,t\n" + "2024-01-01,1,x\n" * 10_000 + "2024-01-01,1,café\n", "cp1252", "Latin-1"),
         ("日期,温度计\n", "gbk", "GBK"),
         (PLAIN, "utf-16", "UTF-16"),
     ],
@@ -101,6 +130,20 @@ def test_other_encodings_are_named(read, text, encoding, name):
         read(text, encoding=encoding)
 
 
+def test_archives(tmp_path):
+    path = tmp_path / "x.csv.gz"
+    path.write_bytes(gzip.compress(PLAIN.encode()))
+    pd.testing.assert_frame_equal(read_csv(path).frame, pd.read_csv(path))
+    for content, words in (
+        (PLAIN.encode() + b"2024-01-04,1,x,7\n", "Expected 3 fields in line 5, saw 4"),
+        ("date,größe\n".encode("latin-1"), "not UTF-8 but another encoding"),
+    ):
+        path.write_bytes(gzip.compress(content))
+        with pytest.raises(UserError, match=words):
+            read_csv(path)
+
+
 def test_rows_to_forecast_are_no_totals(read):
+    assert len(read("a,date\n1,2024-01-01\n2,2024-01-02\n,2024-01-03\n").frame) == 3
     assert len(read("date,a,b\n2024-01-01,1,2\n2024-01-02,,3\n2024-01-03,,\n").frame) == 3
     assert len(read("unique_id,ds,y\nMean,2024-01-01,\nTotal,2024-01-01,\n", [], ["unique_id"]).frame) == 2
