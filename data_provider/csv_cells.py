@@ -51,13 +51,12 @@ def find_sentinels(names: Sequence[str], numbers: np.ndarray) -> tuple[str, ...]
     """
     warnings = []
     for name, column in zip(names, numbers.T, strict=True):
-        column = column[~np.isnan(column)]
-        if not len(column):
-            continue
-        for extreme in (column.min(), column.max()):
+        for extreme in (np.fmin.reduce(column, initial=np.inf), np.fmax.reduce(column, initial=-np.inf)):
+            if not _looks_like_a_mark(extreme):  # nearly all columns
+                continue
             is_extreme = column == extreme
-            others = column[~is_extreme]
-            if not (_looks_like_a_mark(extreme) and is_extreme.sum() >= _FEWEST_SENTINELS and len(others)):
+            others = column[~is_extreme & ~np.isnan(column)]
+            if is_extreme.sum() < _FEWEST_SENTINELS or not len(others):
                 continue
             low, high = others.min(), others.max()
             if max(low - extreme, extreme - high) > high - low > 0:

@@ -132,9 +132,11 @@ def _find_columns(path: Path, frame: pd.DataFrame, options: TableOptions) -> tup
 
 def _is_unsorted(dates: pd.DatetimeIndex, codes: np.ndarray) -> bool:
     """Return whether a row of some series is before the row of the series above it."""
-    by_series = np.argsort(codes, kind="stable")
-    steps, is_within = np.diff(dates.asi8[by_series]), np.diff(codes[by_series]) == 0
-    return bool((is_within & (steps < 0)).any())
+    times, changes = dates.asi8, np.diff(codes)
+    if (changes < 0).any():  # else the rows of each series follow each other
+        by_series = np.argsort(codes, kind="stable")
+        times, changes = times[by_series], np.diff(codes[by_series])
+    return bool(((changes == 0) & (np.diff(times) < 0)).any())
 
 
 def _places_by_series(is_chosen: np.ndarray, codes: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, Spans]:
