@@ -43,9 +43,10 @@ class MonthStep:
 
     def dates_after(self, last: pd.Timestamp, count: int) -> pd.DatetimeIndex:
         """Compute the next dates."""
-        first = pd.Timestamp(year=last.year, month=last.month, day=1, tz=last.tz) + (last - last.normalize())
+        first = last.tz_localize(None).replace(day=1)
         months = [first + pd.DateOffset(months=self.months * number) for number in range(1, count + 1)]
-        return pd.DatetimeIndex([month + pd.Timedelta(days=self._day_in(month) - 1) for month in months])
+        dates = pd.DatetimeIndex([month.replace(day=self._day_in(month)) for month in months])
+        return _on_clock(dates, last)
 
     def _day_in(self, date: pd.Timestamp) -> int:
         return min(self.day, date.days_in_month)
@@ -108,10 +109,13 @@ class Calendar:
         if self.slots is None:
             return pd.DatetimeIndex([last + self.step * number for number in range(1, count + 1)])
         (own,) = _nanoseconds(pd.DatetimeIndex([last]))
-        places = np.searchsorted(self.slots, _in_week(own), side="right") + np.arange(count)
+        skipped = 4 * (_HOUR // self.step.value + 1)  # dates that the change to summer time may leave out
+        places = np.searchsorted(self.slots, _in_week(own), side="right") + np.arange(count + skipped)
         weeks, numbers = np.divmod(places, len(self.slots))
         ahead = weeks * _WEEK + self.slots[numbers] - _in_week(own)
-        return pd.DatetimeIndex([last + pd.Timedelta(int(one), unit="ns") for one in ahead])
+        naive = last.tz_localize(None)
+        dates = pd.DatetimeIndex([naive + pd.Timedelta(int(one), unit="ns") for one in ahead])
+        return _on_clock(dates, last).unique()[:count]
 
     def missing(self, dates: pd.DatetimeIndex) -> np.ndarray:
         """Find the rows before which rows are missing; days that holidays may close are not.
@@ -124,7 +128,7 @@ class Calendar:
             return np.flatnonzero(self._skips_rows(_nanoseconds(dates))) + 1
         if isinstance(self.step, pd.Timedelta):
             # With a tolerance of one half, for steps that are not quite equal.
-            return np.flatnonzero(np.diff(_nanoseconds(dates)) > 1.5 * self.step.value) + 1
+            return np.flatnonzero(np.diff(self._times(dates)) > 1.5 * self.step.value) + 1
         if isinstance(self.step, MonthStep):
             return np.flatnonzero(np.diff(dates.year * 12 + dates.month) > self.step.months) + 1
         expected = pd.date_range(dates.min(), dates.max(), freq=self.step)
@@ -139,9 +143,15 @@ class Calendar:
         first_of_day = self.slots[np.searchsorted(self.slots, days * _DAY).clip(max=len(self.slots) - 1)]
         last_of_day = self.slots[np.searchsorted(self.slots, (days + 1) * _DAY) - 1]
         whole_days = (in_week[1:] <= first_of_day[1:]) & (in_week[:-1] >= last_of_day[:-1])
-        is_holiday = whole_days & (np.diff(day_places) <= _HOLIDAYS + 1)
+        is_long = np.diff(day_places) > _HOLIDAYS + 1
         is_used = np.isin(in_week, self.slots)
-        return (np.diff(places) > 1) & ~is_holiday & is_used[1:] & is_used[:-1]
+        # What is between rows off the calendar is not known to the row: only days that no holidays explain count.
+        is_gap = np.where(is_used[1:] & is_used[:-1], is_long | ~whole_days, is_long)
+        return (np.diff(places) > 1) & is_gap
+
+    def _times(self, dates: pd.DatetimeIndex) -> np.ndarray:
+        """Convert dates to nanoseconds in which a step of fixed length is equally long in summer and winter time."""
+        return _nanoseconds(dates if self.step.value >= _DAY or dates.tz is None else dates.tz_convert("UTC"))
 
     def first_deviation(self, last: pd.Timestamp, dates: pd.DatetimeIndex) -> int | None:
         """Find the first of some dates after `last` that is not the next one by the calendar; None if all are."""
@@ -151,10 +161,10 @@ class Calendar:
         elif self.slots is not None:
             wrong = np.flatnonzero(self._skips_rows(_nanoseconds(both)))
         else:
-            off = np.abs(np.diff(_nanoseconds(both)) - self.step.value)
-            # Local time jumps by an hour twice a year; several rows may have the same date.
+            off = np.abs(np.diff(self._times(both)) - self.step.value)
+            # Local time without a zone jumps by an hour twice a year; several rows may have the same date.
             is_wrong = (off > self.step.value / 2) & (np.diff(both.asi8) != 0)
-            jumps = is_wrong & (off == _HOUR) & (self.step.value < _DAY)
+            jumps = is_wrong & (off == _HOUR) & (self.step.value < _DAY) & (both.tz is None)
             wrong = np.flatnonzero(is_wrong & ~(jumps & (jumps.sum() == 1)))
         return int(wrong[0]) if len(wrong) else None
 
@@ -174,6 +184,12 @@ def _nanoseconds(dates: pd.DatetimeIndex) -> np.ndarray:
     """Convert dates to nanoseconds of their own clock, from a Monday on."""
     naive = dates.tz_localize(None) if dates.tz is not None else dates
     return naive.as_unit("ns").asi8 - pd.Timestamp("1969-12-29").value
+
+
+def _on_clock(dates: pd.DatetimeIndex, like: pd.Timestamp) -> pd.DatetimeIndex:
+    """Move dates without a zone to the zone and unit of another; an hour that is skipped becomes the one after it."""
+    summer = np.ones(len(dates), bool)  # an hour that occurs twice is the first
+    return dates.tz_localize(like.tz, ambiguous=summer, nonexistent="shift_forward").as_unit(like.unit)
 
 
 def _in_week(times: np.ndarray) -> np.ndarray:

@@ -108,3 +108,35 @@ def test_dates_that_do_not_go_on_are_found():
     assert found.first_deviation(business[-1], coming.delete(range(2, 8))) == 2
     jump = pd.DatetimeIndex(["2024-03-31 01:00", "2024-03-31 03:00", "2024-03-31 04:00"])  # summer time, local
     assert calendar(HOURS).first_deviation(pd.Timestamp("2024-03-31 00:00"), jump) is None
+
+
+@pytest.mark.parametrize("unit", ["s", "us", "ns"])
+def test_dates_of_a_time_zone_keep_their_time_of_day_and_unit(unit):
+    opened = is_open(pd.date_range("2024-01-01", periods=24 * 91, freq="h", tz="Europe/Berlin"), days=5)
+    business = pd.bdate_range("2024-01-01", periods=70, tz="Europe/Berlin")
+    months = pd.date_range("2020-01-31", periods=48, freq="ME", tz="Europe/Berlin")
+    for dates, known in ((opened, 9 * 62), (business, 64), (months.delete(5), 38)):
+        dates = dates.as_unit(unit)
+        found, coming = calendar(dates[:known]), dates[known:]
+        next_dates = found.next_dates(dates[known - 1], len(coming))
+        assert list(next_dates) == list(coming) and next_dates.unit == unit
+        assert found.first_deviation(dates[known - 1], coming) is None
+
+
+def test_an_hour_that_summer_time_skips_is_no_gap_and_no_date():
+    hours = pd.date_range("2024-03-01", periods=24 * 40, freq="h", tz="Europe/Berlin")
+    assert not len(calendar(hours).missing(hours))
+    without_one = hours.delete([800])
+    assert calendar(without_one).missing(without_one).tolist() == [800]
+    assert calendar(hours).first_deviation(hours[-1], calendar(hours).next_dates(hours[-1], 9).delete(5)) == 5
+    nights = pd.date_range("2024-01-01", "2024-03-30 23:00", freq="h", tz="Europe/Berlin")
+    nights = nights[nights.hour < 6]
+    assert [date.hour for date in calendar(nights).next_dates(nights[-1], 8)] == [0, 1, 3, 4, 5, 0, 1, 2]
+
+
+def test_rows_that_go_on_a_year_later_are_found_on_every_weekday():
+    business = pd.bdate_range("2023-01-02", periods=400)
+    found = calendar(business)
+    coming = found.next_dates(business[-1], 12)
+    for days in range(360, 367):
+        assert found.first_deviation(business[-1], coming + pd.Timedelta(days=days)) == 0, days
