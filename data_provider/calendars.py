@@ -11,19 +11,19 @@ import pandas as pd
 
 from utils.errors import UserError
 
-# The dates that a calendar is judged by.
+# The last dates, at most, that a calendar is inferred from.
 _JUDGED = 20_000
 
-# A slot of the week that is left out occurs in at most this share of the weeks, one that is used in at least that.
+# A time of the week is left out if it occurs in at most the first share of the weeks, used if in at least the second.
 _LEFT_OUT, _USED = 0.03, 0.5
 
-# Weeks, or days for hours alone, that show a calendar.
+# The fewest whole weeks that show a weekly calendar, and whole days that show hours.
 _FEWEST_WEEKS, _FEWEST_DAYS = 4, 4
 
-# How likely a slot of the week may be empty by chance.
+# The accepted probability that any time is empty by chance.
 _CHANCE = 0.01
 
-# Open days in a row that holidays close at most.
+# The most open days in a row that holidays close.
 _HOLIDAYS = 3
 
 _DAY, _WEEK, _HOUR = (pd.Timedelta(length).value for length in ("1D", "7D", "1h"))
@@ -145,7 +145,7 @@ class Calendar:
         whole_days = (in_week[1:] <= first_of_day[1:]) & (in_week[:-1] >= last_of_day[:-1])
         is_long = np.diff(day_places) > _HOLIDAYS + 1
         is_used = np.isin(in_week, self.slots)
-        # What is between rows off the calendar is not known to the row: only days that no holidays explain count.
+        # Next to a row outside the calendar, only missing days count: hours around it may be special, too.
         is_gap = np.where(is_used[1:] & is_used[:-1], is_long | ~whole_days, is_long)
         return (np.diff(places) > 1) & is_gap
 
@@ -218,7 +218,7 @@ def _month_step(dates: pd.DatetimeIndex) -> MonthStep | None:
 
 
 def _find_slots(times: np.ndarray, step: int) -> np.ndarray | None:
-    """Find the slots of the week that rows fall on; None unless others are left out systematically."""
+    """Find the slots of the week that rows fall on; None if rows fall on all of them, or rows are missing at random."""
     if step > _DAY or _WEEK % step:
         return None
     first, last = times[0] // _WEEK, times[-1] // _WEEK
@@ -241,6 +241,8 @@ def _used_slots(times: np.ndarray, periods: int, count: int) -> np.ndarray | Non
     used = slots[is_used]
     if not len(used) or len(used) >= count or (~is_used & (shares > _LEFT_OUT) & (counts > 1)).any():
         return None
-    # Rows that are missing at random leave a slot empty by chance.
+    # Rows that are missing at random leave a slot empty by chance. Their share is taken a standard error higher than
+    # among the used slots, since the empty ones are not counted there.
     missing = 1 - np.minimum(shares[is_used], 1).mean()
+    missing += np.sqrt(missing * (1 - missing) / (periods * len(used)))
     return used if count * missing**periods < _CHANCE else None

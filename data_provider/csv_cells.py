@@ -8,7 +8,7 @@ import pandas as pd
 
 from utils.errors import UserError
 
-# A mark of missing values is so often in a column, at least.
+# A number that marks missing values occurs at least this often in a column.
 _FEWEST_SENTINELS = 3
 
 

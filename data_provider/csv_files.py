@@ -19,7 +19,7 @@ _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 # Lines that are looked at for the separator and the header, and at the end for totals.
 _FIRST_LINES, _LAST_ROWS = 100, 5
 
-# Where commas separate cells, a column has decimal commas only if this share of its cells has.
+# In a file separated by commas, at least this share of a column's cells must hold a comma to be read as decimals.
 _MOSTLY = 0.5
 
 # The first cell of a line below the data.
@@ -98,7 +98,7 @@ def _split(lines: Sequence[str], separator: str) -> list[list[str]]:
 
 
 def _as_spelled(lines: Sequence[str], separator: str, columns: Sequence[str]) -> list[str]:
-    """Return names of columns, also with the spaces around them in the header, by which pandas knows them."""
+    """List names of columns, as they are and with the spaces that the header has around them, for pandas."""
     header = next((cells for cells in csv.reader(lines, delimiter=separator) if "".join(cells).strip()), [])
     return [*columns, *(name for name in header if name.strip() in columns)]
 

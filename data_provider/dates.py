@@ -1,9 +1,8 @@
-"""Find and parse the dates of a CSV, and write dates as it does."""
+"""Find and parse the dates of a CSV."""
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -12,18 +11,18 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import numpy as np
 import pandas as pd
 
+from data_provider.date_styles import ISO_DATE, DateStyle, find_padding, find_style, guess_format
 from utils.errors import UserError, first_line, listed
 
 # Usual names of the column of dates, in lower case, the best first.
 _NAMES = ("date", "ds", "time", "timestamp", "datetime", "date_time", "date time")
 
-# Names of parts of dates as often as of dates.
+# Names that columns of dates share with columns of parts of dates; they count if no other column holds dates.
 _PARTS = ("day", "month", "quarter", "year")
 
-# Cells that show how dates are written.
+# The first cells show how dates are written.
 _SAMPLE = 50
 
-_ISO = re.compile(r"\d{4}-\d{2}-\d{2}(?:([ T])\d{2}:\d{2}(:\d{2}(?:[.,]\d+)?)?)?\s*(Z|[+-]\d{2}:?\d{2})?")
 _DAY_OR_MONTH = re.compile(r"\d{1,2}([/.-])\d{1,2}\1(\d{4}|\d{2})(?!\d)(.*)")
 _TIMES = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", "T%H:%M", "T%H:%M:%S", " %I:%M %p", " %I:%M:%S %p")
 _DIGITS = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
@@ -32,66 +31,12 @@ _EPOCHS = {"s": ("seconds", 1e8, 5e9), "ms": ("milliseconds", 1e11, 5e12)}
 
 _UNCOMMON = "is not a date in a common format: write dates like 2024-01-31 09:00, or give --date_format"
 
-# Zones whose summer time is looked for, most of those that data come from.
+# Time zones that changing UTC offsets are compared with.
 _ZONES = (
     *("Europe/Berlin", "Europe/London", "Europe/Athens", "Europe/Lisbon", "America/New_York", "America/Chicago"),
     *("America/Denver", "America/Los_Angeles", "America/Halifax", "America/Sao_Paulo", "America/Santiago"),
     *("Australia/Sydney", "Australia/Adelaide", "Pacific/Auckland", "Asia/Jerusalem", "Africa/Cairo"),
 )
-
-
-@dataclass(frozen=True)
-class DateStyle:
-    """How a CSV writes its dates.
-
-    Attributes:
-        format: of `strptime`; empty for ISO 8601.
-        unit: s or ms for numbers since 1970, else empty.
-        precision: the digits of ISO dates at least: auto (days), minutes or seconds.
-        separator: between an ISO date and its time.
-        suffix: after an ISO time without offset, such as Z.
-        unpadded: which zeros are left out: "", "date" or "all" (of hours, too).
-        zone: the time zone of dates whose offset changes; empty for UTC.
-    """
-
-    format: str = ""
-    unit: str = ""
-    precision: str = "seconds"
-    separator: str = " "
-    suffix: str = ""
-    unpadded: str = ""
-    zone: str = ""
-
-    def write(self, dates: pd.DatetimeIndex) -> list[str]:
-        """Write dates in this style, with more digits where it cannot express them."""
-        if self.zone:
-            dates = dates.tz_convert(self.zone)
-        if self.unit:
-            return [f"{number:.15g}" for number in dates.as_unit("ns").asi8 / pd.Timedelta(1, self.unit).value]
-        if self.format:
-            texts = [_UNPAD[self.unpadded](date.strftime(self.format)) for date in dates]
-            with_year = pd.to_datetime(pd.Series(texts), format=self.format, errors="coerce")
-            if (pd.DatetimeIndex(with_year).tz_localize(None) == dates.tz_localize(None)).all():
-                return texts
-        return self._write_iso(dates)
-
-    def _write_iso(self, dates: pd.DatetimeIndex) -> list[str]:
-        naive = dates.tz_localize(None)
-        if self.precision == "auto" and dates.tz is None and (naive == naive.normalize()).all():
-            return [date.strftime("%Y-%m-%d") for date in dates]
-        steps = {"min": "minutes", "s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
-        if self.precision == "seconds":
-            del steps["min"]
-        precision = next(name for unit, name in steps.items() if (naive == naive.floor(unit)).all())
-        texts = [date.isoformat(sep=self.separator, timespec=precision) for date in dates]
-        return [text.removesuffix("+00:00") + self.suffix for text in texts] if self.suffix else texts
-
-
-_UNPAD: dict[str, Callable[[str], str]] = {
-    "": lambda text: text,
-    "date": lambda text: re.sub(r"(?<![\d:])0(?=\d)(?!\d:)", "", text),
-    "all": lambda text: re.sub(r"(?<![\d:])0(?=\d)", "", text),
-}
 
 
 class ParsedDates(NamedTuple):
@@ -156,7 +101,7 @@ def are_dates(values: pd.Series) -> bool:
     if pd.api.types.is_datetime64_any_dtype(cells):
         return True
     texts = cells.astype(str).str.strip()
-    is_date = texts.map(lambda text: bool(_ISO.fullmatch(text) or _DAY_OR_MONTH.fullmatch(text)))
+    is_date = texts.map(lambda text: bool(ISO_DATE.fullmatch(text) or _DAY_OR_MONTH.fullmatch(text)))
     return bool(is_date.all())
 
 
@@ -178,7 +123,7 @@ def parse_dates(path: Path, column: pd.Series, date_format: str = "", groups: np
     if (numbers := cells.numbers()) is not None:
         return _parse_numbers(cells, numbers)
     first = cells.first()
-    if (match := _DAY_OR_MONTH.fullmatch(first)) and not _ISO.fullmatch(first):
+    if (match := _DAY_OR_MONTH.fullmatch(first)) and not ISO_DATE.fullmatch(first):
         return _parse_day_and_month(cells, match, date_format)
     return _parse_text(cells)
 
@@ -225,7 +170,7 @@ class _Cells(NamedTuple):
 
 
 def _index(cells: _Cells, dates: pd.Series) -> pd.DatetimeIndex:
-    """Convert parsed dates to an index; refuse the first that is none."""
+    """Convert parsed dates to an index; refuse the first cell that is not a date."""
     if (empty := dates.isna().to_numpy()).any():
         cells.refuse(int(empty.argmax()), "is not a date")
     return pd.DatetimeIndex(dates)
@@ -245,7 +190,7 @@ def _parse_format(cells: _Cells, date_format: str) -> ParsedDates:
     if (empty := dates.isna().to_numpy()).any():
         cells.refuse(int(empty.argmax()), f"does not match --date_format {date_format}")
     dates = pd.DatetimeIndex(dates)
-    return ParsedDates(dates, _with_padding(DateStyle(date_format), cells._replace(column=texts), dates), ())
+    return ParsedDates(dates, find_padding(date_format, cells._replace(column=texts).sample(), dates), ())
 
 
 def _parse_numbers(cells: _Cells, numbers: pd.Series) -> ParsedDates:
@@ -294,7 +239,7 @@ def _parse_day_and_month(cells: _Cells, match: re.Match, wanted: str) -> ParsedD
         )
     name = max(scores, key=scores.__getitem__)
     dates = pd.DatetimeIndex(valid[name])
-    style = _with_padding(DateStyle(formats[name] + time), cells, dates)
+    style = find_padding(formats[name] + time, cells.sample(), dates)
     which = "day" if name == "dayfirst" else "month"
     note = f"dates such as {match.group(0)!r} are read with the {which} first (--date_format decides)"
     return ParsedDates(dates, style, () if wanted else (note,))
@@ -322,9 +267,7 @@ def _find_time(cell: str, dates: Sequence[str]) -> str | None:
             except ValueError:  # of another format
                 continue
             return time
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the order of day and month, which is decided elsewhere
-        guessed = pd.tseries.api.guess_datetime_format(cell) or ""
+    guessed = guess_format(cell)
     return next((guessed.removeprefix(date) for date in dates if guessed.startswith(date)), None)
 
 
@@ -359,7 +302,7 @@ def _parse_text(cells: _Cells) -> ParsedDates:
             return _parse_offsets(cells)
         if not dates.isna().any():
             dates = pd.DatetimeIndex(dates)
-            return ParsedDates(dates, _style_of_text(cells, dates), ())
+            return ParsedDates(dates, find_style(cells.sample(), dates), ())
     return ParsedDates(_index(cells, dates), DateStyle(), ())
 
 
@@ -377,7 +320,7 @@ def _parse_offsets(cells: _Cells) -> ParsedDates:
     zone = _find_zone(dates, minutes.to_numpy())
     where = f"as in {zone}" if zone else "as in no zone that is known here"
     note = f"UTC offsets change between {' and '.join(seen[:2])}, {where}: the dates are one time line in UTC"
-    style = _style_of_text(cells, dates)
+    style = find_style(cells.sample(), dates)
     return ParsedDates(dates, DateStyle(precision=style.precision, separator=style.separator, zone=zone), (note,))
 
 
@@ -392,30 +335,3 @@ def _find_zone(dates: pd.DatetimeIndex, minutes: np.ndarray) -> str:
         if np.array_equal((local - dates.tz_localize(None)) / pd.Timedelta("1min"), minutes):
             return name
     return ""
-
-
-def _style_of_text(cells: _Cells, dates: pd.DatetimeIndex) -> DateStyle:
-    """Find how texts that pandas recognized are written."""
-    sample = cells.sample()
-    matches = [_ISO.fullmatch(text) for text in sample]
-    if all(matches):
-        separators = {match.group(1) for match in matches} - {None}
-        is_precise = any(match.group(2) for match in matches)
-        has_time = any(match.group(1) for match in matches)
-        precision = "seconds" if is_precise else "minutes" if has_time else "auto"
-        suffix = "Z" if all(match.group(3) == "Z" for match in matches) else ""
-        return DateStyle(precision=precision, separator=separators.pop() if separators else " ", suffix=suffix)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        guessed = pd.tseries.api.guess_datetime_format(sample[0])
-    return _with_padding(DateStyle(guessed), cells, dates) if guessed else DateStyle()
-
-
-def _with_padding(style: DateStyle, cells: _Cells, dates: pd.DatetimeIndex) -> DateStyle:
-    """Choose the padding that writes the first cells as they are; ISO if none does."""
-    for unpadded in _UNPAD:
-        found = DateStyle(style.format, unpadded=unpadded)
-        sample = cells.sample()
-        if found.write(dates[: len(sample)]) == sample:
-            return found
-    return DateStyle(precision="auto")

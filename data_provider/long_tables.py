@@ -10,7 +10,8 @@ import pandas as pd
 
 from data_provider.covariates import check_covariates
 from data_provider.csv_cells import find_sentinels, parse_numbers
-from data_provider.dates import DateStyle, find_date_column, parse_dates
+from data_provider.date_styles import DateStyle
+from data_provider.dates import find_date_column, parse_dates
 from data_provider.tables import Covariates, Table, TableOptions
 from data_provider.windows import Spans
 from utils.errors import UserError, listed
@@ -179,14 +180,13 @@ def _choose_series(path: Path, names: Sequence[str], series: str) -> np.ndarray:
 
 
 def _check_steps(path: Path, dates: pd.DatetimeIndex, spans: Spans, names: Sequence[str]) -> None:
-    """Refuse series with unsorted or repeated dates, and series whose steps differ."""
+    """Refuse series with repeated dates, and series whose steps differ."""
     steps = np.diff(dates.asi8)
     is_within = np.ones(len(steps), bool)
     is_within[spans.first[1:] - 1] = False
-    for is_wrong, what in ((steps < 0, "is before the row above it: sort by date"), (steps == 0, "occurs twice")):
-        if (bad := np.flatnonzero(is_within & is_wrong)).size:
-            name = names[spans.channel_of(bad[0] + 1)]
-            raise UserError(f"{path}, series {name!r}: {dates[bad[0] + 1]} {what} ({len(bad)} such rows)")
+    if (bad := np.flatnonzero(is_within & (steps == 0))).size:
+        name = names[spans.channel_of(bad[0] + 1)]
+        raise UserError(f"{path}, series {name!r}: {dates[bad[0] + 1]} occurs twice ({len(bad)} such rows)")
     usual = np.full(len(names), np.nan)
     for number, (first, rows) in enumerate(zip(spans.first, spans.rows, strict=True)):
         if rows > 1:

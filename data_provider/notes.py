@@ -12,9 +12,11 @@ import torch
 # The most principal components of notes, and the most coordinates in which sentences are compared.
 COMPONENTS, _COORDINATES = 96, 128
 
-# A sentence that training did not see is a mixture of the most similar ones that it saw: so words that are new to a
-# run, whose states may lie anywhere, have an effect that it has learned. The temperature is that of cosines.
+# A sentence that training did not see is replaced by a mixture of the most similar ones that it saw, since effects are
+# learned only near those. The temperature is that of a softmax of cosines.
 _NEIGHBORS, _TEMPERATURE = 5, 0.05
+
+# Sentences with at least this cosine are the same.
 _SAME = 0.999
 
 # The most sentences of training that are kept, and similarities that are computed at a time.

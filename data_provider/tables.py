@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from data_provider.calendars import Calendar
-from data_provider.dates import DateStyle
+from data_provider.date_styles import DateStyle
 from data_provider.notes import NoteStates, is_empty
 from data_provider.windows import Spans
 from utils.cli.options import FlagGroup

@@ -67,6 +67,15 @@ def test_rows_that_are_missing_by_chance_are_no_calendar(seed):
         assert found.next_dates(kept[-1], 1)[0] - kept[-1] == dates[1] - dates[0]
 
 
+@pytest.mark.parametrize("seed", [11, 28, 49, 87, 184, 239])
+def test_a_weekday_that_is_missing_by_chance_is_none(seed):
+    """Of 46 days three in ten are missing, and in these draws nearly all of one weekday."""
+    kept = DAYS[:46][np.random.default_rng(seed).random(46) > 0.3]
+    weekdays = kept[(kept >= "2024-01-08") & (kept < "2024-02-12")].day_of_week
+    assert np.bincount(weekdays, minlength=7).min() <= 1
+    assert calendar(kept).describe() == ""
+
+
 @pytest.mark.parametrize("freq", ["MS", "ME", "QS", "QE", "YS", "YE", "W", "W-WED", "D", "h", "15min"])
 def test_the_step_survives_a_gap(freq):
     dates = pd.date_range("2020-01-31", periods=64, freq=freq)

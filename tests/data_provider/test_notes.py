@@ -116,6 +116,10 @@ def test_an_empty_note_counts_as_the_mean_note():
     values = pd.Series([texts[3], "", None, texts[4]], name="note")
     encoded = NoteColumn.from_dict(column.as_dict()).encode(values, states)
     assert np.isnan(encoded[1:3]).all() and not np.isnan(encoded[[0, 3]]).any()
+    # Where training rows have no note, the first component is 1 if there is one.
+    with_empty = NoteColumn.fit(pd.Series([*texts, None], name="note"), states).encode(values, states)
+    np.testing.assert_array_equal(with_empty[:, 0], [1, np.nan, np.nan, 1])
+    np.testing.assert_array_equal(with_empty[:, 1:], encoded)
     notes = column.encode(pd.Series(drawn.choice(texts, 400), name="note"), states)
     horizon = np.arange(300)[:, None] + np.arange(12)
     effect, estimates = fit_note_effect(notes, horizon, notes[horizon] @ np.arange(notes.shape[1]) / 10)
@@ -161,7 +165,11 @@ def test_long_notes_are_cut(noted):
     frame = shop(400)
     frame.loc[::7, "note"] = "One two three four. " * 300 + "Never read."
     frame.loc[3, "note"] = "word " * 600
-    done = noted("long", frame, "--notes", "note", "--max_steps", "1")
+    flags = ["--notes", "note", "--max_steps", "1", "--covariate_model", "boosted"]
+    done = noted("long", frame, *flags)
     assert "2 of 10 notes are longer than 512 tokens: they are cut" in done.out
-    again = noted("again", frame, "--notes", "note", "--max_steps", "1")
+    again = noted("again", frame, *flags)
     assert "2 of 10 notes are longer than 512 tokens" in again.out and " 0 of them read" in again.out
+    frame["note"] = frame["note"].str.replace("Never read.", "One. Two. Big sale! " * 60)
+    other = noted("other", frame, *flags)
+    assert other.metrics()["mse"] == done.metrics()["mse"]

@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -303,7 +303,7 @@ class OptionParser(OneLineParser):
             vars(parsed).update(vars(with_presets))  # in the order of the table
         if parsed.data is None and not parsed.csv and not rest:
             self.error(f"--data is required (one of {', '.join(DATA_NAMES)}), or --csv; --demo needs neither")
-        given = super().parse_known_args(args, argparse.Namespace(label_len=None, root_path=None, data_path=None))[0]
+        given = self._given(args, "label_len", "root_path", "data_path")
         if parsed.csv:
             self._take_csv(parsed, given)
         if given.label_len is None:  # the default is no longer than the context
@@ -312,6 +312,10 @@ class OptionParser(OneLineParser):
         parsed.data_path = parsed.data_path or f"{parsed.data}.csv"
         parsed.model_id = parsed.model_id or f"{parsed.data}_{parsed.seq_len}_{parsed.pred_len}"
         return parsed, rest
+
+    def _given(self, args: Sequence[str] | None, *names: str) -> argparse.Namespace:
+        """Parse the command line with None for flags that are not on it, even if their default is given."""
+        return super().parse_known_args(args, argparse.Namespace(**dict.fromkeys(names)))[0]
 
     def _take_csv(self, parsed: argparse.Namespace, given: argparse.Namespace) -> None:
         """Set the three flags that --csv stands for."""
@@ -326,8 +330,7 @@ class OptionParser(OneLineParser):
         presets = dict(DEMO_DEFAULTS)
         if parsed.prompt_file or parsed.prompt_domain:
             del presets["content"]
-        # Without its default, --llm_model is set only if it was given, be it with the default value.
-        if super().parse_known_args(args, argparse.Namespace(llm_model=None))[0].llm_model:
+        if self._given(args, "llm_model").llm_model:
             del presets["llm_model_path"]
         if not parsed.is_training:  # with --is_training 0, --predict skips the test
             del presets["predict"]

@@ -113,9 +113,8 @@ class Experiment:
     def _read_table(self) -> Table:
         """Read the CSV, and print how it was read where it is not plain."""
         table = read_table(self.args)
-        if is_first_process():
-            for line in table.reading:
-                print(f"Data | {table.source.name}: {line}", flush=True)
+        if is_first_process() and table.reading:
+            print("\n".join(f"Data | {table.source.name}: {line}" for line in table.reading), flush=True)
         return table
 
     def _can_skip(self, flags: argparse.Namespace, number: int) -> bool:
@@ -149,13 +148,7 @@ class Repetition:
         UserError: if the data, the levels, the LLM or the checkpoint do not fit the flags.
     """
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        number: int,
-        series: Series,
-        fitted: tuple[KnownAhead, Choice] | None = None,
-    ):
+    def __init__(self, args: argparse.Namespace, number: int, series: Series, fitted: tuple[KnownAhead, Choice] | None):
         if args.predict:
             series.last_window()  # what it lacks is reported first
         self.args, self.fitted = args, fitted
