@@ -1,7 +1,7 @@
 """Gradient-boosted regression trees, fitted by scikit-learn and kept as plain arrays.
 
 A checkpoint must not need pickle, so `Trees` holds the arrays of scikit-learn's fitted trees and predicts with its
-compiled predictor.
+compiled predictor. Importing scikit-learn takes a second, so only the functions that compute with it do.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,13 +10,17 @@ from typing import Self
 
 import numpy as np
 import torch
-from sklearn.ensemble import HistGradientBoostingRegressor
-from sklearn.ensemble._hist_gradient_boosting.common import PREDICTOR_RECORD_DTYPE
-from sklearn.ensemble._hist_gradient_boosting.predictor import TreePredictor
-from sklearn.utils._openmp_helpers import _openmp_effective_n_threads
 
-# The fields of scikit-learn's nodes that a prediction reads; all splits are numeric.
-_FIELDS = ("value", "feature_idx", "num_threshold", "missing_go_to_left", "left", "right", "is_leaf")
+# The fields of scikit-learn's nodes that a prediction reads, and their types in a checkpoint; all splits are numeric.
+_FIELDS = {
+    "value": np.float64,
+    "feature_idx": np.int64,
+    "num_threshold": np.float64,
+    "missing_go_to_left": np.uint8,
+    "left": np.int64,  # uint32 in scikit-learn, for which torch lacks arithmetic
+    "right": np.int64,
+    "is_leaf": np.uint8,
+}
 
 # Trees are fitted in rounds; validation rows decide how many rounds are kept.
 _TREES_OF_ROUND, _MOST_ROUNDS = 50, 8
@@ -46,19 +50,19 @@ class Trees:
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """Predict from features, (rows, features) float64 with NaN where unknown, to (rows,) float64."""
-        no_categories, threads = np.zeros((0, 8), np.uint32), _openmp_effective_n_threads()
-        result = np.full(len(features), self.baseline)
-        for tree in self._predictors():
-            result += tree.predict(features, no_categories, np.zeros(0, np.uint32), threads)
-        return result
+        from sklearn.ensemble._hist_gradient_boosting.common import PREDICTOR_RECORD_DTYPE
+        from sklearn.ensemble._hist_gradient_boosting.predictor import TreePredictor
+        from sklearn.utils._openmp_helpers import _openmp_effective_n_threads
 
-    def _predictors(self) -> list[TreePredictor]:
-        """Rebuild scikit-learn's trees."""
         records = np.zeros(len(self.nodes["value"]), PREDICTOR_RECORD_DTYPE)
         for name in _FIELDS:
             records[name] = self.nodes[name]
-        no_categories = np.zeros((0, 8), np.uint32)
-        return [TreePredictor(own, no_categories, no_categories) for own in np.split(records, self.roots[1:])]
+        no_categories, threads = np.zeros((0, 8), np.uint32), _openmp_effective_n_threads()
+        result = np.full(len(features), self.baseline)
+        for own in np.split(records, self.roots[1:]):
+            tree = TreePredictor(own, no_categories, no_categories)
+            result += tree.predict(features, no_categories, np.zeros(0, np.uint32), threads)
+        return result
 
     def as_dict(self) -> dict:
         """Convert to numbers and tensors, as a checkpoint keeps them."""
@@ -72,12 +76,10 @@ class Trees:
         Raises:
             ValueError: if they are damaged: scikit-learn's predictor trusts every index.
         """
-        dtypes = {name: PREDICTOR_RECORD_DTYPE[name] for name in _FIELDS}
-        stored = {"left": np.int64, "right": np.int64}
         nodes = {}
-        for name in _FIELDS:
+        for name, dtype in _FIELDS.items():
             values = kept[name].numpy()
-            if values.ndim != 1 or values.dtype != stored.get(name, dtypes[name]):
+            if values.ndim != 1 or values.dtype != dtype:
                 raise ValueError(f"{name} has another shape or type")
             nodes[name] = values
         trees = cls(kept["features"], kept["baseline"], kept["roots"].numpy(), nodes)
@@ -121,6 +123,8 @@ def fit_trees(
         validation: features and targets of other rows.
         after_round: called after each of at most `ROUNDS` rounds.
     """
+    from sklearn.ensemble import HistGradientBoostingRegressor
+
     model = HistGradientBoostingRegressor(
         **_SETTINGS, max_iter=_TREES_OF_ROUND, early_stopping=False, warm_start=True, random_state=0
     )
@@ -138,7 +142,5 @@ def fit_trees(
     trees = [tree for (tree,) in model._predictors[: kept * _TREES_OF_ROUND]]
     sizes = [len(tree.nodes) for tree in trees]
     nodes = np.concatenate([tree.nodes for tree in trees])
-    kept_nodes = {name: np.ascontiguousarray(nodes[name]) for name in _FIELDS}
-    for side in ("left", "right"):
-        kept_nodes[side] = kept_nodes[side].astype(np.int64)  # torch lacks arithmetic on uint32
+    kept_nodes = {name: np.ascontiguousarray(nodes[name], dtype) for name, dtype in _FIELDS.items()}
     return Trees(features.shape[1], float(model._baseline_prediction.item()), np.cumsum([0, *sizes[:-1]]), kept_nodes)

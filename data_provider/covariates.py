@@ -11,8 +11,6 @@ from typing import Self
 
 import numpy as np
 import pandas as pd
-from sklearn.linear_model import RidgeCV
-from sklearn.model_selection import TimeSeriesSplit
 
 from data_provider.notes import is_empty
 from data_provider.tables import Table, TableOptions
@@ -183,6 +181,9 @@ def _best_penalty(features: np.ndarray, target: np.ndarray) -> float:
     """Choose a penalty by time-ordered cross-validation; the largest if there are too few rows."""
     if len(target) < 2 * (_FOLDS + 1):
         return float(_PENALTIES[-1])
+    from sklearn.linear_model import RidgeCV  # takes a second, and only covariates need it
+    from sklearn.model_selection import TimeSeriesSplit
+
     search = RidgeCV(alphas=_PENALTIES, cv=TimeSeriesSplit(_FOLDS), scoring="neg_mean_squared_error")
     return float(search.fit(features, target).alpha_)
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from layers.DropoutAttention import attention_with_dropout
 from layers.FrozenLinear import frozen_product
 
 
@@ -215,8 +216,11 @@ class ReprogrammingLayer(nn.Module):
             lambda: (self._heads(self.key_projection(prototypes)), self._heads(self.value_projection(prototypes))),
         )  # (1, H, S, d_keys) each
         dropout, scale = self.dropout if self.training else 0.0, 1 / math.sqrt(queries.shape[-1])
-        mixed = functional.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, scale=scale)
-        mixed = mixed.squeeze(0).transpose(0, 1).reshape(*patches.shape[:2], -1)  # (B, P, H*d_keys)
+        if dropout and queries.device.type in ("cpu", "meta"):
+            mixed = attention_with_dropout(*(rows.squeeze(0) for rows in (queries, keys, values)), dropout, scale)
+        else:
+            mixed = functional.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, scale=scale)[0]
+        mixed = mixed.transpose(0, 1).reshape(*patches.shape[:2], -1)  # (B, P, H*d_keys)
         return self.out_projection(mixed)
 
     def attention(self, patches: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:

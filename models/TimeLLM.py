@@ -1,6 +1,7 @@
 """Time-LLM (Jin et al., ICLR 2024): forecasting by reprogramming a frozen large language model."""
 
 import argparse
+from typing import Self
 
 import torch
 from torch import nn
@@ -14,8 +15,9 @@ from layers.Reprogramming import CompactMappingLayer, MappingLayer, Reprogrammin
 from layers.StandardNorm import Normalize
 from models.forecaster import Forecaster
 from utils.errors import UserError
-from utils.llm.choice import LLMFlags
+from utils.llm.choice import LLMFlags, choose_llm
 from utils.llm.loading import LoadedLLM, load_llm
+from utils.llm.meta import llm_without_weights
 from utils.llm.prompt import NoPrompts, PromptBuilder, load_description
 
 
@@ -63,6 +65,12 @@ class Model(Forecaster):
             for parameter in self.output_projection.parameters():
                 nn.init.zeros_(parameter)  # so that the initial forecast is linear
         self.to(self.device)
+
+    @classmethod
+    def without_weights(cls, configs: argparse.Namespace) -> Self:
+        """Build the model from meta tensors, with one layer of the LLM; see `Forecaster`."""
+        with torch.device("meta"):
+            return cls(configs, llm_without_weights(choose_llm(LLMFlags.of(configs)), 1, torch.float32))
 
     def forward(
         self,

@@ -1,13 +1,17 @@
 """The base class of the forecasters: what training, testing and checkpoints need from one."""
 
+import argparse
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Self
 
 import torch
 from accelerate import PartialState
 from torch import nn
 
 from data_provider.windows import WindowDataset
-from utils.llm.loading import LoadedLLM
+
+if TYPE_CHECKING:
+    from utils.llm.loading import LoadedLLM
 
 
 class Forecaster(nn.Module):
@@ -26,7 +30,7 @@ class Forecaster(nn.Module):
             and the best checkpoint is never worse than the fit.
     """
 
-    llm_info: LoadedLLM | None = None
+    llm_info: "LoadedLLM | None" = None
     description: str | None = None
     layer_rates: Mapping[str, float] = {}
     starts_fitted = False
@@ -34,6 +38,12 @@ class Forecaster(nn.Module):
     def __init__(self, device: torch.device | None = None):
         super().__init__()
         self.device = device or PartialState().device
+
+    @classmethod
+    def without_weights(cls, configs: argparse.Namespace) -> Self:
+        """Build the model that the flags describe from meta tensors, which have shapes but no data."""
+        with torch.device("meta") as meta:
+            return cls(configs, meta)
 
     def forward(
         self,

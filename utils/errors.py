@@ -1,4 +1,4 @@
-"""The exception for invalid user input, and helpers for its messages."""
+"""The exceptions of this project, and helpers for their messages."""
 
 from collections.abc import Sequence
 
@@ -11,6 +11,10 @@ class UserError(Exception):
     `run_main.main` prints it as ``error: <message>`` and returns exit code 2. Any other exception is a bug in this
     project and keeps its traceback.
     """
+
+
+class NoPlanError(Exception):
+    """The training step of this LLM cannot run on meta tensors; with real tensors it may."""
 
 
 def listed(names: Sequence[str]) -> str:

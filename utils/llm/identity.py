@@ -5,14 +5,17 @@ import json
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from layers.InFloat32 import InFloat32
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _SHAPE_OF_AN_LLM = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -81,7 +84,7 @@ class LLMTraces:
 
 
 def identify(
-    config: PretrainedConfig, embeddings: torch.Tensor, tokenizer: PreTrainedTokenizerBase, in_4bit: bool
+    config: "PretrainedConfig", embeddings: torch.Tensor, tokenizer: "PreTrainedTokenizerBase", in_4bit: bool
 ) -> LLMIdentity:
     """Build the identity of an LLM from the language model's part of its config."""
     shape = {name: getattr(config, name, None) for name in _SHAPE_OF_AN_LLM}
@@ -99,7 +102,7 @@ def identify(
     )
 
 
-def relevant_fields(config: PretrainedConfig) -> dict:
+def relevant_fields(config: "PretrainedConfig") -> dict:
     """Select the fields of a config that affect the hidden states, as plain values."""
     fields = {
         name: value
@@ -116,14 +119,14 @@ def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+def _hash_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Hash the behavior of a tokenizer, independent of its files and of the release that wrote them."""
     tokens, ids = zip(*sorted(tokenizer.get_vocab().items(), key=itemgetter(1)), strict=True)
     numbers = np.array([*ids, *tokenizer(_SAMPLE, verbose=False).input_ids], np.int64)
     return _hash("\n".join(tokens).encode("utf-8", "surrogatepass") + numbers.tobytes())
 
 
-def _hash_merges(tokenizer: PreTrainedTokenizerBase) -> str:
+def _hash_merges(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Hash the merges of a BPE tokenizer; return an empty string for other tokenizers."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     _, is_bpe, merges = (backend.to_str() if backend else "").rpartition('"merges":')

@@ -7,10 +7,7 @@ import torch
 from accelerate import PartialState
 
 from utils.cli.options import has_llm
-from utils.errors import UserError, first_line
-from utils.llm.choice import LLMChoice, LLMFlags, choose_llm
-from utils.llm.loading import share_keys_on_cpu
-from utils.memory.trial_step import Step, trial_layers, try_step
+from utils.errors import NoPlanError, UserError
 from utils.system.gpu import free_bytes, is_gpu, peak_reserved, total_bytes
 
 # Bytes of optimizer state per trainable parameter.
@@ -42,6 +39,7 @@ class MemoryPlan:
         total: the peak. The parts may add up to more, because activations are freed while gradients are allocated.
         host: token embeddings that stay in host memory instead of a GPU's.
         free: the memory available on the device.
+        layers: the number of the LLM's layers in use.
     """
 
     device: str
@@ -56,6 +54,7 @@ class MemoryPlan:
     total: int
     host: int
     free: int
+    layers: int
 
     @property
     def needed(self) -> int:
@@ -68,10 +67,6 @@ class MemoryPlan:
         return self.needed <= self.free
 
 
-class NoPlanError(Exception):
-    """The training step of this LLM cannot run on meta tensors; with real tensors it may."""
-
-
 def plan_memory(args: argparse.Namespace) -> MemoryPlan:
     """Plan the memory of the run that the flags describe.
 
@@ -79,18 +74,18 @@ def plan_memory(args: argparse.Namespace) -> MemoryPlan:
         UserError: if the LLM's config is missing or does not fit the flags.
         NoPlanError: if the LLM's code depends on the values of tensors.
     """
+    from utils.memory.trial_step import try_steps  # imports transformers, which a run without an LLM does not need
+
     device = PartialState().device
-    choice = choose_llm(LLMFlags.of(args))
-    few, more = _try_steps(args, choice, device)
-    missing = choice.text_config.num_hidden_layers - trial_layers(choice)[0]
-    step = {name: getattr(few, name) + (getattr(more, name) - getattr(few, name)) * missing for name in Step.PER_LAYER}
+    trial = try_steps(args, device)
+    few, step = trial.few, trial.of_all_layers()
     in_host = few.embedding if args.mapping == "compact" and device.type != "cpu" else 0
     optimizer = round(few.trainable / 4 * STATE_BYTES[args.optimizer])
     fixed = step["llm"] + few.embedding - in_host + few.trainable + few.constants + optimizer
     varying = max(step["llm_peak"], step["last_peak"], few.trainable) + few.dequantized
     process = 0
     if device.type == "cpu":
-        process = _LIBRARIES + _TOKEN_BYTES * choice.text_config.vocab_size + round(_HEAP * varying)
+        process = _LIBRARIES + _TOKEN_BYTES * trial.vocab_size + round(_HEAP * varying)
     return MemoryPlan(
         device=str(device),
         llm=step["llm"],
@@ -104,20 +99,8 @@ def plan_memory(args: argparse.Namespace) -> MemoryPlan:
         total=fixed + varying + process,
         host=in_host,
         free=free_bytes(device),
+        layers=trial.layers,
     )
-
-
-def _try_steps(args: argparse.Namespace, choice: LLMChoice, device: torch.device) -> tuple[Step, Step]:
-    """Run a step with few of the LLM's layers and one with more; the same step twice if the LLM has too few layers."""
-    share_keys_on_cpu(device)
-    try:
-        with torch.random.fork_rng(devices=[]):  # the initial weights must not depend on the plan
-            steps = [try_step(args, choice, device, layers) for layers in trial_layers(choice)]
-    except UserError:
-        raise
-    except Exception as problem:  # the LLM's own code can raise anything
-        raise NoPlanError(f"{choice.config.model_type}: {first_line(problem)}") from problem
-    return steps[0], steps[-1]
 
 
 def memory_summary(args: argparse.Namespace) -> str:
@@ -173,13 +156,12 @@ def savings(args: argparse.Namespace, plan: MemoryPlan) -> list[tuple[str, int]]
 
     `plan` is the plan of the unchanged flags.
     """
-    layers = choose_llm(LLMFlags.of(args)).text_config.num_hidden_layers
     changes = {
         "--gradient_checkpointing": {"gradient_checkpointing": True},
         "--mapping compact": {"mapping": "compact"},
         **({"--optimizer adamw8bit": {"optimizer": "adamw8bit"}} if plan.device != "cpu" else {}),
         "--load_in_4bit": {"load_in_4bit": True},
-        f"--llm_layers {layers // 2}": {"llm_layers": max(layers // 2, 1)},
+        f"--llm_layers {plan.layers // 2}": {"llm_layers": max(plan.layers // 2, 1)},
     }
     if args.batch_size % 2 == 0:
         half, twice = args.batch_size // 2, 2 * args.grad_accum

@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models import build
-from utils.llm.choice import LLMChoice, choose_dtype
+from utils.errors import NoPlanError, UserError, first_line
+from utils.llm.choice import LLMChoice, LLMFlags, choose_dtype, choose_llm
+from utils.llm.loading import share_keys_on_cpu
 from utils.llm.meta import llm_without_weights
 
 # NF4 with double quantization: 4 bits per weight, 1 byte per block of 64 weights, 4 bytes per 256 such blocks.
@@ -45,6 +47,52 @@ class Step:
     saved: int
     llm_peak: int
     last_peak: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A step with a few of an LLM's layers and one with more, the same step twice if the LLM has too few layers.
+
+    Attributes:
+        layers: the number of the LLM's layers in use.
+        missing: how many of them the step with few layers lacks.
+        vocab_size: the number of the LLM's tokens.
+    """
+
+    few: Step
+    more: Step
+    layers: int
+    missing: int
+    vocab_size: int
+
+    def of_all_layers(self) -> dict[str, int]:
+        """Extrapolate the values that grow with the layers to all of them."""
+        few, more = self.few, self.more
+        return {
+            name: getattr(few, name) + (getattr(more, name) - getattr(few, name)) * self.missing
+            for name in Step.PER_LAYER
+        }
+
+
+def try_steps(args: argparse.Namespace, device: torch.device) -> Trial:
+    """Run training steps of the model that the flags describe, with few and with more layers of its LLM.
+
+    Raises:
+        UserError: if the LLM's config is missing or does not fit the flags.
+        NoPlanError: if the LLM's code depends on the values of tensors.
+    """
+    choice = choose_llm(LLMFlags.of(args))
+    share_keys_on_cpu(device)
+    try:
+        with torch.random.fork_rng(devices=[]):  # the initial weights must not depend on the plan
+            steps = [try_step(args, choice, device, layers) for layers in trial_layers(choice)]
+    except UserError:
+        raise
+    except Exception as problem:  # the LLM's own code can raise anything
+        raise NoPlanError(f"{choice.config.model_type}: {first_line(problem)}") from problem
+    config = choice.text_config
+    layers = config.num_hidden_layers
+    return Trial(steps[0], steps[-1], layers, layers - trial_layers(choice)[0], config.vocab_size)
 
 
 def trial_layers(choice: LLMChoice) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -23,13 +24,15 @@ from data_provider.series import Series
 from data_provider.windows import WindowDataset
 from layers.StandardNorm import Normalize
 from utils.errors import UserError
-from utils.llm.loading import LoadedLLM
 from utils.runs.checkpoint import Checkpoint
 from utils.runs.intervals import Calibration
 from utils.runs.metrics import SERIES_FILE, KeptForecasts, Scores
 from utils.runs.pictures import DrawnWindow, draw_covariates, draw_history, draw_windows
 from utils.system.files import UNFINISHED, atomic_write, back_up, write_text
 from utils.system.gpu import is_gpu, peak_allocated
+
+if TYPE_CHECKING:
+    from utils.llm.loading import LoadedLLM
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "numpy", "pandas", "scikit-learn", "tqdm")
 
@@ -109,7 +112,7 @@ def write_metrics(
     intervals: list[dict],
     naive: Scores | None,
     seconds: float,
-    llm: LoadedLLM | None,
+    llm: "LoadedLLM | None",
     cost: dict,
     origin: dict,
 ) -> None:

@@ -21,8 +21,6 @@ from utils.cli.checks import check_environment, check_options
 from utils.cli.options import has_llm, reads_notes
 from utils.cli.places import csv_path
 from utils.errors import UserError
-from utils.llm.choice import LLMFlags
-from utils.llm.notes import read_notes
 from utils.runs.checkpoint import Checkpoint, read_checkpoint
 from utils.runs.compatibility import check_channels, check_flags, check_shapes, flags_to_test, load_checkpoint
 from utils.runs.intervals import Calibration, load_calibration
@@ -132,6 +130,9 @@ class TrainedRun:
 
 def with_read_notes(table: Table, args: argparse.Namespace, store: Path) -> Table:
     """Let the LLM of the flags read a table's notes; `store` is the folder that keeps what was read."""
+    from utils.llm.choice import LLMFlags  # these two import transformers, which a run without an LLM does not need
+    from utils.llm.notes import read_notes
+
     with fork_random(PartialState().device):
         return table.with_states(read_notes(table.covariates.texts(), LLMFlags.of(args), store))
 

@@ -35,8 +35,9 @@ def start_processes(
     set_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it before its first product
-    # PyTorch warns of a kernel that has no deterministic form.
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports torch's compiler for a second
+        # PyTorch warns of a kernel that has no deterministic form.
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
     return accelerator
 
 

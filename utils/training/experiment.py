@@ -11,7 +11,6 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import should_reduce_batch_size
 from torch.nn import Module
 
-from base_models.make_tiny_llm import make_tiny_llm
 from data_provider.data_factory import windows_and_loader
 from data_provider.fit_known_ahead import Choice, fit_known_ahead, tree_rounds
 from data_provider.known_ahead import KnownAhead
@@ -77,6 +76,8 @@ class Experiment:
             if is_demo_default(args, "data_path"):
                 write_demo_csv(csv_path(args))
             if has_llm(args) and is_demo_default(args, "llm_model_path"):
+                from base_models.make_tiny_llm import make_tiny_llm  # imports transformers, which takes a second
+
                 make_tiny_llm("qwen2", args.llm_model_path)
         except OSError as problem:
             raise UserError(f"cannot write the demo's data and LLM: {problem}") from problem

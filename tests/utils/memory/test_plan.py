@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModel, Qwen2Config
 
 import utils.memory.plan
+import utils.memory.trial_step
 import utils.training.batch_size
 from base_models.make_tiny_llm import make_tiny_llm
 from layers.FrozenLLM import FrozenLLM
@@ -54,7 +55,7 @@ def test_an_llm_without_a_plan_runs_all_the_same(run, flags, monkeypatch):
     def looks_at_values(*_):
         raise RuntimeError("Tensor.item() cannot be called on meta tensors")
 
-    monkeypatch.setattr(utils.memory.plan, "try_step", looks_at_values)
+    monkeypatch.setattr(utils.memory.trial_step, "try_step", looks_at_values)
     done = run(*flags)
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith("Memory: no plan for this LLM (qwen2: Tensor.item() cannot be called")
@@ -100,7 +101,7 @@ def test_what_is_advised_is_what_it_saves():
 def test_further_layers_are_counted_as_if_all_were_tried(flags, tmp_path, monkeypatch):
     flags = [*flags, "--llm_model_path", str(make_tiny_llm("llama", tmp_path / "six", layers=6))]
     by_few = plan(*flags)
-    monkeypatch.setattr(utils.memory.plan, "trial_layers", lambda choice: (6,))
+    monkeypatch.setattr(utils.memory.trial_step, "trial_layers", lambda choice: (6,))
     assert plan(*flags).total == pytest.approx(by_few.total, rel=0.02)
 
 
