@@ -41,6 +41,7 @@ from utils.cli.signals import leave
 from utils.llm.choice import LLMFlags
 from utils.llm.loading import LoadedLLM, load_llm
 from utils.system.gpu import is_gpu, peak_allocated, reset_peak_memory, synchronize
+from utils.system.heap import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -259,6 +260,7 @@ def benchmark(argv: list[str]) -> None:
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args(argv if "--data" in argv else ["--demo", *argv])
     check_options(args)
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     # Load the LLM as the first variant needs it, with its pad token and all embeddings on the device; this suits all.
     llm = load_llm(replace(LLMFlags.of(args), prompt_padding="right", mapping="full"))

@@ -1,8 +1,10 @@
+import hashlib
 import math
 
 import pytest
 import torch
 
+from layers import DropoutAttention
 from layers.Embed import PatchEmbedding
 from layers.FlattenHead import FlattenHead
 from layers.Reprogramming import CompactMappingLayer, MappingLayer, ReprogrammingLayer
@@ -207,6 +209,31 @@ def test_reprogramming_drops_attention_in_training_alone():
     assert not torch.equal(layer(patches, prototypes), layer(patches, prototypes))
     layer.eval()
     assert torch.equal(layer(patches, prototypes), layer(patches, prototypes))
+
+
+def test_attention_with_dropout_is_attention_whose_dropped_weights_are_zero(monkeypatch):
+    monkeypatch.setattr(DropoutAttention, "_WEIGHTS_AT_A_TIME", 3 * 7 * 2)  # two queries at a time
+    queries, keys, values = (torch.randn(3, count, 4, requires_grad=True) for count in (5, 7, 7))
+    torch.manual_seed(1)
+    mixed = DropoutAttention.attention_with_dropout(queries, keys, values, dropout=0.25, scale=0.5)
+    torch.manual_seed(1)
+    kept = DropoutAttention._draw_kept((3, 5, 7), 2**14, queries.device)
+    written_out = ((0.5 * queries @ keys.mT).softmax(-1) * kept / 0.75) @ values
+    assert largest_difference(mixed, written_out) < 1e-5
+    gradient = torch.randn_like(mixed)
+    inputs = (queries, keys, values)
+    for own, expected in zip(
+        *(torch.autograd.grad(out, inputs, gradient) for out in (mixed, written_out)), strict=True
+    ):
+        assert largest_difference(own, expected) < 1e-5
+
+
+def test_dropped_weights_depend_on_torchs_seed_alone_and_are_as_many_as_asked():
+    torch.manual_seed(3)
+    kept = DropoutAttention._draw_kept((8, 64, 1000), round(0.1 * 2**16), torch.device("cpu"))
+    assert kept.float().mean() == pytest.approx(0.9, abs=0.001)
+    assert kept.float().mean(dim=(0, 1)).std() < 0.02  # evenly over the keys: 0.013 by chance
+    assert hashlib.sha256(kept.numpy().tobytes()).hexdigest().startswith("5bd56965ddd7b237")
 
 
 def test_the_head_reads_the_first_features_patches_first():

@@ -34,6 +34,7 @@ from utils.runs.records import open_run_folder, origin_of, write_choice
 from utils.runs.run_lock import RunLock
 from utils.runs.trained import TrainedRun, with_read_notes
 from utils.system.files import hash_of
+from utils.system.heap import keep_freed_memory
 from utils.system.plotting import check_backend
 from utils.system.processes import (
     check_same_on_all_ranks,
@@ -65,12 +66,13 @@ class Experiment:
         self.args, self.interrupts = args, interrupts
 
     def prepare(self) -> None:
-        """Check what libraries read of the environment, and make the data and the LLM of --demo if they are missing.
+        """Set up what libraries read of the environment, and make the data and the LLM of --demo if they are missing.
 
         Raises:
             UserError: if a variable is wrong, or the files cannot be written.
         """
         check_backend()
+        keep_freed_memory()
         args = self.args
         try:
             if is_demo_default(args, "data_path"):
