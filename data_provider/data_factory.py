@@ -29,7 +29,9 @@ def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, D
     return windows_and_loader(load_series(args), args, flag)
 
 
-def windows_and_loader(series: Series, args: argparse.Namespace, split: str) -> tuple[WindowDataset, DataLoader]:
+def windows_and_loader(
+    series: Series, args: argparse.Namespace, split: str, grouped: int = 1
+) -> tuple[WindowDataset, DataLoader]:
     """Build the dataset of a split and a loader over its windows.
 
     As in Time-LLM, the training loader shuffles and drops the last partial batch (unless it is the only batch). The
@@ -37,7 +39,8 @@ def windows_and_loader(series: Series, args: argparse.Namespace, split: str) -> 
     Subset of evenly spaced windows.
 
     `split` is train, val, test, or pred: the last window of each channel, whose pred_len rows to forecast are NaN. It
-    is scaled by the training rows, so the CSV must contain them.
+    is scaled by the training rows, so the CSV must contain them. `grouped` joins so many batches of another split than
+    train to one.
 
     Raises:
         UserError: if the CSV is too short for the split, or no target to score is known.
@@ -46,7 +49,7 @@ def windows_and_loader(series: Series, args: argparse.Namespace, split: str) -> 
     is_scored = split in ("val", "test")
     is_subset = is_scored and args.eval_windows and len(dataset) > args.eval_windows
     shown = Subset(dataset, evenly_spaced(len(dataset), args.eval_windows).tolist()) if is_subset else dataset
-    batch = args.batch_size if split == "train" else args.eval_batch_size or args.batch_size
+    batch = args.batch_size if split == "train" else (args.eval_batch_size or args.batch_size) * grouped
     loader = DataLoader(
         shown,
         batch_size=batch,

@@ -18,15 +18,21 @@ from utils.training.reporting import show_loss, windows_bar
 
 @dataclass(frozen=True)
 class Split:
-    """The windows of a split, and a prepared loader over all or some of them."""
+    """The windows of a split, and a prepared loader over all or some of them.
+
+    `batch_size` is the number of windows that are forecast at a time; None for those of a batch of the loader.
+    """
 
     windows: WindowDataset
     loader: DataLoader
+    batch_size: int | None = None
 
 
-def prepare_split(accelerator: Accelerator, windows: WindowDataset, loader: DataLoader) -> Split:
+def prepare_split(
+    accelerator: Accelerator, windows: WindowDataset, loader: DataLoader, batch_size: int | None = None
+) -> Split:
     """Distribute the batches of a split over the processes; they stay on the CPU, where the prompts are written."""
-    return Split(windows, accelerator.prepare_data_loader(loader, device_placement=False))
+    return Split(windows, accelerator.prepare_data_loader(loader, device_placement=False), batch_size)
 
 
 @torch.inference_mode()
@@ -55,7 +61,7 @@ def evaluate(
     bar = windows_bar(split.loader, title)
     for number, (seq_x, seq_y, *_) in enumerate(bar):
         before_batch()
-        forecast = model(seq_x)
+        forecast = torch.cat([model(part) for part in seq_x.split(split.batch_size or len(seq_x))])
         target_rows = seq_y[:, -forecast.shape[1] :].to(forecast.device, non_blocking=True)
         # Gathering drops the duplicates that accelerate adds to give every process a full last batch.
         parts.append(accelerator.gather_for_metrics(_errors(forecast, target_rows, windows.has_gaps)))

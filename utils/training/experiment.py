@@ -53,6 +53,9 @@ from utils.training.trainer import TrainConfig, Trainer
 # Rows of other data may have the same date and value by chance; a larger share of them may not.
 _SHARE_BY_CHANCE = 0.01
 
+# Evaluation windows of small models that are read and scored at a time.
+_READ_WINDOWS = 1024
+
 
 class Experiment:
     """Everything that one command line asks for: a memory plan, or all repetitions of a run.
@@ -206,10 +209,16 @@ class Repetition:
     def _prepare_splits(self) -> dict[str, Split]:
         """Prepare train, val and test, and the windows of the final test, which may be others than the test's."""
         args = dict.fromkeys(SPLITS, self.args) | {"final test": flags_of_final_test(self.args)}
-        return {
-            name: prepare_split(self.accelerator, *windows_and_loader(self.series, flags, name.removeprefix("final ")))
-            for name, flags in args.items()
-        }
+        return {name: self._prepare_split(self.series, flags, name) for name, flags in args.items()}
+
+    def _prepare_split(self, series: Series, args: argparse.Namespace, name: str) -> Split:
+        """Prepare a split; the batches that a small model forecasts are read and scored many at a time."""
+        batch_size, grouped = args.eval_batch_size or args.batch_size, 1
+        # Several processes share out whole batches; an LLM takes longer than reading and scoring.
+        if name != "train" and self.accelerator.num_processes == 1 and not has_llm(args):
+            grouped = max(_READ_WINDOWS // batch_size, 1)
+        windows, loader = windows_and_loader(series, args, name.removeprefix("final "), grouped)
+        return prepare_split(self.accelerator, windows, loader, batch_size if grouped > 1 else None)
 
     def _read_initial(self, folder: Path, trained: Path) -> Checkpoint | None:
         if not self.args.is_training:
@@ -334,10 +343,9 @@ class Repetition:
         ended = hash_of(run.folder / "last") if args.is_training else self._ended_state()
         final_flags = flags_of_final_test(args)
         sha256, eval_windows = series.table.sha256, final_flags.eval_windows
-        naive_windows = windows_and_loader(series.without_window_effect(), final_flags, "test")
         return TestSetup(
             split=self.splits["final test"],
-            naive_split=prepare_split(self.accelerator, *naive_windows),
+            naive_split=self._prepare_split(series.without_window_effect(), final_flags, "final test"),
             facts=run.data,
             naive_errors=series.seasonal_errors(self.season),
             target=headline_target(args),
