@@ -1,6 +1,6 @@
 """Parse the numbers of a CSV, and refuse or report cells that can hardly be meant."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,12 @@ from utils.errors import UserError
 _FEWEST_SENTINELS = 3
 
 
-def parse_numbers(path: Path, frame: pd.DataFrame, columns: Sequence[str], series: str = "") -> np.ndarray:
+def parse_numbers(
+    path: Path, frame: pd.DataFrame, columns: Sequence[str], series_of: Callable[[int], str] | None = None
+) -> np.ndarray:
     """Parse columns of numbers to float64, (rows, columns), NaN where a cell is empty.
 
-    `series` is the column that names the series of a long CSV.
+    `series_of` names the series of a row of a long CSV.
 
     Raises:
         UserError: names the first cell that is neither empty nor a finite number, or a column of text.
@@ -34,7 +36,7 @@ def parse_numbers(path: Path, frame: pd.DataFrame, columns: Sequence[str], serie
                 " (free text in --notes) if it is known in advance, in --past_covariates if not, or delete it"
             )
         row = int(bad[:, column].argmax())
-        whose = f"series {frame[series].iloc[row]!r}, " if series else ""
+        whose = f"series {series_of(row)!r}, " if series_of else ""
         raise UserError(
             f"{path} data row {frame.index[row] + 1}, {whose}column {name!r}: {str(own.iloc[row])!r} is not a finite"
             f" number: correct such cells, leave them empty or name them in --na_values ({bad.sum()} in all)"

@@ -34,6 +34,10 @@ class DateStyle:
 
     def write(self, dates: pd.DatetimeIndex) -> list[str]:
         """Write dates in this style, with more digits where it cannot express them."""
+        numbers, distinct = pd.factorize(dates)
+        if len(distinct) < len(dates):  # the dates of many series
+            texts = self.write(distinct)
+            return [texts[number] for number in numbers]
         if self.zone:
             dates = dates.tz_convert(self.zone)
         if self.unit:

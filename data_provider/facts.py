@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Self
 
@@ -125,10 +125,19 @@ def _as_bytes(values: pd.Series) -> np.ndarray:
 
 def sample_fingerprints(table: Table, rows: np.ndarray) -> list[int]:
     """Compute fingerprints of each channel's first `rows`, (channels,); of too many, the smallest: a random sample."""
-    found = _fingerprints(table, np.zeros_like(rows), rows)
-    if len(found) > _MAX_FINGERPRINTS:
-        found = np.partition(found, _MAX_FINGERPRINTS - 1)[:_MAX_FINGERPRINTS]
-    return found.view(np.int64).tolist()
+    found, waiting, count = np.zeros(0, np.uint64), [], 0
+    for own in _fingerprints(table, np.zeros_like(rows), rows):
+        waiting.append(own)
+        count += len(own)
+        if count > 16 * _MAX_FINGERPRINTS:  # all of them may take much memory
+            found, waiting, count = _smallest([found, *waiting]), [], 0
+    return _smallest([found, *waiting]).view(np.int64).tolist()
+
+
+def _smallest(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Select the fingerprints that a checkpoint stores."""
+    found = np.concatenate(parts)
+    return found if len(found) <= _MAX_FINGERPRINTS else np.partition(found, _MAX_FINGERPRINTS)[:_MAX_FINGERPRINTS]
 
 
 def estimate_overlap(table: Table, begin: np.ndarray, end: np.ndarray, sampled: Sequence[int]) -> float:
@@ -137,25 +146,27 @@ def estimate_overlap(table: Table, begin: np.ndarray, end: np.ndarray, sampled: 
     `sampled` are the fingerprints of the other data, from `sample_fingerprints`.
     """
     known = np.array(sampled, np.int64).view(np.uint64)
-    found = _fingerprints(table, begin, end)
-    if len(known) >= _MAX_FINGERPRINTS:  # larger fingerprints were not sampled
-        found = found[found <= known.max()]
+    largest = (
+        known.max() if len(known) >= _MAX_FINGERPRINTS else np.iinfo(np.uint64).max
+    )  # larger ones were not sampled
+    found = np.concatenate([own[own <= largest] for own in _fingerprints(table, begin, end)])
     return float(np.isin(found, known).mean()) if len(found) and len(known) else 0.0
 
 
-def _fingerprints(table: Table, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Compute a uint64 fingerprint of channel, date and value for each row, except empty and repeated values."""
+def _fingerprints(table: Table, begin: np.ndarray, end: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield for each channel uint64 fingerprints of channel, date and value, except of empty and repeated values."""
     # Unrelated data share rows with empty and repeated values.
-    dates = _mix(table.dates.as_unit("us").asi8.view(np.uint64))
-    changes = np.concatenate([[True], np.diff(table.raw) != 0]) & ~np.isnan(table.raw)
+    dates, raw = table.dates.as_unit("us").asi8.view(np.uint64), table.raw
     part = table.spans.part(begin, end)
-    found = []
+    mixed_dates, mixed = slice(0), dates[:0]
     for name, rows, own_dates in zip(table.channels, part.slices(), part.date_slices(), strict=True):
-        taken = changes[rows]
-        values = (table.raw[rows][taken] + 0.0).view(np.uint64)
+        if own_dates != mixed_dates:  # the channels of a wide CSV share their dates
+            mixed_dates, mixed = own_dates, _mix(dates[own_dates])
+        values = raw[rows]
+        before = np.concatenate([raw[rows.start - 1 : rows.start] if rows.start else [np.nan], values[:-1]])
+        taken = (values != before[: len(values)]) & ~np.isnan(values)
         salt = np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], np.uint64)[0]
-        found.append(_mix(dates[own_dates][taken] ^ _mix(values ^ salt)))
-    return np.concatenate(found)
+        yield _mix(mixed[taken] ^ _mix((values[taken] + 0.0).view(np.uint64) ^ salt))
 
 
 def _mix(numbers: np.ndarray) -> np.ndarray:

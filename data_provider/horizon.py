@@ -1,6 +1,6 @@
 """The last rows of a CSV, which are the context of a forecast, and the dates of the horizon."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,18 +111,22 @@ def last_window(table: Table, seq_len: int, pred_len: int) -> LastWindow:
     spans = table.spans
     if spans.rows.min() < seq_len:
         raise UserError(f"{table.source} has {spans.rows.min()} rows: a forecast needs --seq_len {seq_len}")
-    dates = [table.dates[rows] for rows in spans.date_slices()]
     has_future = table.covariates and (table.covariates.known or table.covariates.notes)
     next_dates = _dates_of_covariates if has_future else _extrapolated_dates
     return LastWindow(
         table=table,
         values=table.filled[spans.last(seq_len)[0]].T,
-        dates=tuple(own[-seq_len:] for own in dates),
-        future_dates=tuple(next_dates(table, dates, pred_len)),
+        dates=tuple(table.dates[rows.stop - seq_len : rows.stop] for rows in spans.date_slices()),
+        future_dates=tuple(next_dates(table, pred_len)),
     )
 
 
-def _dates_of_covariates(table: Table, dates: Sequence[pd.DatetimeIndex], count: int) -> Iterator[pd.DatetimeIndex]:
+def _last_dates(table: Table) -> pd.DatetimeIndex:
+    """Take the last date of each channel."""
+    return table.dates[table.spans.last(1)[1][:, 0]]
+
+
+def _dates_of_covariates(table: Table, count: int) -> Iterator[pd.DatetimeIndex]:
     """Yield the next dates of each channel, for which the covariates are known."""
     spans, known = table.covariates.spans, table.covariates.future.index
     if (spans.rows < count).any():
@@ -142,45 +146,43 @@ def _dates_of_covariates(table: Table, dates: Sequence[pd.DatetimeIndex], count:
             f" {horizons.index[horizons[name].isna().argmax()]} first: fill them"
         )
     calendars = {}
-    for own, first in zip(dates, spans.first, strict=True):
+    for channel, (last, first) in enumerate(zip(_last_dates(table), spans.first, strict=True)):
         future = known[first : first + count]
-        if not future.is_monotonic_increasing or future[0] < own[-1]:
-            raise UserError(f"{table.source}: the rows after {own[-1]} are not in order: sort them by date")
-        if table.is_long and (future[0] == own[-1] or not future.is_unique):
-            raise UserError(f"{table.source}: a date from {own[-1]} on occurs twice: give each row its own date")
-        _check_step(table, own, future, calendars)
+        if not future.is_monotonic_increasing or future[0] < last:
+            raise UserError(f"{table.source}: the rows after {last} are not in order: sort them by date")
+        if table.is_long and (future[0] == last or not future.is_unique):
+            raise UserError(f"{table.source}: a date from {last} on occurs twice: give each row its own date")
+        _check_step(table, _calendar_of(table, channel, last, calendars), last, future)
         yield future
 
 
-def _check_step(
-    table: Table, dates: pd.DatetimeIndex, future: pd.DatetimeIndex, known: dict[pd.Timestamp, Calendar]
-) -> None:
+def _check_step(table: Table, calendar: Calendar, last: pd.Timestamp, future: pd.DatetimeIndex) -> None:
     """Refuse rows to forecast whose dates do not go on at the step of the data."""
-    calendar = _calendar_of(table, dates, known)
-    if (wrong := calendar.first_deviation(dates[-1], future)) is None:
+    if (wrong := calendar.first_deviation(last, future)) is None:
         return
-    before = future[wrong - 1] if wrong else dates[-1]
+    before = future[wrong - 1] if wrong else last
     raise UserError(
         f"{table.source}: the rows to forecast do not go on at the step of the data: {future[wrong]} comes after"
         f" {before}, expected was {calendar.next_dates(before, 1)[0]}: add the missing rows, or correct the dates"
     )
 
 
-def _extrapolated_dates(table: Table, dates: Sequence[pd.DatetimeIndex], count: int) -> Iterator[pd.DatetimeIndex]:
+def _extrapolated_dates(table: Table, count: int) -> Iterator[pd.DatetimeIndex]:
     """Yield the next dates of each channel, by the calendar of the data."""
     calendars, futures = {}, {}
-    for own in dates:
-        if own[-1] not in futures:  # most series end with the same date
-            futures[own[-1]] = _calendar_of(table, own, calendars).next_dates(own[-1], count)
-        yield futures[own[-1]]
+    for channel, last in enumerate(_last_dates(table)):
+        if last not in futures:  # most series end with the same date
+            futures[last] = _calendar_of(table, channel, last, calendars).next_dates(last, count)
+        yield futures[last]
 
 
-def _calendar_of(table: Table, dates: pd.DatetimeIndex, known: dict[pd.Timestamp, Calendar]) -> Calendar:
+def _calendar_of(table: Table, channel: int, last: pd.Timestamp, known: dict[pd.Timestamp, Calendar]) -> Calendar:
     """Choose the calendar of a channel: that of the longest channel, unless its last date is not on it.
 
     A weekly series may end on another weekday than the longest one. `known` holds the calendars by last date.
     """
-    if dates[-1] not in known:
+    if last not in known:
         calendar = table.calendar
-        known[dates[-1]] = calendar if calendar and calendar.fits(dates[-1]) else Calendar.of(dates, table.source)
-    return known[dates[-1]]
+        fits = calendar and calendar.fits(last)
+        known[last] = calendar if fits else Calendar.of(table.dates_of(channel), table.source)
+    return known[last]

@@ -37,7 +37,9 @@ class LongRows(NamedTuple):
     """The rows of a long CSV, in order of date within each series.
 
     Attributes:
-        codes: the number of each row's series, (rows,).
+        frame: the values and the covariates.
+        unused: the names of the columns that are left out.
+        codes: the number of each row's series, (rows,) int32.
         names: of the series.
         style: how the dates are written.
         notes: how the CSV was read, a line each.
@@ -45,6 +47,7 @@ class LongRows(NamedTuple):
 
     columns: LongColumns
     frame: pd.DataFrame
+    unused: list[str]
     codes: np.ndarray
     names: pd.Index
     dates: pd.DatetimeIndex
@@ -54,6 +57,8 @@ class LongRows(NamedTuple):
 
 def long_table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table:
     """Build the table of the selected series with at least seq_len rows, in the order of their first rows in the CSV.
+
+    `frame` loses its columns of series and dates, whose memory is needed.
 
     Raises:
         UserError: names the row, column, series or flag that is wrong.
@@ -68,7 +73,8 @@ def long_table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table:
     places, spans = _places_by_series(~is_future, rows.codes, kept)
     dates, known, channels = rows.dates[places], rows.frame.iloc[places], tuple(rows.names[kept])
     _check_steps(path, dates, spans, channels)
-    raw = parse_numbers(path, known, [rows.columns.value], rows.columns.series)[:, 0]
+    codes = rows.codes[places]
+    raw = parse_numbers(path, known, [rows.columns.value], lambda row: rows.names[codes[row]])[:, 0]
     if (is_empty := np.logical_and.reduceat(np.isnan(raw), spans.first)).any():
         raise UserError(f"{path}, series {channels[is_empty.argmax()]!r} holds no number: drop it")
     covariates, notes = None, rows.notes
@@ -78,8 +84,7 @@ def long_table(frame: pd.DataFrame, path: Path, options: TableOptions) -> Table:
         covariates = Covariates(known[names].reset_index(drop=True), future, future_spans, *options.column_names)
     elif is_future.any():
         notes = (*notes, "the last rows of some series have no value: their forecast begins at the first of them")
-    unused = rows.frame.columns.drop([*rows.columns])
-    warnings = _left_out(int(is_chosen.sum()) - len(kept), int(is_chosen.sum()), unused, options)
+    warnings = _left_out(int(is_chosen.sum()) - len(kept), int(is_chosen.sum()), rows.unused, options)
     warnings += find_sentinels([rows.columns.value], raw[:, None])
     read = {"date_style": rows.style, "reading": notes, "warnings": tuple(warnings)}
     return Table(path, dates, raw, channels, spans, is_long=True, covariates=covariates, **read)
@@ -93,13 +98,16 @@ def _read_rows(frame: pd.DataFrame, path: Path, options: TableOptions) -> LongRo
     if ids.isna().any():
         raise UserError(f"{path} data row {ids.isna().argmax() + 1}, column {ids.name!r} is empty: name its series")
     codes, names = pd.factorize(ids.astype(str))
+    codes = codes.astype(np.int32)
     dates, style, notes = parse_dates(path, frame[columns.date], options.date_format, codes)
+    del frame[columns.series], frame[columns.date]
+    unused = [name for name in frame.columns if name not in (columns.value, *options.all_names)]
     notes = (note, *notes) if note else notes
     if _is_unsorted(dates, codes):
         order = np.lexsort((dates.asi8, codes))
         frame, codes, dates = frame.iloc[order], codes[order], dates[order]
         notes = (*notes, "the rows of some series are not in order: they are sorted by date")
-    return LongRows(columns, frame, codes, names, dates, style, notes)
+    return LongRows(columns, frame, unused, codes, names, dates, style, notes)
 
 
 def _long_series(path: Path, rows: LongRows, is_future: np.ndarray, is_chosen: np.ndarray, seq_len: int) -> np.ndarray:
@@ -140,18 +148,20 @@ def _is_unsorted(dates: pd.DatetimeIndex, codes: np.ndarray) -> bool:
     return bool(((changes == 0) & (np.diff(times) < 0)).any())
 
 
-def _places_by_series(is_chosen: np.ndarray, codes: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, Spans]:
+def _places_by_series(is_chosen: np.ndarray, codes: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray | slice, Spans]:
     """Find the chosen rows of the kept series, sorted by series, without changing the order within a series."""
+    if is_chosen.all() and len(kept) == codes.max(initial=-1) + 1 and not (codes[1:] < codes[:-1]).any():
+        return slice(None), Spans.of_series(np.bincount(codes))  # as they are, without a copy
     places = np.flatnonzero(is_chosen)
     order = places[np.argsort(codes[places], kind="stable")]
     counts = np.bincount(codes[places], minlength=kept.max() + 1)[kept]
     return order[np.isin(codes[order], kept)], Spans.of_series(counts)
 
 
-def _left_out(short: int, series: int, columns: Collection[str], options: TableOptions) -> list[str]:
+def _left_out(short: int, series: int, unused: Collection[str], options: TableOptions) -> list[str]:
     """Describe the series and columns that are not used."""
     parts = [f"{short} of {series} series have fewer rows than --seq_len {options.seq_len}: left out"] if short else []
-    if unused := [name for name in columns if name not in options.all_names]:
+    if unused:
         names = ",".join(unused)
         parts.append(f"columns {names} are not used (--covariates {names} uses those that are known in advance)")
     return ["; ".join(parts)] if parts else []
@@ -159,6 +169,8 @@ def _left_out(short: int, series: int, columns: Collection[str], options: TableO
 
 def _follows_last_known(is_known: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """Mark the rows after the last known row of their series."""
+    if is_known.all():
+        return np.zeros(len(codes), bool)
     last = np.full(codes.max(initial=0) + 1, -1)
     np.maximum.at(last, codes[is_known], np.flatnonzero(is_known))
     return np.arange(len(codes)) > last[codes]

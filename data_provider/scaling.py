@@ -51,7 +51,8 @@ def fit_scaler(table: Table, training_rows: np.ndarray) -> Scaler:
 def scale(table: Table, scaler: Scaler) -> np.ndarray:
     """Scale the values of a table, (all rows,); raise a UserError if one is too far from the training rows' mean."""
     scaled = table.scaled(scaler.mean_, scaler.scale_)
-    if (too_large := np.flatnonzero(np.abs(scaled) > FARTHEST)).size:
+    if max(np.fmax.reduce(scaled, initial=0), -np.fmin.reduce(scaled, initial=0)) > FARTHEST:
+        too_large = np.flatnonzero(np.abs(scaled) > FARTHEST)
         channel = table.spans.channel_of(too_large[0])
         mean, deviation = scaler.mean_[channel], scaler.scale_[channel]
         problem = f"is too far from the training rows' mean {mean:g} and deviation {deviation:g} to be a reading"

@@ -35,7 +35,8 @@ class Series:
         values: (all rows,) float32, scaled by the training rows' mean and deviation, without the covariates' effect,
             with filled gaps.
         targets: `values` with NaN in the gaps; `values` itself if there are no gaps.
-        marks: (dates, marks) float32, the time marks.
+        marks: (distinct dates, marks) float32, the time marks.
+        mark_rows: (dates,) int32, the row of `marks` for each date; None if no date occurs twice.
         ends: (channels, 3): the row of each channel after its training, validation and test rows.
         notes: what the user should know about the data, one line each.
         known_ahead: the effect of the covariates; None without covariates, or before `with_known_ahead`.
@@ -49,6 +50,7 @@ class Series:
     values: np.ndarray
     targets: np.ndarray
     marks: np.ndarray
+    mark_rows: np.ndarray | None
     mark_options: MarkOptions
     scaler: Scaler
     ends: np.ndarray
@@ -123,6 +125,7 @@ class Series:
             *(self.values, self.targets, self.marks, part, self.channels, self.sizes, self.table.is_long),
             covariate_effect=self.covariate_effect,
             window_effect=self.window_effect,
+            mark_rows=self.mark_rows,
         )
 
     def with_known_ahead(self, known: KnownAhead) -> "Series":
@@ -187,8 +190,9 @@ class Series:
         rows, dates = self.table.spans.last(self.sizes.seq_len)
         unknown = np.full((count, self.sizes.pred_len), np.nan, np.float32)
         values, targets = (np.hstack([part[rows], unknown]).ravel() for part in (self.values, self.targets))
+        places = dates if self.mark_rows is None else self.mark_rows[dates]
         future_marks = np.stack([self.mark_options.marks(own) for own in future])
-        marks = np.concatenate([self.marks[dates], future_marks], axis=1).reshape(count * length, -1)
+        marks = np.concatenate([self.marks[places], future_marks], axis=1).reshape(count * length, -1)
         spans = Spans.of_series(np.full(count, length))
         return WindowDataset(values, targets, marks, spans, self.channels, self.sizes, self.table.is_long)
 
@@ -207,7 +211,7 @@ def series_of(table: Table, args: argparse.Namespace) -> Series:
     scaler = fit_scaler(table, training)
     values, targets = _fill(scale(table, scaler), table)
     notes = [*table.notes(sizes.seq_len), *note_on_constants(table, training)]
-    codes, dates = pd.factorize(table.dates)  # series share most of their dates
+    mark_rows, dates = pd.factorize(table.dates)  # series share most of their dates
     notes += _note_on_short_series(table, training, sizes)
     return Series(
         table=table,
@@ -215,7 +219,8 @@ def series_of(table: Table, args: argparse.Namespace) -> Series:
         percent=args.percent,
         values=values,
         targets=targets,
-        marks=mark_options.marks(dates)[codes],
+        marks=mark_options.marks(dates),
+        mark_rows=None if len(dates) == len(mark_rows) else mark_rows.astype(np.int32),
         mark_options=mark_options,
         scaler=scaler,
         ends=rows.cumsum(axis=1),

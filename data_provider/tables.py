@@ -82,7 +82,11 @@ class Table:
 
     def scaled(self, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
         """Scale `raw` by the mean and the deviation of each channel, (channels,) each."""
-        return (self.raw - np.repeat(mean, self.spans.rows)) / np.repeat(deviation, self.spans.rows)
+        scaled = self.raw.copy()
+        for rows, own_mean, own_deviation in zip(self.spans.slices(), mean, deviation, strict=True):
+            scaled[rows] -= own_mean
+            scaled[rows] /= own_deviation
+        return scaled
 
     def with_states(self, states: NoteStates) -> "Table":
         """Add what the LLM read in the notes."""

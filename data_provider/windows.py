@@ -100,6 +100,7 @@ class WindowDataset(Dataset):
         is_long: whether the channels are the series of a long CSV.
         covariate_effect: (all rows,) float32, the effect subtracted from `values` and `targets`.
         window_effect: a further effect, which is subtracted from the horizon of each window.
+        mark_rows: (dates,), the row of `marks` for each date; None if `marks` has a row for each.
     """
 
     def __init__(
@@ -113,11 +114,12 @@ class WindowDataset(Dataset):
         is_long: bool = False,
         covariate_effect: np.ndarray | None = None,
         window_effect: WindowEffect | None = None,
+        mark_rows: np.ndarray | None = None,
     ):
         self.values = values
         # None stands for `values`; otherwise pickling would send the same array to a worker process twice.
         self.targets = None if targets is values else targets
-        self.marks = marks
+        self.marks, self._mark_rows = marks, mark_rows
         self.channels = tuple(channels)
         self.seq_len, self.label_len, self.pred_len = sizes.seq_len, sizes.label_len, sizes.pred_len
         self.length = self.seq_len + self.pred_len
@@ -168,7 +170,11 @@ class WindowDataset(Dataset):
         if self._window_effect is not None:
             targets = targets.clone()
             targets[:, self.seq_len :, 0] -= torch.from_numpy(self._effects_of(np.asarray(indices)))
-        marks = torch.from_numpy(sliding_window_view(self.marks, self.length, axis=0)[dates]).transpose(1, 2)
+        if self._mark_rows is None:
+            mark_rows = dates[:, None] + np.arange(self.length)
+        else:
+            mark_rows = sliding_window_view(self._mark_rows, self.length)[dates]
+        marks = torch.from_numpy(np.take(self.marks, mark_rows, axis=0))
         context, repeated = self.seq_len, self.seq_len - self.label_len
         return values[:, :context], targets[:, repeated:], marks[:, :context], marks[:, repeated:]
 

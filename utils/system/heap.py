@@ -1,4 +1,4 @@
-"""Let glibc keep memory that is freed, for the tensors of the next step."""
+"""Decide when glibc returns freed memory to the system."""
 
 import ctypes
 import os
@@ -19,8 +19,17 @@ def keep_freed_memory() -> None:
     32 MiB are returned as before, so that the most memory that a run needs stays the same. Nothing is changed if one of
     glibc's own variables is set: ``MALLOC_TRIM_THRESHOLD_=131072`` is glibc's default.
     """
-    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _VARIABLES):
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(_M_TRIM_THRESHOLD, _LARGEST_TRIM)
-    mallopt(_M_MMAP_THRESHOLD, _LARGEST_FROM_HEAP)
+    if _is_glibc() and not any(name in os.environ for name in _VARIABLES):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_TRIM_THRESHOLD, _LARGEST_TRIM)
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_FROM_HEAP)
+
+
+def return_freed_memory() -> None:
+    """Return the heap's freed memory to the system, if the C library is glibc: much, after a large CSV was read."""
+    if _is_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _is_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"

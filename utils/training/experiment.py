@@ -34,7 +34,7 @@ from utils.runs.records import open_run_folder, origin_of, write_choice
 from utils.runs.run_lock import RunLock
 from utils.runs.trained import TrainedRun, with_read_notes
 from utils.system.files import hash_of
-from utils.system.heap import keep_freed_memory
+from utils.system.heap import keep_freed_memory, return_freed_memory
 from utils.system.plotting import check_backend
 from utils.system.processes import (
     check_same_on_all_ranks,
@@ -69,13 +69,12 @@ class Experiment:
         self.args, self.interrupts = args, interrupts
 
     def prepare(self) -> None:
-        """Set up what libraries read of the environment, and make the data and the LLM of --demo if they are missing.
+        """Check what libraries read of the environment, and make the data and the LLM of --demo if they are missing.
 
         Raises:
             UserError: if a variable is wrong, or the files cannot be written.
         """
         check_backend()
-        keep_freed_memory()
         args = self.args
         try:
             if is_demo_default(args, "data_path"):
@@ -107,7 +106,7 @@ class Experiment:
                 if args.predict and not args.is_training:
                     forecast_only(flags, number, table)
                 else:
-                    series = series or series_of(table, args)
+                    series = series or self._scale_and_split(table)
                     repetition = Repetition(flags, number, series, fitted)
                     fitted = fitted or repetition.fitted
                     repetition.train_and_test(self.interrupts)
@@ -122,6 +121,13 @@ class Experiment:
         if is_first_process() and table.reading:
             print("\n".join(f"Data | {table.source.name}: {line}" for line in table.reading), flush=True)
         return table
+
+    def _scale_and_split(self, table: Table) -> Series:
+        """Make the data of all repetitions, and return what reading them needed to the system."""
+        series = series_of(table, self.args)
+        return_freed_memory()
+        keep_freed_memory()
+        return series
 
     def _can_skip(self, flags: argparse.Namespace, number: int) -> bool:
         """Return whether --resume auto skips a repetition, since it has all that is asked for, its scores."""
