@@ -17,7 +17,11 @@ import torch
 import run_main
 from base_models.make_tiny_llm import make_tiny_llm
 from dataset.demo import write_demo_csv
+from utils.memory import trial_step
+from utils.runs import pictures
+from utils.system.files import atomic_write
 
+PNG = b"\x89PNG"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -31,6 +35,41 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(request, monkeypatch):
+    """Write pictures without drawing them, which takes a third of a short run, but in tests with the marker `draws`."""
+    if not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr(pictures, "save_picture", lambda _, path: atomic_write(path, lambda file: file.write(PNG)))
+
+
+# Flags that no memory plan depends on.
+WITHOUT_PLAN = {
+    *("checkpoints", "checkpoint", "model_id", "model_comment", "des", "root_path", "data_path", "is_training"),
+    *("max_steps", "train_epochs", "patience", "learning_rate", "lradj", "grad_clip", "mapping_rate", "residual_rate"),
+    *("eval_windows", "eval_steps", "eval_batch_size", "test_windows", "skip_epoch_test", "save_steps", "resume"),
+    *("itr", "seed", "level", "save_predictions", "predict", "report_to", "optimizer", "grad_accum"),
+}
+PLANS = {}
+
+
+@pytest.fixture(autouse=True)
+def shared_plans(request, monkeypatch):
+    """Plan the memory of equal runs once, which takes a quarter of a short run, but in the tests of plans."""
+    if "memory" in request.path.parts:
+        return
+    try_steps = trial_step.try_steps
+
+    def try_once(args, device):
+        config = Path(args.llm_model_path) / "config.json"
+        changed = config.stat().st_mtime_ns if config.is_file() else 0
+        key = (changed, *(f"{name}={value}" for name, value in vars(args).items() if name not in WITHOUT_PLAN))
+        if key not in PLANS:
+            PLANS[key] = try_steps(args, device)
+        return PLANS[key]
+
+    monkeypatch.setattr(trial_step, "try_steps", try_once)
 
 
 def needs_shared(*parts: str) -> pytest.MarkDecorator:

@@ -21,6 +21,8 @@ from base_models.make_tiny_llm import make_tiny_llm
 from dataset.demo import demo_frame, write_demo_csv
 from utils.cli.options import get_parser
 
+pytestmark = pytest.mark.draws
+
 ROOT = Path(__file__).resolve().parents[1]
 # Each page in English with its Chinese twin, in the reader's order.
 PAGES = {
@@ -174,6 +176,7 @@ def execute(command: str) -> None:
         SCRIPTS[Path(words[0]).stem](words[1:])
 
 
+@pytest.mark.slow  # a minute
 def test_every_command_works(house, monkeypatch, capsys):
     monkeypatch.setattr("scripts.compare.run_child", run_here)
     for command in dict.fromkeys(command for page in PAGES for command in commands(text_of(page))):  # each once

@@ -346,6 +346,7 @@ def wait_for(process, log, words, seconds=0.0):
     process.join(seconds)
 
 
+@pytest.mark.slow
 @needs_forks
 def test_random_kills_lose_nothing(run, flags, undisturbed, request, monkeypatch):
     """SIGKILL at random moments, each followed by --resume, until the run is through.

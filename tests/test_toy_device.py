@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CASES = ROOT / "tests" / "on_toy_gpu.py"
 
 
+@pytest.mark.slow  # half a minute
 @pytest.mark.skipif(bool(why_not()), reason=f"no toy GPU: {why_not()}")
 def test_on_the_toy_gpu_all_goes_as_on_the_cpu():
     """In a process of its own: torch forgets no device, and other tests are to see none."""

@@ -14,6 +14,8 @@ from data_provider.reading import read_table
 from data_provider.series import series_of
 from utils.cli.options import get_parser
 
+pytestmark = pytest.mark.draws
+
 SIZES = ["--data", "custom", "--seq_len", "48", "--label_len", "8", "--pred_len", "12"]
 TEXTS = [f"text {number}" for number in range(6)]
 

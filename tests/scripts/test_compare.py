@@ -13,6 +13,8 @@ from scripts import compare
 from utils.runs import pictures
 from utils.runs.pictures import Validation, _best_so_far
 
+pytestmark = pytest.mark.draws
+
 
 @pytest.fixture
 def started(monkeypatch, tmp_path) -> list[list[str]]:

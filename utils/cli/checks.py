@@ -103,8 +103,8 @@ def _check_lengths(args: argparse.Namespace) -> None:
     if name_bytes > MAX_FILE_NAME:
         raise UserError(f"the run folder's name has {name_bytes} bytes, {MAX_FILE_NAME} are allowed: {remedy}")
     longest_file = "calibration.npz.01234567.unfinished"  # a run's longest file name, while it is being written
-    if args.report_to == "tensorboard":  # time, host, process id and counter
-        longest_file = f"tensorboard/events.out.tfevents.{2**31}.{platform.node()}.{2**31}.99"
+    if args.report_to == "tensorboard":  # time, host, process id, counter and nanoseconds
+        longest_file = f"tensorboard/events.out.tfevents.{2**31}.{platform.node()}.{2**31}.99.{10**9 - 1}"
     # Windows counts a path without "..", but with symbolic links unresolved.
     path = os.path.abspath(folder / longest_file)  # noqa: PTH100
     length = 0 if path.startswith("\\\\?\\") else len(path)  # Windows does not limit paths with this prefix

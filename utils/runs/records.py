@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import json
-import math
 import platform
 import sys
 import time
@@ -232,7 +231,7 @@ class History:
         self.path = path
         self.rows = [[*row, *[""] * (len(HISTORY_COLUMNS) - len(row))] for row in rows]
         self._is_behind = self._has_warned = False
-        self._drawn_at, self._rows_drawn = -math.inf, 0
+        self._drawn_at, self._rows_drawn = time.monotonic(), 0  # a short run is drawn once, at its end
         self._write()
 
     def add(self, **row: float | None) -> None:

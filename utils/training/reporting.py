@@ -1,5 +1,6 @@
 """Report the progress of a run: TensorBoard by accelerate's tracker, and progress bars on stderr."""
 
+import time
 from pathlib import Path
 
 import torch
@@ -25,7 +26,9 @@ def start_reporting(accelerator: Accelerator, report_to: str, folder: Path, flag
     """Log the flags, and all later calls of `accelerator.log`, to `tensorboard` in the run folder."""
     if report_to == "none":
         return
-    accelerator.log_with = [TensorBoardTracker("tensorboard", folder)]
+    # A run that is resumed within a second must not replace the file of that second.
+    suffix = f".{time.time_ns() % 10**9}"
+    accelerator.log_with = [TensorBoardTracker("tensorboard", folder, filename_suffix=suffix)]
     plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in flags.items()}
     accelerator.init_trackers("tensorboard", plain)
 

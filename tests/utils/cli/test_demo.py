@@ -7,6 +7,8 @@ import pytest
 from utils.cli import demo
 from utils.cli.options import get_parser
 
+pytestmark = pytest.mark.draws
+
 QUICK = ["--demo", "--max_steps", "3", "--eval_windows", "14", "--batch_size", "8"]
 
 

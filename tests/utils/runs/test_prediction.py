@@ -8,6 +8,8 @@ from dataset.demo import demo_frame
 from utils.cli.options import get_parser
 from utils.errors import UserError
 
+pytestmark = pytest.mark.draws
+
 
 def forecast_of(folder):
     return pd.read_csv(folder / "forecast.csv", parse_dates=["date"])
