@@ -44,6 +44,14 @@ def quick_pictures(request, monkeypatch):
         monkeypatch.setattr(pictures, "save_picture", lambda _, path: atomic_write(path, lambda file: file.write(PNG)))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def small_rounds():
+    """Fit fewer trees between two looks at the validation error: the small data of tests need few."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_provider.boosting._TREES_OF_ROUND", 15)
+        yield
+
+
 # Flags that no memory plan depends on.
 WITHOUT_PLAN = {
     *("checkpoints", "checkpoint", "model_id", "model_comment", "des", "root_path", "data_path", "is_training"),

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+import run_main
 from scripts import compare, prototypes
 from utils.errors import UserError
 from utils.runs import load_run
@@ -316,7 +317,8 @@ def test_a_variable_of_matplotlib_is_one_line_in_scripts_too(monkeypatch, capsys
         assert capsys.readouterr().err == "error: matplotlib refuses MPLBACKEND\n"
 
 
-def test_a_comparison_of_damaged_results_is_told(run, flags, capsys):
+def test_a_comparison_of_damaged_results_is_told(run, flags, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "run_child", lambda command: run_main.main(command[2:]))
     argv = [*flags, "--seeds", "1", "--out", "compared", "--way", "DLinear", "--way", "last value"]
     assert compare.main(argv) == 0
     for file in sorted(Path("compared").glob("*DLinear*/metrics.json")):

@@ -66,6 +66,7 @@ def two_series(tmp_path_factory):
     return [(path.as_posix(), rows) for path, rows in zip(real if real[0].exists() else made, (512, 336), strict=True)]
 
 
+@pytest.mark.slow  # six processes
 def test_token_ids_do_not_depend_on_the_cpu_the_threads_or_the_batch(tiny_llm, two_series):
     changed = {name for machine in MACHINES.values() for name in machine}
     plain = {name: value for name, value in os.environ.items() if name not in changed}

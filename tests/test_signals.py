@@ -116,6 +116,7 @@ def test_signals_while_a_command_ends_do_not_disturb_it(capsys):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM from outside")
+@pytest.mark.slow
 def test_four_signals_to_a_real_run_end_it_once(flags, tmp_path):
     argv = [*flags, *DLINEAR, *LONGER, "--train_epochs", "400"]
     process = subprocess.Popen(

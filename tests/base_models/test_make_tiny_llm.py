@@ -55,6 +55,7 @@ def test_another_llm_is_never_overwritten(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     command = [sys.executable, "-m", "base_models.make_tiny_llm", "gpt2", str(tmp_path / "tiny gpt2")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)

@@ -13,23 +13,16 @@ _LARGEST_FROM_HEAP = 32 * 2**20  # the most that glibc accepts
 
 
 def keep_freed_memory() -> None:
-    """Let the heap keep freed memory instead of returning it to the system, if the C library is glibc.
+    """Let the heap keep memory that is freed from now on, if the C library is glibc.
 
-    By default glibc returns it after each step, and the system clears every page again in the next one. Blocks above
-    32 MiB are returned as before, so that the most memory that a run needs stays the same. Nothing is changed if one of
-    glibc's own variables is set: ``MALLOC_TRIM_THRESHOLD_=131072`` is glibc's default.
+    By default glibc returns it to the system after each training step, which clears every page again for the next one.
+    The most memory that a run needs hardly changes: what was freed before, such as that for reading a CSV or loading an
+    LLM, is returned now, and blocks above 32 MiB always are. Nothing is changed if one of glibc's own variables is set;
+    ``MALLOC_TRIM_THRESHOLD_=131072`` is glibc's default.
     """
-    if _is_glibc() and not any(name in os.environ for name in _VARIABLES):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_TRIM_THRESHOLD, _LARGEST_TRIM)
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_FROM_HEAP)
-
-
-def return_freed_memory() -> None:
-    """Return the heap's freed memory to the system, if the C library is glibc: much, after a large CSV was read."""
-    if _is_glibc():
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _is_glibc() -> bool:
-    return platform.libc_ver()[0] == "glibc"
+    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _VARIABLES):
+        return
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)
+    libc.mallopt(_M_TRIM_THRESHOLD, _LARGEST_TRIM)
+    libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_FROM_HEAP)

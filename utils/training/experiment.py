@@ -34,7 +34,7 @@ from utils.runs.records import open_run_folder, origin_of, write_choice
 from utils.runs.run_lock import RunLock
 from utils.runs.trained import TrainedRun, with_read_notes
 from utils.system.files import hash_of
-from utils.system.heap import keep_freed_memory, return_freed_memory
+from utils.system.heap import keep_freed_memory
 from utils.system.plotting import check_backend
 from utils.system.processes import (
     check_same_on_all_ranks,
@@ -106,7 +106,7 @@ class Experiment:
                 if args.predict and not args.is_training:
                     forecast_only(flags, number, table)
                 else:
-                    series = series or self._scale_and_split(table)
+                    series = series or series_of(table, args)
                     repetition = Repetition(flags, number, series, fitted)
                     fitted = fitted or repetition.fitted
                     repetition.train_and_test(self.interrupts)
@@ -121,13 +121,6 @@ class Experiment:
         if is_first_process() and table.reading:
             print("\n".join(f"Data | {table.source.name}: {line}" for line in table.reading), flush=True)
         return table
-
-    def _scale_and_split(self, table: Table) -> Series:
-        """Make the data of all repetitions, and return what reading them needed to the system."""
-        series = series_of(table, self.args)
-        return_freed_memory()
-        keep_freed_memory()
-        return series
 
     def _can_skip(self, flags: argparse.Namespace, number: int) -> bool:
         """Return whether --resume auto skips a repetition, since it has all that is asked for, its scores."""
@@ -271,6 +264,7 @@ class Repetition:
     def train_and_test(self, interrupts: Interrupts) -> None:
         """Train, test and, if asked for, forecast; without --is_training only test a trained model."""
         args, accelerator, run, saved = self.args, self.accelerator, self.run, self.initial
+        keep_freed_memory()
         if not args.is_training:
             load_checkpoint(saved, self.forecaster, run.flags, run.data)  # before anything is written
             self._report_overlap(saved)

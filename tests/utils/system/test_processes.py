@@ -38,6 +38,7 @@ def losses(folder):
     return [[float(cell) for cell in row[3:8]] for row in rows]
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(run, flags, tmp_path):
     # 41 windows: they do not divide by two processes, nor by the batch. Dropout draws by process: off.
     shared = [*flags, "--dropout", "0", "--max_steps", "6", "--eval_steps", "3", "--eval_windows", "41"]
@@ -137,7 +138,8 @@ def test_a_launcher_that_starts_one_process_of_several_is_told(assert_refused, f
 
 
 @pytest.mark.slow
-def test_one_process_reads_notes_and_fits_trees_for_all(run, flags, tmp_path):
+def test_one_process_reads_notes_and_fits_trees_for_all(run, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("data_provider.boosting._TREES_OF_ROUND", 50)  # as in the other processes
     drawn, rows = np.random.default_rng(0), 600
     sale, heat = np.repeat(drawn.random(rows // 6) < 0.3, 6), drawn.normal(size=rows)
     frame = pd.DataFrame({"date": pd.date_range("2024-01-01", periods=rows, freq="h"), "heat": heat})
