@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DataLoaderConfiguration,
@@ -76,6 +76,14 @@ def build_accelerator(seed: int, grad_accum: int, use_amp: bool, shares_buffers:
             " launch, or, on the CPU, set ACCELERATE_USE_CPU=1"
         )
     return accelerator
+
+
+def end_processes() -> None:
+    """Wait for the other processes and close the connections to them, whose threads may else abort at exit."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        PartialState().wait_for_everyone()
+        torch.distributed.destroy_process_group()
+        PartialState._reset_state()
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ from utils.system.heap import keep_freed_memory
 from utils.system.plotting import check_backend
 from utils.system.processes import (
     check_same_on_all_ranks,
+    end_processes,
     exists_on_all_ranks,
     reraise_environment_errors,
     seed_rank,
@@ -114,6 +115,7 @@ class Experiment:
             if not should_reduce_batch_size(problem):
                 raise
             raise memory_error(args) from problem
+        end_processes()
 
     def _read_table(self) -> Table:
         """Read the CSV, and print how it was read where it is not plain."""
@@ -311,6 +313,7 @@ class Repetition:
             stop_reporting(accelerator)
         accelerator.wait_for_everyone()
         exists_on_all_ranks(run.folder / "checkpoint")
+        accelerator.free_memory()  # it would hold the optimizer's state during the test
         return trainer.state.seconds_per_step
 
     def _build_trainer(self, model: Module, interrupts: Interrupts) -> Trainer:
