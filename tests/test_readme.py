@@ -80,6 +80,10 @@ def house(tmp_path, tiny_llm, monkeypatch) -> Path:
     )
     vic.to_csv(tmp_path / "dataset" / "vic.csv", index=False)
     hourly.rename(columns={"load": "humidity"}).to_csv(tmp_path / "dataset" / "weather.csv", index=False)
+    series = hourly[["date", "load"]].set_axis(["ds", "y"], axis=1)
+    pd.concat([series.assign(unique_id=name) for name in "ab"]).to_csv(
+        tmp_path / "dataset" / "my-series.csv", index=False
+    )
     mine.rename(columns={"load": "负荷"}).to_csv(tmp_path / "dataset" / "my-gbk.csv", index=False, encoding="gbk")
     shutil.copytree(tiny_llm("qwen2"), tmp_path / "base_models" / "Qwen2.5-3B")
     make_tiny_llm("llama", tmp_path / "base_models" / "SmolLM2-135M", layers=6)
