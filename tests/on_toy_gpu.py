@@ -21,11 +21,13 @@ import utils.runs.pictures
 import utils.training.evaluation
 import utils.training.experiment
 import utils.training.trainer
+from scripts import check_gpu
 from scripts.benchmark import peak_bytes, seconds
 from tests.conftest import largest_difference
 from tests.toy_device import GPU, DeviceWaitError, MixedDevicesError, set_up
 from utils.cli.options import get_parser
 from utils.runs import load_run
+from utils.system.gpu import limit_memory
 from utils.system.processes import build_accelerator
 from utils.training.batch_size import fit_batch_size
 from utils.training.optimization import build_optimizer
@@ -354,6 +356,21 @@ def test_a_benchmark_sees_the_memory_above_what_was_there():
     assert peak_bytes(lambda: on_gpu(250).sum(), GPU.device) >= 1000
     assert peak_bytes(lambda: kept.sum(), GPU.device) < 1000
     assert seconds(lambda: kept.sum(), GPU.device) > 0
+
+
+def test_the_check_of_a_gpu_measures_memory_and_speed(flags, monkeypatch):
+    use(ON_GPU, monkeypatch)
+    for name, few in (("STEPS", 6), ("WARM_UP", 2), ("EVALUATED", 2)):
+        monkeypatch.setattr(check_gpu, name, few)
+    monkeypatch.setattr(check_gpu, "plan_memory", lambda args: Namespace(total=check_gpu.GIB))
+    args = get_parser().parse_args([*flags, "--llm_dtype", "float32"])
+    found = check_gpu.measure_memory(args, 0.5)
+    assert 0 < found["peak"] < 0.5 and found["planned"] == 1
+    assert found["steps_per_second"] > 0 and found["evaluation_windows_per_second"] > 0
+    GPU.reset()
+    with pytest.raises(torch.OutOfMemoryError):
+        check_gpu.measure_memory(args, 1e-5)
+    limit_memory(GPU.device, 2**40)
 
 
 def test_mixed_precision_leaves_the_llm_in_its_own(run_on, flags):

@@ -136,9 +136,9 @@ def benchmark(words: list[str]) -> None:
     assert importlib.import_module("scripts.benchmark").main([*words, *small]) == 0
 
 
-def check_6gb(words: list[str]) -> None:
+def check_gpu(words: list[str]) -> None:
     if not torch.cuda.is_available():
-        assert importlib.import_module("scripts.check_6gb").main(words) == 2
+        assert importlib.import_module("scripts.check_gpu").main(words) == 2
 
 
 def quantize_llm(words: list[str]) -> None:
@@ -151,7 +151,7 @@ SCRIPTS: dict[str, Callable[[list[str]], None]] = {
     "compare": compare,
     "prototypes": prototypes,
     "benchmark": benchmark,
-    "check_6gb": check_6gb,
+    "check_gpu": check_gpu,
     "quantize_llm": quantize_llm,
 }
 

@@ -57,6 +57,11 @@ def peak_reserved(device: torch.device) -> int:
     return _module_of(device).max_memory_reserved(device)
 
 
+def limit_memory(device: torch.device, size: int) -> None:
+    """Let this process use at most `size` bytes of a GPU."""
+    _module_of(device).set_per_process_memory_fraction(min(size / total_bytes(device), 1.0), device)
+
+
 @contextlib.contextmanager
 def forbid_host_fallback(device: torch.device) -> Iterator[None]:
     """Let a full GPU raise an error; otherwise, on Windows, its driver would move tensors to host memory."""
