@@ -68,6 +68,8 @@ VARIANTS = (
     Variant("compact map", "left", False, "compact"),
     Variant("pads seen", "right", False, "compact"),
 )
+# Added on a CPU, where the others compute in float32.
+IN_BFLOAT16 = Variant("compact map, bfloat16", "left", False, "compact")
 OUTPUTS = ("output_attentions", "output_hidden_states")
 
 
@@ -266,6 +268,9 @@ def benchmark(argv: list[str]) -> None:
     llm = load_llm(replace(LLMFlags.of(args), prompt_padding="right", mapping="full"))
     windows = load_windows(args)
     runners = [Runner(variant, args, llm, windows) for variant in VARIANTS]
+    if llm.device.type == "cpu" and llm.dtype == "float32":
+        half = load_llm(replace(LLMFlags.of(args), llm_dtype="bfloat16"))
+        runners.append(Runner(IN_BFLOAT16, args, half, windows))
     for runner in runners[1:]:
         runner.model.load_state_dict(runners[0].model.state_dict())
     print(f"{llm.describe()}; {len(windows[0])} windows, {args.seq_len} -> {args.pred_len}; on {llm.device}")

@@ -217,3 +217,20 @@ def test_every_loading_says_that_no_code_is_run():
             if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("from_pretrained", "from_config"):
                 names = [keyword.arg for keyword in call.keywords]
                 assert "trust_remote_code" in names or None in names, f"{path}:{call.lineno}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes in bfloat16 anyway")
+@pytest.mark.parametrize(
+    ("has_amx", "more", "is_told"),
+    [
+        (True, [], True),
+        (False, [], False),
+        (True, ["--llm_dtype", "float32"], False),
+        (True, ["--ablation", "no_llm"], False),
+    ],
+)
+def test_a_cpu_that_is_faster_in_bfloat16_is_told(run, flags, monkeypatch, has_amx, more, is_told):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    done = run(*flags, "--max_steps", "1", *more)
+    assert done.code == 0
+    assert ("--llm_dtype bfloat16 takes it" in done.out) == is_told
