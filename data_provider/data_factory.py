@@ -39,8 +39,8 @@ def windows_and_loader(
     Subset of evenly spaced windows.
 
     `split` is train, val, test, or pred: the last window of each channel, whose pred_len rows to forecast are NaN. It
-    is scaled by the training rows, so the CSV must contain them. `grouped` joins so many batches of another split than
-    train to one.
+    is scaled by the training rows, so the CSV must contain them. In every split but train, a batch of the
+    loader holds `grouped` evaluation batches.
 
     Raises:
         UserError: if the CSV is too short for the split, or no target to score is known.

@@ -146,9 +146,8 @@ def estimate_overlap(table: Table, begin: np.ndarray, end: np.ndarray, sampled: 
     `sampled` are the fingerprints of the other data, from `sample_fingerprints`.
     """
     known = np.array(sampled, np.int64).view(np.uint64)
-    largest = (
-        known.max() if len(known) >= _MAX_FINGERPRINTS else np.iinfo(np.uint64).max
-    )  # larger ones were not sampled
+    # Of many rows, only the smallest fingerprints were sampled.
+    largest = known.max() if len(known) >= _MAX_FINGERPRINTS else np.iinfo(np.uint64).max
     found = np.concatenate([own[own <= largest] for own in _fingerprints(table, begin, end)])
     return float(np.isin(found, known).mean()) if len(found) and len(known) else 0.0
 
