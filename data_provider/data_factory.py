@@ -30,7 +30,7 @@ def data_provider(args: argparse.Namespace, flag: str) -> tuple[WindowDataset, D
 
 
 def windows_and_loader(
-    series: Series, args: argparse.Namespace, split: str, grouped: int = 1
+    series: Series, args: argparse.Namespace, split: str, batch_size: int | None = None
 ) -> tuple[WindowDataset, DataLoader]:
     """Build the dataset of a split and a loader over its windows.
 
@@ -39,8 +39,8 @@ def windows_and_loader(
     Subset of evenly spaced windows.
 
     `split` is train, val, test, or pred: the last window of each channel, whose pred_len rows to forecast are NaN. It
-    is scaled by the training rows, so the CSV must contain them. In every split but train, a batch of the
-    loader holds `grouped` evaluation batches.
+    is scaled by the training rows, so the CSV must contain them. `batch_size` is --batch_size, and --eval_batch_size
+    for the other splits, unless another is given.
 
     Raises:
         UserError: if the CSV is too short for the split, or no target to score is known.
@@ -49,7 +49,7 @@ def windows_and_loader(
     is_scored = split in ("val", "test")
     is_subset = is_scored and args.eval_windows and len(dataset) > args.eval_windows
     shown = Subset(dataset, evenly_spaced(len(dataset), args.eval_windows).tolist()) if is_subset else dataset
-    batch = args.batch_size if split == "train" else (args.eval_batch_size or args.batch_size) * grouped
+    batch = batch_size or (args.batch_size if split == "train" else args.eval_batch_size or args.batch_size)
     loader = DataLoader(
         shown,
         batch_size=batch,

@@ -1,5 +1,6 @@
 """Score forecasts; every window counts once and has the same weight."""
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,11 +10,16 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data_provider.data_factory import window_numbers
+from data_provider.data_factory import window_numbers, windows_and_loader
+from data_provider.series import Series
 from data_provider.windows import WindowDataset
 from layers.StandardNorm import Normalize
+from utils.cli.options import has_llm
 from utils.runs.metrics import Forecasts, Metric, Scores
 from utils.training.reporting import show_loss, windows_bar
+
+# Evaluation windows of small models that are read and scored at a time.
+_READ_WINDOWS = 1024
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,19 @@ class Split:
     batch_size: int | None = None
 
 
-def prepare_split(
-    accelerator: Accelerator, windows: WindowDataset, loader: DataLoader, batch_size: int | None = None
-) -> Split:
-    """Distribute the batches of a split over the processes; they stay on the CPU, where the prompts are written."""
-    return Split(windows, accelerator.prepare_data_loader(loader, device_placement=False), batch_size)
+def prepare_split(accelerator: Accelerator, series: Series, args: argparse.Namespace, name: str) -> Split:
+    """Prepare the windows of a split and distribute their batches over the processes.
+
+    Batches stay on the CPU, where the prompts are written. Several evaluation batches of a small model are read and
+    scored at a time.
+    """
+    batch_size, read = args.eval_batch_size or args.batch_size, None
+    # Several processes share out whole batches; an LLM takes longer than reading and scoring.
+    if name != "train" and accelerator.num_processes == 1 and not has_llm(args) and batch_size <= _READ_WINDOWS // 2:
+        read = _READ_WINDOWS // batch_size * batch_size
+    windows, loader = windows_and_loader(series, args, name.removeprefix("final "), read)
+    loader = accelerator.prepare_data_loader(loader, device_placement=False)
+    return Split(windows, loader, batch_size if read else None)
 
 
 @torch.inference_mode()

@@ -11,7 +11,6 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import should_reduce_batch_size
 from torch.nn import Module
 
-from data_provider.data_factory import windows_and_loader
 from data_provider.fit_known_ahead import Choice, fit_known_ahead, tree_rounds
 from data_provider.known_ahead import KnownAhead
 from data_provider.reading import read_table
@@ -53,9 +52,6 @@ from utils.training.trainer import TrainConfig, Trainer
 
 # Rows of other data may have the same date and value by chance; a larger share of them may not.
 _SHARE_BY_CHANCE = 0.01
-
-# Evaluation windows of small models that are read and scored at a time.
-_READ_WINDOWS = 1024
 
 
 class Experiment:
@@ -210,16 +206,7 @@ class Repetition:
     def _prepare_splits(self) -> dict[str, Split]:
         """Prepare train, val and test, and the windows of the final test, which may be others than the test's."""
         args = dict.fromkeys(SPLITS, self.args) | {"final test": flags_of_final_test(self.args)}
-        return {name: self._prepare_split(self.series, flags, name) for name, flags in args.items()}
-
-    def _prepare_split(self, series: Series, args: argparse.Namespace, name: str) -> Split:
-        """Prepare a split; the batches that a small model forecasts are read and scored many at a time."""
-        batch_size, grouped = args.eval_batch_size or args.batch_size, 1
-        # Several processes share out whole batches; an LLM takes longer than reading and scoring.
-        if name != "train" and self.accelerator.num_processes == 1 and not has_llm(args):
-            grouped = max(_READ_WINDOWS // batch_size, 1)
-        windows, loader = windows_and_loader(series, args, name.removeprefix("final "), grouped)
-        return prepare_split(self.accelerator, windows, loader, batch_size if grouped > 1 else None)
+        return {name: prepare_split(self.accelerator, self.series, flags, name) for name, flags in args.items()}
 
     def _read_initial(self, folder: Path, trained: Path) -> Checkpoint | None:
         if not self.args.is_training:
@@ -349,7 +336,7 @@ class Repetition:
         sha256, eval_windows = series.table.sha256, final_flags.eval_windows
         return TestSetup(
             split=self.splits["final test"],
-            naive_split=self._prepare_split(series.without_window_effect(), final_flags, "final test"),
+            naive_split=prepare_split(self.accelerator, series.without_window_effect(), final_flags, "final test"),
             facts=run.data,
             naive_errors=series.seasonal_errors(self.season),
             target=headline_target(args),
