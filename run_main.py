@@ -5,7 +5,7 @@
     python run_main.py --data ETTm1 --llm_model QWEN --load_in_4bit --is_training 0
     accelerate launch run_main.py --data ETTm1 ...                   on several processes
 
---help lists the flags, README.md explains them. What a run does is told in `utils/training/experiment.py`.
+--help lists the flags, docs/reference.md too. What a run does is told in `utils/training/experiment.py`.
 """
 
 import argparse

@@ -19,18 +19,19 @@ from torch.distributed.run import get_args_parser
 import run_main
 from base_models.make_tiny_llm import make_tiny_llm
 from dataset.demo import demo_frame, write_demo_csv
-from utils.cli.options import get_parser
+from tests.flags_table import flags_table, split_page
+from utils.cli.options import FLAGS, get_parser
 
 pytestmark = pytest.mark.draws
 
 ROOT = Path(__file__).resolve().parents[1]
 # Each page in English with its Chinese twin, in the reader's order.
+TOPICS = ("data", "reference", "running", "python", "results", "experiments", "memory", "faithful")
 PAGES = {
     "README.md": "README.zh-CN.md",
-    **{f"docs/{name}.md": f"docs/zh-CN/{name}.md" for name in ("data", "reference", "results", "memory", "faithful")},
+    **{f"docs/{name}.md": f"docs/zh-CN/{name}.md" for name in TOPICS},
 }
 ALL_PAGES = (*PAGES, *PAGES.values())
-CONTINUES = {"powershell": "`", "bat": "^", "bash": "\\"}
 
 # What makes a run small enough for a test. Of the documented flags those that shape it stay.
 SMALL = [
@@ -45,11 +46,13 @@ def text_of(name: str) -> str:
 
 def blocks(text: str) -> list[tuple[str, list[str]]]:
     """Return the language and the commands of each block that is to be typed into a shell."""
-    found = []
-    for language, body in re.findall(r"^```(shell|powershell|bat|bash)\n(.*?)^```$", text, re.M | re.S):
-        joined = body.replace(f" {CONTINUES[language]}\n", " ") if language in CONTINUES else body
-        found.append((language, [" ".join(line.split()) for line in joined.splitlines()]))
-    return found
+    found = re.findall(r"^```(shell|powershell|bash)\n(.*?)^```$", text, re.M | re.S)
+    return [(language, body.splitlines()) for language, body in found]
+
+
+def examples(text: str) -> list[str]:
+    """Return the examples in Python."""
+    return re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
 
 
 def commands(text: str) -> list[str]:
@@ -194,14 +197,18 @@ def test_every_command_works(house, monkeypatch, capsys):
     assert np.all(forecast["date"].diff().dropna() == pd.Timedelta("10min"))
 
 
-def test_the_example_in_python_works(house, capsys):
-    """On a run of the README's own CSV."""
-    words = ["--data", "custom", "--data_path", "my.csv", "--seq_len", "96", "--pred_len", "8", "--level", "80", "95"]
-    assert run_main.main([*words, "--model", "DLinear", "--max_steps", "2", "--eval_windows", "90"]) == 0
-    trained = next(Path("checkpoints").iterdir())
-    (example,) = re.findall(r"^```python\n(.*?)^```$", text_of("docs/reference.md"), re.M | re.S)
-    exec(example.replace("checkpoints/RUN", str(trained)), {})
-    assert "load-lo-80" in capsys.readouterr().out
+def test_the_examples_in_python_work(house, capsys):
+    """From a DataFrame to a plot and on, then the README's lines with the run that was trained."""
+    names = {}
+    for example in examples(text_of("docs/python.md")):
+        exec(example.replace("--level 80 95", "--level 80 95 --max_steps 2 --eval_windows 90"), names)
+    assert Path("forecast.png").is_file() and len(names["forecast"]) == 36
+    (band,) = names["axis"].collections
+    shown, drawn = names["axis"].get_xlim(), band.get_paths()[0].get_extents()
+    assert shown[0] < drawn.x0 < drawn.x1 < shown[1], "the band is outside of the picture"
+    (example,) = examples(text_of("README.md"))
+    exec(example.replace("checkpoints/RUN", names["folder"].as_posix()), {})
+    assert "2024-01-18 14:30:00" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("page", "twin"), PAGES.items())
@@ -209,8 +216,7 @@ def test_both_languages_have_the_same_commands_pictures_and_figures(page, twin):
     english, chinese = text_of(page), text_of(twin)
     assert commands(chinese) == commands(english)
     assert blocks(chinese) == blocks(english)
-    examples = [re.findall(r"^```python\n.*?^```$", text, re.M | re.S) for text in (english, chinese)]
-    assert examples[0] == examples[1]
+    assert examples(chinese) == examples(english)
     pictures = [re.findall(r"!\[[^]]*\]\((?:\.\./)*([^)]+)\)", text) for text in (english, chinese)]
     assert pictures[0] == pictures[1]
     assert len(re.findall("^## ", english, re.M)) == len(re.findall("^## ", chinese, re.M))
@@ -221,16 +227,26 @@ def test_both_languages_have_the_same_commands_pictures_and_figures(page, twin):
 def test_the_first_page_is_short_and_leads_to_the_others():
     for page, others in (("README.md", PAGES), ("README.zh-CN.md", PAGES.values())):
         text = text_of(page)
-        assert len(text.encode()) < 18_000
+        assert len(text.encode()) < 12_000
         assert "demo-forecast.png" in text
         assert all(f"({other})" in text for other in others if other != page)
 
 
-def test_the_shells_are_told_the_same():
-    by_language = {}
-    for language, lines in blocks(text_of("README.md")):
-        by_language.setdefault(language, []).extend(line for line in lines if line.startswith("python run_main.py"))
-    assert by_language["powershell"] == by_language["bat"] == by_language["bash"] != []
+@pytest.mark.parametrize("name", ALL_PAGES)
+def test_commands_of_every_shell_are_on_one_line(name):
+    for language, lines in blocks(text_of(name)):
+        assert language == "shell" or not any(line.startswith("python") for line in lines)
+        assert not any(line.endswith(("`", "^", "\\")) for line in lines)
+
+
+def test_the_table_of_flags_is_that_of_the_parser():
+    """`python -m tests.flags_table` writes it anew."""
+    _, english, _ = split_page(text_of("docs/reference.md"))
+    _, chinese, _ = split_page(text_of("docs/zh-CN/reference.md"))
+    assert english.strip() == flags_table().strip()
+    rows = [re.findall(r"^\| (`--\w+`) \| (.*?) ?\| (.+) \|$", table, re.M) for table in (english, chinese)]
+    assert [row[:2] for row in rows[0]] == [row[:2] for row in rows[1]]
+    assert len(rows[0]) == len(FLAGS)
 
 
 @pytest.mark.parametrize("name", ALL_PAGES)

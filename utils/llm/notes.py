@@ -24,7 +24,7 @@ from utils.llm.loading import LoadedLLM, load_llm
 from utils.system.files import atomic_write
 from utils.system.gpu import is_gpu
 
-# The share of the layers that read, see docs/results.md.
+# The share of the layers that read, see docs/experiments.md.
 _DEPTH = 0.8
 
 # Longer notes are cut.
