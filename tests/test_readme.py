@@ -211,6 +211,19 @@ def test_the_examples_in_python_work(house, capsys):
     assert "2024-01-18 14:30:00" in capsys.readouterr().out
 
 
+def test_the_script_that_counts_words_works(house, monkeypatch, capsys):
+    """In place of an LLM, which is not loaded."""
+    (script,) = examples(text_of("docs/experiments.md"))
+    words = ["--csv", "dataset/weather.csv", "--features", "S", "--target", "humidity", "--notes", "note", *SMALL]
+    words += ["--model", "DLinear", "--llm_model_path", "nowhere", "--seq_len", "24", "--pred_len", "6"]
+    monkeypatch.setattr("sys.argv", ["counted.py", *words])
+    monkeypatch.setattr("utils.llm.notes.read_notes", None)  # restored afterwards
+    with pytest.raises(SystemExit) as ended:
+        exec(script.replace("TruncatedSVD(300", "TruncatedSVD(3").replace("min_df=2", "min_df=1"), {})
+    assert ended.value.code == 0, capsys.readouterr().err
+    assert list(Path("checkpoints").glob("*/notes.csv"))
+
+
 @pytest.mark.parametrize(("page", "twin"), PAGES.items())
 def test_both_languages_have_the_same_commands_pictures_and_figures(page, twin):
     english, chinese = text_of(page), text_of(twin)
