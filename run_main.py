@@ -18,6 +18,7 @@ from utils.cli.demo import farewell, introduction
 from utils.cli.options import get_parser
 from utils.cli.places import hint_after_interrupt
 from utils.cli.signals import Interrupts, leave
+from utils.system.threads import let_waiting_threads_sleep
 
 __all__ = ["get_parser", "main"]
 
@@ -47,6 +48,7 @@ def execute(args: argparse.Namespace, argv: Sequence[str], interrupts: Interrupt
     check_environment()
     check_options(args)
     check_paths(args)
+    let_waiting_threads_sleep()
     # torch and transformers take seconds to import: only now, so that --help and a wrong flag are answered at once.
     from utils.training.experiment import Experiment
 

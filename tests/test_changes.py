@@ -262,7 +262,7 @@ def test_a_calibration_is_of_the_weights_that_were_loaded(run, flags, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(testing, "evaluate", while_it_trains)
         assert run(*argv, "--is_training", "0", "--level", "50").code == 0
-    assert_one_line(run(*argv, "--is_training", "0", "--predict", "--level", "50"), "no calibration.npz of")
+    assert_one_line(run(*argv, "--is_training", "0", "--predict", "--level", "50"), "intervals need calibration.npz in")
 
 
 # --- from elsewhere, and absurd -----------------------------------------------------------------------------------

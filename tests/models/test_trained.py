@@ -86,7 +86,7 @@ def test_what_is_wrong_is_said(run, flags, whole, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             trained.predict(frame)
-    with pytest.raises(UserError, match=r"no calibration\.npz"):
+    with pytest.raises(UserError, match=r"intervals need calibration\.npz"):
         trained.predict(whole, level=80)
     with pytest.raises(UserError, match="--level 0"):
         trained.predict(whole, level=[0])

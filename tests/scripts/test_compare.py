@@ -70,14 +70,18 @@ def test_ways_are_compared_over_seeds_and_what_is_done_is_kept(started, flags, t
 
 
 def test_covariates_and_notes_have_ways_of_their_own(started, flags, csv_folder, tmp_path, capsys):
-    """The flags' own forecaster with and without what is known; a random LLM where an LLM reads something."""
+    """The flags' own forecaster with and without what is known; LLMs that are random or missing where it has one."""
     plan = compare.plan_variants
     own = [*flags, "--model", "DLinear", "--covariates", "HUFL"]
     assert [one.name for one in plan([], 1, own, "")] == [
         "with what is known", "without what is known", "PatchTST", "DLinear", "last season"
     ]  # fmt: skip
-    names = [one.name for one in plan([], 1, [*flags, "--covariates", "HUFL"], "")]
-    assert names[:3] == ["with what is known", "the same, random LLM", "without what is known"]
+    of_llm = plan([], 1, [*flags, "--covariates", "HUFL"], "")
+    assert [one.name for one in of_llm][:4] == [
+        "with what is known", "the same without LLM", "the same with a random LLM", "without what is known"
+    ]  # fmt: skip
+    assert [one.args.residual for one in of_llm] == ["linear"] * 4 + ["none"] * 3
+    assert [one.args.ablation for one in of_llm][:4] == ["none", "no_llm", "random_llm", "none"]
     without = plan(["without what is known"], 1, own, "")[0].args
     assert (without.covariate_model, without.covariates, without.model) == ("none", "HUFL", "DLinear")
 
@@ -238,7 +242,7 @@ def test_a_comparison_that_was_cut_short_goes_on(started, flags, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--way", "Autoformer"], ["--way Autoformer", "TimeLLM"]),
+        (["--way", "Autoformer"], ["--way 'Autoformer'", "TimeLLM"]),
         (["--way", "a=--ablation no_llm", "--way", "a=--model DLinear"], ["two ways"]),
         (["--way", "a=--bathc_size 3"], ["--bathc_size"]),
         (["--way", "a=--model DLinear --ablation no_llm"], ["--ablation no_llm"]),

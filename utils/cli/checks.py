@@ -74,7 +74,7 @@ def check_paths(args: argparse.Namespace) -> None:
     csv = csv_path(args)
     if not csv.is_file() and not is_demo_default(args, "data_path"):
         fetch = ", or fetch it: python scripts/fetch.py ett" if args.data.startswith("ETT") else ""
-        raise UserError(f"no data file {csv}: check --root_path and --data_path, or --csv{fetch}")
+        raise UserError(f"no data file {csv.absolute()}: check --root_path and --data_path, or --csv{fetch}")
     if args.prompt_file and not Path(args.prompt_file).is_file():
         raise UserError(f"no prompt file {args.prompt_file}: check --prompt_file")
     llm_exists = (Path(args.llm_model_path) / "config.json").is_file() or is_demo_default(args, "llm_model_path")

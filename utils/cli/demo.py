@@ -33,7 +33,7 @@ def farewell(argv: Sequence[str]) -> str:
     words = [word for word in argv if word != "--predict" and not word.startswith("--is_training=")]
     words = [word for before, word in zip(["", *words], words, strict=False) if "--is_training" not in (before, word)]
     test = command_line(["python", "run_main.py", *words, "--is_training", "0"])
-    own = "python run_main.py --csv my.csv --seq_len 96 --pred_len 24 --predict"
+    own = 'python run_main.py --csv my.csv --content "What the columns are." --seq_len 96 --pred_len 24 --predict'
     return f"""What to type next, to test the trained layers again, or to forecast again once the CSV has grown:
     {test}
     {test} --predict

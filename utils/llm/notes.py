@@ -68,9 +68,8 @@ def read_notes(texts: Sequence[str], flags: LLMFlags, store: Path) -> NoteStates
         known |= dict(zip(map(_key, unread), _read(unread, load_llm(flags)), strict=True))
         if PartialState().is_main_process:
             _keep(path, known)
-    PartialState().print(
-        f"Notes: {len(texts)} texts of {len(sentences)} sentences, {len(unread)} of them read, the others from {path}"
-    )
+    others = f", the others from {path}" if len(unread) < len(sentences) else f" and kept in {path}"
+    PartialState().print(f"Notes: {len(texts)} texts of {len(sentences)} sentences, {len(unread)} of them read{others}")
     read = {sentence: known[_key(sentence)] for sentence in sentences}
     kept = {text: _first_sentences(part, read) for text, part in parts.items()}
     if cut := sum(sum(read[one].tokens for one in part) > _MAX_TOKENS for part in parts.values()):

@@ -110,8 +110,8 @@ def load_calibration(
     fits = calibration and calibration.checkpoint == checkpoint.sha256
     if not fits or not (calibration.is_pooled or calibration.channels == tuple(channels)):
         raise UserError(
-            f"no {FILE} of {checkpoint.path} and these channels in {folder}: test once with --level, without"
-            " --predict, on a CSV with validation rows"
+            f"intervals need {FILE} in {folder}, of {checkpoint.path} and these channels: test the run once with"
+            " --level, without --predict, on a CSV with validation rows"
         )
     if too_high := [level for level in levels if not np.isfinite(calibration.quantiles[level - 1]).all()]:
         raise UserError(f"{path} has too few validation windows for --level {too_high[0]}: give a lower level")

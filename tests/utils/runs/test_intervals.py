@@ -188,7 +188,7 @@ def test_a_runs_own_calibration_stays_its_own(run, flags, tmp_path):
     (tmp_path / "other.csv").unlink()
     write_demo_csv(tmp_path / "other.csv", rows=500, seed=9)
     refused = run(*flags, *elsewhere, "--predict", "--checkpoint", trained, "--des", "other")
-    assert refused.code == 2 and "no calibration.npz" in refused.err, "not that of the training's data"
+    assert refused.code == 2 and "intervals need calibration.npz" in refused.err, "not that of the training's data"
 
 
 def test_what_cannot_be_is_refused_in_a_line(run, flags, assert_refused):
@@ -207,7 +207,7 @@ def test_a_forecast_without_a_calibration_is_refused(run, flags):
     run(*flags)
     forecast = [*flags, "--is_training", 0, "--predict", "--level", 80]
     refused = run(*forecast)
-    assert refused.code == 2 and "no calibration.npz" in refused.err and refused.err.count("\n") == 1
+    assert refused.code == 2 and "intervals need calibration.npz" in refused.err and refused.err.count("\n") == 1
     run(*flags, "--is_training", 0, "--level", 80)
     assert run(*forecast).code == 0
     # Other weights are not what was calibrated.
@@ -216,7 +216,7 @@ def test_a_forecast_without_a_calibration_is_refused(run, flags):
     run(*flags, "--seed", 5)
     kept.write_bytes(calibration)
     refused = run(*forecast, "--seed", 5)
-    assert refused.code == 2 and "no calibration.npz" in refused.err
+    assert refused.code == 2 and "intervals need calibration.npz" in refused.err
     (run(*flags, "--seed", 5).folder / "calibration.npz").write_bytes(b"no zip")
     refused = run(*forecast, "--seed", 5)
     assert refused.code == 2 and "is damaged" in refused.err
