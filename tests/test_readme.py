@@ -193,7 +193,8 @@ def test_every_command_works(house, monkeypatch, capsys):
             raise AssertionError(f"{command}\n{capsys.readouterr().err}") from problem
     (written,) = Path("checkpoints").glob("*_mine_*/forecast.csv")
     forecast = pd.read_csv(written, parse_dates=["date"])
-    assert set(forecast.columns) == {"date", "load", "wind", "temperature"}
+    bounds = [f"{name}-{bound}" for name in ("load", "wind", "temperature") for bound in ("lo-80", "hi-95")]
+    assert {"date", "load", "wind", "temperature", *bounds} <= set(forecast.columns)
     assert np.all(forecast["date"].diff().dropna() == pd.Timedelta("10min"))
 
 

@@ -162,7 +162,7 @@ def test_files_that_were_moved_since_the_run_are_found_where_they_are_said_to_be
     ).folder
     Path("here.csv").rename("there.csv")
     Path("llm").rename("moved")
-    assert "no data file here.csv: check --root_path and --data_path" in show(folder)[2]
+    assert "here.csv: check --root_path and --data_path" in show(folder)[2]
     assert "/llm: --llm_model_path" in show(folder, "--data_path", "there.csv")[2]
     assert show(folder, "--data_path", "there.csv", "--llm_model_path", "moved")[0] == 0
 
