@@ -61,6 +61,12 @@ def commands(text: str) -> list[str]:
     return [command for _, lines in blocks(text) for command in lines] + in_sentences
 
 
+def anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
 @pytest.fixture
 def house(tmp_path, tiny_llm, monkeypatch) -> Path:
     """A folder with small substitutes for all that the READMEs speak of."""
@@ -276,8 +282,10 @@ def test_flags_and_links_are_there(name):
     known |= {*("--num_processes", "--cpu", "--nproc_per_node", "--nnodes", "--node_rank", "--kills", "--fuzz")}
     known |= {"--master_addr", "--master_port", "--basetemp"}
     assert not set(re.findall(r"(?<![\w-])--[a-z]\w*", text)) - known
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (ROOT / name).parent.joinpath(target).exists(), target
+    for target, heading in re.findall(r"\]\((?!http)([^)#]+)#?([^)]*)\)", text):
+        page = (ROOT / name).parent / target
+        assert page.exists(), target
+        assert not heading or heading in anchors(page.read_text(encoding="utf-8")), f"{target}#{heading}"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the tests' own commands are for the shells of Linux")
