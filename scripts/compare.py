@@ -8,10 +8,11 @@
 Flags that this script does not define go to run_main.py. Each --way is a name and its own flags of run_main.py, which
 take priority. The default ways are TimeLLM and its two ablations, each without and with a linear residual, PatchTST,
 DLinear, the seasonal naive forecast (last season) and the naive forecast (last value); with flags that name covariates
-or notes, the flags' own forecaster with what is known, without its LLM, with a random one, and without what is known
-(TimeLLM always with a linear residual), PatchTST, DLinear and the last season. A way that fails does not stop the
-others. The results are printed and written to compare.md, compare.csv (one row per run) and compare.png. The same
-command skips finished runs and resumes interrupted ones. --rank ranks the ways of finished comparisons.
+or notes, the flags' own forecaster with what is known, without its LLM (which still reads notes), with a random one,
+and without what is known (TimeLLM always with a linear residual), PatchTST, DLinear and the last season. A way that
+fails does not stop the others. The results are printed and written to compare.md, compare.csv (one row per run) and
+compare.png. The same command skips finished runs and resumes interrupted ones. --rank ranks the ways of finished
+comparisons.
 """
 
 import csv

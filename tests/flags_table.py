@@ -10,7 +10,7 @@ from pathlib import Path
 from utils.cli.options import TABLE, Flag
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
-BEGIN, END = "<!-- The table of tests/flags_table.py begins -->\n", "<!-- and ends -->\n"
+BEGIN, END = "<!-- The table of tests/flags_table.py begins -->\n", "<!-- The table of tests/flags_table.py ends -->\n"
 
 
 def cells(flag: Flag) -> tuple[str, str, str]:

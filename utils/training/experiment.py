@@ -181,9 +181,7 @@ class Repetition:
         if self.series.known_ahead and self.series.known_ahead.line is not None:
             self.forecaster.start_from_line(self.series.known_ahead.line)
             if args.is_training and has_llm(args) and not self.forecaster.starts_fitted:
-                self.accelerator.print(
-                    "Note: --residual linear would start from the linear forecast that the effect was fitted with"
-                )
+                self.accelerator.print("Note: --residual linear would start from the linear forecast that the trees correct")
         elif args.is_training and not self.initial:
             self._fit_residual()
         self.run = Run(folder, vars(self.args), self.series.facts())
@@ -290,8 +288,8 @@ class Repetition:
             )
 
     def _open_folder(self, resumes: bool) -> None:
-        sha256, device = self.series.table.sha256, str(self.accelerator.device)
-        open_run_folder(self.run.folder, self.run.flags, sha256, device, resumes)
+        run, device = self.run, str(self.accelerator.device)
+        open_run_folder(run.folder, run.flags, self.series.table.sha256, device, resumes)
 
     def _train(self, model: Module, interrupts: Interrupts) -> float | None:
         """Train from the start, or from where `last` stopped; return the seconds of a step."""
@@ -372,8 +370,7 @@ def forecast_only(args: argparse.Namespace, number: int, table: Table) -> None:
 
 
 def _start(args: argparse.Namespace) -> Accelerator:
-    shares_buffers = not has_llm(args)
-    return start_processes(args.seed, args.grad_accum, args.use_amp, args.deterministic, shares_buffers)
+    return start_processes(args.seed, args.grad_accum, args.use_amp, args.deterministic, not has_llm(args))
 
 
 def _write_forecast(
