@@ -181,7 +181,7 @@ class Repetition:
         if self.series.known_ahead and self.series.known_ahead.line is not None:
             self.forecaster.start_from_line(self.series.known_ahead.line)
             if args.is_training and has_llm(args) and not self.forecaster.starts_fitted:
-                self.accelerator.print("Note: --residual linear would start from the linear forecast that the trees correct")
+                self.accelerator.print("Note: --residual linear would start from the line that the trees correct")
         elif args.is_training and not self.initial:
             self._fit_residual()
         self.run = Run(folder, vars(self.args), self.series.facts())
